@@ -1,0 +1,50 @@
+# `make train` and `make test` are all a newcomer needs; both set up .venv themselves.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$p; break; fi; done)
+
+.PHONY: help setup train test test-fast lint types format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create or update .venv
+
+$(READY): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "mdn-jax needs Python 3.12 or newer, and none of python3.12, python3.13, python3 is one."; \
+	  echo "Install it (python.org, your package manager, pyenv, uv) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; \
+	  exit 1; fi
+	@if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@echo "Installing the tested versions into $(VENV) (about a minute)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+train: $(READY)  ## train a small Momentum DeltaNet on this machine (ARGS="--resume", ...)
+	@$(BIN)/mdn-train smoke $(ARGS)
+
+test: $(READY)  ## all tests
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+test-fast: $(READY)  ## the tests that take seconds
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+
+lint: $(READY)  ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy
+	@$(BIN)/mypy
+
+format: $(READY)  ## rewrite in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY)  ## the operator's implementations side by side
+	@$(BIN)/mdn-bench kernels $(ARGS)
+
+clean:  ## remove what the targets made (never runs/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

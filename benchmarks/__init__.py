@@ -1,0 +1,1 @@
+"""Benchmarks; each checks that its subject is right before it times it."""

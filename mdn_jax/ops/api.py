@@ -1,0 +1,298 @@
+"""`momentum_delta_rule`: checks its arguments and picks the implementation."""
+
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mdn_jax.ops.chunkwise import chunkwise_rule
+from mdn_jax.ops.inputs import RuleInputs, document_starts, l2_normalize
+from mdn_jax.ops.scan import scan_rule
+from mdn_jax.ops.state import MDNState
+
+Implementation = Literal["scan", "xla", "pallas_triton"]
+
+_KERNELS: Implementation = "pallas_triton"
+
+_VALUE_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def momentum_delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    log_alpha: Float[Array, "B T HV"],
+    log_mu: Float[Array, "B T HV"],
+    beta: Float[Array, "B T HV"],
+    eta: Float[Array, "B T HV"],
+    *,
+    p: Float[Array, "B T _ K"] | None = None,
+    scale: float | None = None,
+    initial_state: MDNState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    normalize_qk: bool = True,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T HV V"], MDNState]:
+    """Momentum delta rule: a memory updated by gradient descent with momentum.
+
+    For every value head, with `alpha = exp(log_alpha)`, `mu = exp(log_mu)` and `k, q` normalised:
+
+        w_t = S_(t-1)^T p_t - v_t           the error of the memory before the write
+        M_t = mu_t M_(t-1) + eta_t k_t w_t^T
+        S_t = alpha_t S_(t-1) - beta_t M_t
+        o_t = scale S_t^T q_t
+
+    (MDN, arXiv 2605.05838, section 3.) `mu = 0, eta = 1` is the gated delta rule. Differentiable in
+    every array argument and through the returned state; works under `jit`, `vmap`, `grad`,
+    `jax.checkpoint` and `shard_map`. The length of the input never changes the arithmetic.
+
+    Args:
+      q: queries, float32, bfloat16, float16 or float64.
+      k: keys, same shape and dtype as `q`.
+      v: values, same dtype as `q`. `HV` is a multiple of `H`: value head `h` uses key head
+        `h // (HV // H)`.
+      log_alpha: log of the decay, at most 0 (nats); float32, or float64 for float64 inputs.
+      log_mu: log of the momentum, at most 0 (nats); float32, or float64 for float64 inputs.
+      beta: step size, at least 0; any float dtype, used in float32 (float64 for float64 inputs).
+      eta: write scale, at least 0; as `beta`.
+      p: erase key with `H` or `HV` heads, used as it is; None means `alpha` times the key `k` as
+        the rule uses it (normalised if `normalize_qk`).
+      scale: factor on the output; None means `K ** -0.5`.
+      initial_state: state before the first step; None means zeros. With `segment_ids` it continues
+        the row's first document.
+      segment_ids: document of each step, non-decreasing along `T`. A change resets both states:
+        packed documents never see each other. The returned state is that of the last document.
+      normalize_qk: l2-normalise `q` and `k` inside: `x / sqrt(sum(x^2) + 1e-6)`.
+      chunk_size: steps in a chunk ("scan": steps between kept states); None: chosen for the
+        implementation.
+      implementation: "scan" (the definition, slow), "xla" (chunkwise, everywhere),
+        "pallas_triton" (kernels for CUDA GPUs, compute capability 8.0 and above, K <= 256,
+        V <= 512, chunks of 64), or None: the best one that supports the call.
+
+    Returns:
+      The outputs in `v`'s dtype, and the final state, float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: a shape, a value or an implementation name that does not fit.
+      TypeError: a dtype or type that does not fit. Both name the argument, what was expected and
+        what came.
+    """
+    _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
+    _check_options(scale, chunk_size, implementation)
+    batch, length, heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    gates = [jnp.asarray(x, compute) for x in (log_alpha, log_mu, beta, eta)]
+    if initial_state is None:
+        state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
+    else:
+        state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
+    scale = key_dim**-0.5 if scale is None else scale
+    if implementation is None:
+        implementation = "xla" if _unsupported_by_kernels(q, v, scale, chunk_size) else _KERNELS
+    elif implementation == _KERNELS:
+        reason = _unsupported_by_kernels(q, v, scale, chunk_size)
+        if reason:
+            raise ValueError(
+                f'implementation: "{_KERNELS}" expects {reason}; '
+                'use implementation="xla", or None for the best one that supports the call'
+            )
+    if implementation == _KERNELS:
+        return _on_kernels(
+            (q, k, v, p, *gates), state, segment_ids, scale=float(scale), normalize=normalize_qk
+        )
+
+    def grouped(x: Array) -> Array:  # [B, T, HV, ...] -> [B, T, H, G, ...]
+        return x.reshape(batch, length, heads, -1, *x.shape[3:]).astype(compute)
+
+    q, k = q.astype(compute), k.astype(compute)
+    inputs = RuleInputs(
+        q=l2_normalize(q) if normalize_qk else q,
+        k=l2_normalize(k) if normalize_qk else k,
+        v=grouped(v),
+        log_alpha=grouped(gates[0]),
+        log_mu=grouped(gates[1]),
+        beta=grouped(gates[2]),
+        eta=grouped(gates[3]),
+        p=None if p is None else grouped(p),
+        starts=document_starts(segment_ids, (batch, length)),
+    )
+    if implementation == "scan":
+        o, state = scan_rule(inputs, state, scale=scale, chunk_size=chunk_size)
+    else:
+        full = v.dtype in (jnp.float32, jnp.float64)
+        o, state = chunkwise_rule(
+            inputs,
+            state,
+            scale=scale,
+            chunk_size=chunk_size,
+            precision=lax.Precision.HIGHEST if full else lax.Precision.DEFAULT,
+        )
+    return o.reshape(batch, length, value_heads, value_dim).astype(v.dtype), state
+
+
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of the default device; None if it is no CUDA GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    version = getattr(jax.devices()[0], "compute_capability", "")
+    major, _, minor = str(version).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+def _unsupported_by_kernels(
+    q: Array, v: Array, scale: float | Array, chunk_size: int | None
+) -> str | None:
+    """What the GPU kernels would need that this call lacks; None if they can run it."""
+    capability = _capability()
+    if capability is None:
+        return "a CUDA GPU as the default device, got none"
+    from pallas_kernels.momentum_delta import CHUNK
+    from pallas_kernels.tiling import unsupported
+
+    if q.dtype == jnp.float64:
+        return "float32, bfloat16 or float16 inputs, got float64"
+    if chunk_size not in (None, CHUNK):
+        return f"chunk_size {CHUNK} or None, got {chunk_size}"
+    if isinstance(scale, jax.core.Tracer):
+        return "a scale known when the call is traced, got a traced value"
+    return unsupported(q.shape[-1], v.shape[-1], capability)
+
+
+def _on_kernels(
+    arrays: tuple[Any, ...],
+    state: MDNState,
+    segment_ids: Array | None,
+    *,
+    scale: float,
+    normalize: bool,
+) -> tuple[Array, MDNState]:
+    from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+
+    x = Tokens(*(None if y is None else jnp.asarray(y) for y in arrays))
+    starts = (
+        None if segment_ids is None else document_starts(segment_ids, (x.q.shape[0], x.q.shape[1]))
+    )
+    o, (s, n) = momentum_delta(
+        x,
+        States(state.s, -state.m),
+        starts=starts,
+        scale=scale,
+        normalize=normalize,
+        capability=_capability() or (9, 0),
+    )
+    return o, MDNState(s, -n)
+
+
+def _describe(x: object) -> str:
+    if isinstance(x, (jax.Array, np.ndarray)):
+        return f"{x.dtype.name}{list(x.shape)}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def _check_array(name: str, x: object, shape: tuple[int, ...], letters: str) -> None:
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: expected an array {letters}, got {_describe(x)}")
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {letters} = {list(shape)}, got {_describe(x)}")
+
+
+def _check_dtype(name: str, x: Array, allowed: tuple[str, ...], why: str) -> None:
+    if x.dtype.name not in allowed:
+        raise TypeError(f"{name}: expected {' or '.join(allowed)} {why}, got {x.dtype.name}")
+
+
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_alpha: Array,
+    log_mu: Array,
+    beta: Array,
+    eta: Array,
+    p: Array | None,
+    initial_state: MDNState | None,
+    segment_ids: Array | None,
+) -> None:
+    """Raises ValueError or TypeError for the first array that does not fit."""
+    for name, x, letters in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, HV, V]")):
+        if not isinstance(x, (jax.Array, np.ndarray)):
+            raise TypeError(f"{name}: expected an array {letters}, got {_describe(x)}")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected rank 4, {letters}, got {_describe(x)}")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected every dimension >= 1, got {_describe(x)}")
+    batch, length, heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    _check_array("k", k, q.shape, "[B, T, H, K] (as q)")
+    if v.shape[:2] != (batch, length):
+        raise ValueError(
+            f"v: expected [B, T, HV, V] with B, T = {batch}, {length} (as q), got {_describe(v)}"
+        )
+    if value_heads % heads:
+        raise ValueError(
+            f"v: expected HV a multiple of H = {heads} (q's heads), got HV = {value_heads}"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_dtype(name, x, _VALUE_DTYPES, "")
+        _check_dtype(name, x, (q.dtype.name,), "(as q)")
+    double = q.dtype == jnp.float64
+    wide = ("float32", "float64") if double else ("float32",)
+    per_head = (batch, length, value_heads)
+    for name, x in (("log_alpha", log_alpha), ("log_mu", log_mu)):
+        _check_array(name, x, per_head, "[B, T, HV]")
+        _check_dtype(name, x, wide, f"(with {q.dtype.name} q)")
+    for name, x in (("beta", beta), ("eta", eta)):
+        _check_array(name, x, per_head, "[B, T, HV]")
+        _check_dtype(name, x, ("bfloat16", "float16", *wide), f"(with {q.dtype.name} q)")
+    if p is not None:
+        p_heads = p.shape[2] if getattr(p, "ndim", 0) == 4 else value_heads
+        allowed = p_heads if p_heads in (heads, value_heads) else value_heads
+        _check_array("p", p, (batch, length, allowed, key_dim), "[B, T, H or HV, K]")
+        _check_dtype("p", p, (q.dtype.name,), "(as q)")
+    if initial_state is not None:
+        if not isinstance(initial_state, tuple) or len(initial_state) != 2:
+            raise TypeError(
+                f"initial_state: expected an MDNState(s, m), got {type(initial_state).__name__}"
+            )
+        for name, x in zip(("s", "m"), initial_state, strict=True):
+            shape = (batch, value_heads, key_dim, value_dim)
+            _check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
+            _check_dtype(f"initial_state.{name}", x, wide, f"(with {q.dtype.name} q)")
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, (batch, length))
+
+
+def check_segment_ids(segment_ids: Int[Array, "B T"], shape: tuple[int, int]) -> None:
+    """Raises unless `segment_ids` is `[B, T]`, integer, and (where known) non-decreasing."""
+    _check_array("segment_ids", segment_ids, shape, "[B, T]")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype.name}")
+    if not isinstance(segment_ids, jax.core.Tracer):
+        decreasing = np.argwhere(np.diff(np.asarray(segment_ids), axis=1) < 0)
+        if decreasing.size:
+            row, step = decreasing[0]
+            raise ValueError(
+                "segment_ids: expected values that never decrease along T, got "
+                f"{segment_ids[row, step]} then {segment_ids[row, step + 1]} "
+                f"in row {row} at step {step + 1}"
+            )
+
+
+def _check_options(scale: float | None, chunk_size: int | None, implementation: str | None) -> None:
+    if chunk_size is not None and (
+        not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size: expected an int >= 1 or None, got {chunk_size!r}")
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation: expected one of {', '.join(get_args(Implementation))} or None, "
+            f"got {implementation!r}"
+        )

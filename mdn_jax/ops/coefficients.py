@@ -1,0 +1,97 @@
+"""Coefficients of one chunk, from the gates, without any subtraction or division.
+
+The published form divides cumulative products, `exp(A_t - M_j) (1 - c_(j-1) / c_t)`: it cancels,
+and overflows, in ordinary gate ranges. Here every exponent is a sum of non-positive terms over the
+steps of one segment, and every coefficient a sum of non-negative products: the relative error stays
+near machine precision whatever the gates, and zeros (a document's start, alpha = 0) stay exact.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+# A log-gate below this is a gate of exactly zero; finite, so that -inf never meets a zero.
+_LOG_ZERO = -1e4
+
+
+class ChunkCoefficients(NamedTuple):
+    """What the chunk algorithm needs of the gates; local time `1..C`, `t` rows, `j` columns.
+
+    With `N = -M` and `v'_j = v_j - S_(j-1)^T p_j` the error of step `j`:
+
+        S_t = decay_t S_0 + lead_t N_0 + sum_j gamma_tj eta_j k_j v'_j^T
+        N_t = momentum_t N_0           + sum_j carry_tj eta_j k_j v'_j^T
+
+    and `*_before` is the same coefficient one step earlier (what step `t` sees before it writes).
+    """
+
+    gamma: Float[Array, "*h C C"]  # lower triangular
+    gamma_before: Float[Array, "*h C C"]  # strictly lower triangular
+    decay: Float[Array, "*h C"]
+    decay_before: Float[Array, "*h C"]
+    lead: Float[Array, "*h C"]
+    lead_before: Float[Array, "*h C"]
+    momentum_last: Float[Array, "*h"]  # momentum_C
+    carry_last: Float[Array, "*h C"]  # row C of carry
+
+
+def _segment_sums(steps: Float[Array, "*h C"], to: Bool[Array, "C C"]) -> Float[Array, "*h C C"]:
+    """`D[t, i] = sum of steps s with i < s and to[t, s]`.
+
+    One product with masks: terms of one sign, never the difference of two cumulative sums.
+    """
+    index = jnp.arange(steps.shape[-1])
+    after = (index[:, None] > index[None, :]).astype(steps.dtype)  # [s, i]
+    return jnp.einsum("...ts,si->...ti", steps[..., None, :] * to, after, precision="highest")
+
+
+def chunk_coefficients(
+    log_alpha: Float[Array, "*h C"],
+    log_mu: Float[Array, "*h C"],
+    beta: Float[Array, "*h C"],
+    starts: Bool[Array, "*#h C"],
+) -> ChunkCoefficients:
+    """Coefficients of a chunk (math: section 3 and 4 of docs/algorithm.md).
+
+    Args:
+      log_alpha: log of the decay, at most 0.
+      log_mu: log of the momentum, at most 0.
+      beta: step size, at least 0.
+      starts: True at the first step of a document; nothing of the steps before is seen from there.
+
+    Returns:
+      The coefficients, in the dtype of the gates.
+    """
+    log_alpha = jnp.maximum(log_alpha, _LOG_ZERO)
+    log_mu = jnp.maximum(log_mu, _LOG_ZERO)
+    index = jnp.arange(log_alpha.shape[-1])
+    row, column = index[:, None], index[None, :]
+    document = jnp.cumsum(starts, axis=-1)
+    same = document[..., :, None] == document[..., None, :]
+    first = document == 0  # the document that the entering states belong to
+
+    # A_ti: decay from after step i to before step t;  W_ij: momentum from after step j to step i
+    a = jnp.exp(_segment_sums(log_alpha, column < row)) * (same & (column < row))
+    w = jnp.exp(_segment_sums(log_mu, column <= row)) * (same & (column <= row))
+    a_beta = a * beta[..., None, :]
+    alpha = jnp.exp(log_alpha)
+
+    gamma_before = jnp.einsum("...ti,...ij->...tj", a_beta, w, precision=lax.Precision.HIGHEST)
+    gamma = alpha[..., None] * gamma_before + beta[..., None] * w
+
+    total_alpha, total_mu = jnp.cumsum(log_alpha, axis=-1), jnp.cumsum(log_mu, axis=-1)
+    momentum = jnp.exp(total_mu) * first
+    before = jnp.pad(total_alpha[..., :-1], [(0, 0)] * (log_alpha.ndim - 1) + [(1, 0)])
+    lead_before = jnp.einsum("...ti,...i->...t", a_beta, momentum, precision=lax.Precision.HIGHEST)
+    return ChunkCoefficients(
+        gamma=gamma,
+        gamma_before=gamma_before,
+        decay=jnp.exp(total_alpha) * first,
+        decay_before=jnp.exp(before) * first,
+        lead=alpha * lead_before + beta * momentum,
+        lead_before=lead_before,
+        momentum_last=momentum[..., -1],
+        carry_last=w[..., -1, :],
+    )

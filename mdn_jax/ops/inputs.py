@@ -1,0 +1,60 @@
+"""Inputs of the rule in the form that its implementations share: grouped heads, cut into chunks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+L2_EPSILON = 1e-6
+
+
+class RuleInputs(NamedTuple):
+    """Arrays of one call, or of a piece of it, with the value heads grouped by their key head.
+
+    Letters: `B` batch, `T` time, `H` key heads, `G` value heads per key head, `K`, `V` head dims.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T H G V"]
+    log_alpha: Float[Array, "B T H G"]
+    log_mu: Float[Array, "B T H G"]
+    beta: Float[Array, "B T H G"]
+    eta: Float[Array, "B T H G"]
+    p: Float[Array, "B T H P K"] | None  # P = 1 (shared by a group) or G; None means alpha * k
+    starts: Bool[Array, "B T"]  # the first step of a document, but for a row's first document
+
+
+def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """`x / sqrt(sum(x^2) + 1e-6)` over the last axis (the training form: epsilon in the root)."""
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON)
+
+
+def document_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Array:
+    """Where a row's next document begins, `[B, T]` bool. A row's first step is never a start."""
+    if segment_ids is None:
+        return jnp.zeros(shape, bool)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changes, ((0, 0), (1, 0)))
+
+
+def pad_time(inputs: RuleInputs, count: int) -> RuleInputs:
+    """Appends `count` steps that leave both states as they are (alpha = mu = 1, beta = eta = 0)."""
+    if count == 0:
+        return inputs
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2))
+
+    return jax.tree.map(pad, inputs)
+
+
+def split_time(inputs: RuleInputs, chunk: int) -> RuleInputs:
+    """`[B, NT * C, ...] -> [NT, B, C, ...]` for every array."""
+
+    def split(x: Array) -> Array:
+        batch, length, *rest = x.shape
+        return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *rest), 1, 0)
+
+    return jax.tree.map(split, inputs)

@@ -1,0 +1,181 @@
+"""Error metrics and case generators, for this project's tests and for yours.
+
+inputs = random_inputs(seed=0, length=200, regime="momentum_lost")
+expected, state = momentum_delta_rule(**inputs, implementation="scan")
+assert relative_error(my_kernel(**inputs), expected) < 1e-4
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from mdn_jax.ops.state import MDNState
+
+Gates = dict[str, np.ndarray]
+
+
+def relative_error(actual: object, expected: object) -> float:
+    """`|actual - expected| / |expected|` in Frobenius norm, float64; inf where anything is nan."""
+    a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"actual: expected shape {list(b.shape)}, got {list(a.shape)}")
+    scale = float(np.linalg.norm(b))
+    error = float(np.linalg.norm(a - b))
+    if not np.isfinite(error):
+        return float("inf")
+    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def relative_errors(actual: object, expected: object) -> dict[str, float]:
+    """`relative_error` of every leaf of two pytrees of one structure, by path."""
+    flat = jax.tree_util.tree_leaves_with_path(expected)
+    leaves = jax.tree.leaves(actual)
+    if len(leaves) != len(flat):
+        raise ValueError(f"actual: expected {len(flat)} leaves, got {len(leaves)}")
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): relative_error(x, y)
+        for (path, y), x in zip(flat, leaves, strict=True)
+    }
+
+
+def _layer_gates(rng: np.random.Generator, shape: tuple[int, ...]) -> Gates:
+    """Gates with the statistics of the layer's initialisation (A and Mu in U(0, 16))."""
+    heads = shape[-1]
+    eta = 1 + np.tanh(rng.normal(0, 0.1, shape))
+    theta = np.arctan(eta * rng.uniform(0, 4, heads))
+
+    def decay() -> np.ndarray:
+        bias = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), heads))
+        return rng.uniform(0, 16, heads) * np.logaddexp(0, rng.normal(0, 0.1, shape) + np.log(bias))
+
+    return {
+        "log_alpha": 2 * np.log(np.cos(theta)) - decay(),
+        "log_mu": np.maximum(-decay(), -2.0),
+        "beta": np.sin(theta) ** 2 / (1 + np.exp(rng.normal(0, 0.3, shape))),
+        "eta": eta,
+    }
+
+
+def _constant_momentum(log_mu: float) -> Callable[[np.random.Generator, tuple[int, ...]], Gates]:
+    def gates(rng: np.random.Generator, shape: tuple[int, ...]) -> Gates:
+        alpha = rng.uniform(0.95, 1.0, shape)
+        return {
+            "log_alpha": np.log(alpha),
+            "log_mu": np.full(shape, log_mu),
+            "beta": (1 - alpha) * rng.uniform(0, 1, shape),
+            "eta": rng.uniform(0, 2, shape),
+        }
+
+    return gates
+
+
+def _wide_gates(rng: np.random.Generator, shape: tuple[int, ...]) -> Gates:
+    """Everything at once: log mu from 0 to -30, alpha from 1 to e^-20, eta from 0 to 2."""
+    log_alpha = np.where(rng.random(shape) < 0.7, -rng.exponential(0.02, shape), 0)
+    log_alpha = np.where(rng.random(shape) < 0.1, -20 * rng.random(shape), log_alpha)
+    log_mu = np.where(rng.random(shape) < 0.5, -rng.exponential(0.05, shape), 0)
+    log_mu = np.where(rng.random(shape) < 0.2, -30 * rng.random(shape), log_mu)
+    eta = np.where(rng.random(shape) < 0.2, 2 * rng.integers(0, 2, shape), 2 * rng.random(shape))
+    return {
+        "log_alpha": log_alpha,
+        "log_mu": log_mu,
+        "beta": -np.expm1(log_alpha) * rng.random(shape),
+        "eta": eta,
+    }
+
+
+def _half_beta_zero(rng: np.random.Generator, shape: tuple[int, ...]) -> Gates:
+    gates = _layer_gates(rng, shape)
+    return gates | {"beta": gates["beta"] * (rng.random(shape) < 0.5)}
+
+
+def _ballistic_gates(rng: np.random.Generator, shape: tuple[int, ...]) -> Gates:
+    """Long memory and long momentum: alpha and mu near 1, small steps."""
+    log_alpha = -rng.exponential(1e-3, shape)
+    return {
+        "log_alpha": log_alpha,
+        "log_mu": -rng.exponential(1e-3, shape),
+        "beta": -np.expm1(log_alpha) * rng.random(shape),
+        "eta": rng.uniform(0, 2, shape),
+    }
+
+
+GATE_REGIMES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Gates]] = {
+    "layer": _layer_gates,
+    "momentum_quarter": _constant_momentum(-0.25),
+    "momentum_half": _constant_momentum(-0.5),
+    "momentum_one": _constant_momentum(-1.0),
+    "momentum_lost": _constant_momentum(-30.0),
+    "ballistic": _ballistic_gates,
+    "half_beta_zero": _half_beta_zero,
+    "wide": _wide_gates,
+}
+"""Gate generators `(rng, [B, T, HV]) -> log_alpha, log_mu, beta, eta`, by name."""
+
+
+def random_inputs(
+    *,
+    seed: int,
+    batch: int = 2,
+    length: int = 65,
+    heads: int = 2,
+    value_heads: int | None = None,
+    key_dim: int = 16,
+    value_dim: int = 24,
+    regime: str = "layer",
+    keys: str = "random",
+    dtype: jax.typing.DTypeLike = np.float32,
+    explicit_p: bool = False,
+    initial_state: bool = True,
+    documents: int = 1,
+) -> dict[str, Array | MDNState]:
+    """Random keyword arguments for `momentum_delta_rule`.
+
+    Args:
+      seed: of everything.
+      batch: `B`.
+      length: `T`.
+      heads: `H`.
+      value_heads: `HV`; None means `heads`.
+      key_dim: `K`.
+      value_dim: `V`.
+      regime: gates, one of `GATE_REGIMES`.
+      keys: "random", "parallel" (all near one direction, the hardest for the inverse) or "zero"
+        (a third of the rows of q and k exactly zero).
+      dtype: of q, k, v, p; gates and states are float64 if it is, else float32.
+      explicit_p: with an erase key independent of k.
+      initial_state: with a random entering state.
+      documents: number of packed documents a row, at random boundaries.
+    """
+    rng = np.random.default_rng(seed)
+    value_heads = value_heads or heads
+    wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+    q, k = rng.normal(size=(2, batch, length, heads, key_dim))
+    if keys == "parallel":
+        k = rng.normal(size=(batch, 1, heads, key_dim)) + 0.03 * k
+    elif keys == "zero":
+        q, k = (x * (rng.random((batch, length, heads, 1)) < 2 / 3) for x in (q, k))
+    elif keys != "random":
+        raise ValueError(f"keys: expected random, parallel or zero, got {keys!r}")
+    inputs: dict[str, Array | MDNState] = {
+        "q": jnp.asarray(q, dtype),
+        "k": jnp.asarray(k, dtype),
+        "v": jnp.asarray(rng.normal(size=(batch, length, value_heads, value_dim)), dtype),
+    }
+    gates = GATE_REGIMES[regime](rng, (batch, length, value_heads))
+    inputs |= {name: jnp.asarray(gate, wide) for name, gate in gates.items()}
+    if explicit_p:
+        p = rng.normal(size=(batch, length, heads, key_dim))
+        p /= np.linalg.norm(p, axis=-1, keepdims=True)
+        inputs["p"] = jnp.asarray(0.9 * p, dtype)
+    if initial_state:
+        s, m = rng.normal(size=(2, batch, value_heads, key_dim, value_dim)) * 0.3
+        inputs["initial_state"] = MDNState(jnp.asarray(s, wide), jnp.asarray(m, wide))
+    if documents > 1:
+        cuts = np.sort(rng.integers(0, length, (batch, documents - 1)), axis=1)
+        ids = (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)
+        inputs["segment_ids"] = jnp.asarray(ids, jnp.int32)
+    return inputs

@@ -1,0 +1,112 @@
+"""jit, vmap, grad, checkpoint, shard_map, low precision and memory."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mdn_jax import MDNState, momentum_delta_rule
+from mdn_jax.testing import random_inputs, relative_errors
+from tests.ops.helpers import outputs_and_gradients
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["scan", "xla"])
+
+
+@IMPLEMENTATIONS
+def test_jit_equals_eager(implementation):
+    inputs = random_inputs(seed=0)
+    rule = partial(momentum_delta_rule, implementation=implementation)
+    eager, compiled = rule(**inputs), jax.jit(rule)(**inputs)
+    assert max(relative_errors(compiled, eager).values()) <= 1e-6
+
+
+@IMPLEMENTATIONS
+def test_vmap_equals_a_loop(implementation):
+    stack = [random_inputs(seed=seed, length=20, documents=2) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *stack)
+    rule = partial(momentum_delta_rule, implementation=implementation)
+    mapped = jax.vmap(lambda x: rule(**x))(stacked)
+    looped = jax.tree.map(lambda *x: jnp.stack(x), *(rule(**x) for x in stack))
+    assert max(relative_errors(mapped, looped).values()) <= 1e-6
+
+
+@IMPLEMENTATIONS
+def test_checkpoint_equals_plain_gradient(implementation):
+    inputs = random_inputs(seed=1, length=40)
+
+    def loss(v, wrap):
+        rule = wrap(
+            lambda v: momentum_delta_rule(**(inputs | {"v": v}), implementation=implementation)
+        )
+        return jnp.sum(rule(v)[0] ** 2)
+
+    plain = jax.grad(lambda v: loss(v, lambda f: f))(inputs["v"])
+    kept = jax.grad(lambda v: loss(v, jax.checkpoint))(inputs["v"])
+    np.testing.assert_allclose(kept, plain, rtol=1e-5, atol=1e-7)
+
+
+@IMPLEMENTATIONS
+def test_shard_map_over_batch_and_heads(implementation):
+    inputs = random_inputs(seed=2, length=20)
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    per_step = PartitionSpec("data", None, "tensor")
+    per_state = PartitionSpec("data", "tensor")
+    specs = dict.fromkeys(inputs, per_step) | {"initial_state": MDNState(per_state, per_state)}
+    rule = jax.shard_map(
+        lambda x: momentum_delta_rule(**x, implementation=implementation),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=(per_step, MDNState(per_state, per_state)),
+    )
+    expected = momentum_delta_rule(**inputs, implementation=implementation)
+    assert max(relative_errors(rule(inputs), expected).values()) <= 1e-6
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 5e-3), ("float16", 1e-3)])
+def test_low_precision(implementation, dtype, tolerance):
+    """16-bit inputs: float32 arithmetic inside, so only inputs and outputs are rounded."""
+    inputs = random_inputs(seed=3, length=70, dtype=dtype, explicit_p=True)
+    wide = {
+        name: x.astype(jnp.float32) if name in ("q", "k", "v", "p") else x
+        for name, x in inputs.items()
+    }
+    (o, state), gradients = outputs_and_gradients(inputs, implementation=implementation)
+    assert o.dtype == dtype
+    assert state.s.dtype == state.m.dtype == jnp.float32
+    assert gradients["q"].dtype == gradients["p"].dtype == dtype
+    assert gradients["log_alpha"].dtype == jnp.float32
+    expected = outputs_and_gradients(wide, implementation="scan")
+    errors = relative_errors(((o, state), gradients), expected)
+    assert max(errors.values()) <= tolerance, errors
+
+
+def test_scan_gradient_at_4096_steps_fits_in_a_few_hundred_mebibytes():
+    """A plain scan would keep 2 states a step: 1 GiB here."""
+    memory = gradient_memory("scan", batch=1, length=4096, heads=2, key_dim=128, value_dim=128)
+    assert memory <= 300 * 2**20, memory / 2**20
+
+
+def test_xla_residuals_are_linear_in_length():
+    """Twice the length, at most about twice the memory; far below one state a step."""
+    short = gradient_memory("xla", batch=1, length=2048, heads=2, key_dim=128, value_dim=128)
+    long = gradient_memory("xla", batch=1, length=4096, heads=2, key_dim=128, value_dim=128)
+    assert long <= 2.1 * short
+    assert long <= 400 * 2**20, long / 2**20
+
+
+def gradient_memory(implementation, *, batch, length, heads, key_dim, value_dim):
+    """Peak bytes of temporaries of one compiled gradient."""
+    wide = jax.ShapeDtypeStruct((batch, length, heads, key_dim), jnp.float32)
+    value = jax.ShapeDtypeStruct((batch, length, heads, value_dim), jnp.float32)
+    gate = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
+
+    def loss(*arrays):
+        return momentum_delta_rule(*arrays, implementation=implementation)[0].sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=tuple(range(7))))
+    compiled = gradient.lower(wide, wide, value, gate, gate, gate, gate).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
