@@ -1,0 +1,13 @@
+"""Momentum DeltaNet in JAX."""
+
+from mdn_jax.layers import MomentumDeltaNet
+from mdn_jax.models import MDNConfig, MDNForCausalLM
+from mdn_jax.ops import MDNState, momentum_delta_rule
+
+__all__ = [
+    "MDNConfig",
+    "MDNForCausalLM",
+    "MDNState",
+    "MomentumDeltaNet",
+    "momentum_delta_rule",
+]

@@ -1,0 +1,35 @@
+"""Checks of what a layer is called with."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mdn_jax.ops.api import check_segment_ids
+
+
+def check_activations(x: Array, hidden_size: int, segment_ids: Array | None) -> None:
+    """Raises unless `x` is `[B, T, hidden_size]` of a float dtype and `segment_ids` fits."""
+    expected = f"expected [B, T, hidden_size = {hidden_size}] with B, T >= 1"
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(f"x: {expected}, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x: expected a float dtype, got {x.dtype.name}")
+    if x.ndim != 3 or x.shape[2] != hidden_size or 0 in x.shape:
+        raise ValueError(f"x: {expected}, got {list(x.shape)}")
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, (x.shape[0], x.shape[1]))
+
+
+def check_cache(cache: Any, kind: type, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Raises unless `cache` is of the layer's kind, with these shapes (None: any size)."""
+    if not isinstance(cache, kind):
+        raise TypeError(f"cache: expected {kind.__name__} or None, got {type(cache).__name__}")
+    for name, shape in shapes.items():
+        got = list(getattr(operator.attrgetter(name)(cache), "shape", ()))
+        wildcard = [n if m is None else m for m, n in zip(shape, got, strict=False)]
+        if len(got) != len(shape) or got != wildcard:
+            expected = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(f"cache.{name}: expected shape [{expected}], got {got}")

@@ -1,0 +1,245 @@
+"""Softmax attention with rotary positions, grouped heads and a window, for hybrid models."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mdn_jax.layers.arguments import check_activations, check_cache
+from mdn_jax.layers.rotary import rotate
+from mdn_jax.ops.inputs import document_starts
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("k", "v", "positions", "next_position"),
+    meta_fields=("capacity",),
+)
+@dataclasses.dataclass(frozen=True)
+class AttentionCache:
+    """Keys and values of the tokens before, oldest first; a pytree.
+
+    Attributes:
+      k: rotated keys, `[B, L, KVH, D]`.
+      v: values, `[B, L, KVH, D]`.
+      positions: position of each entry in its document; -1: empty, never seen.
+      next_position: position of the next token.
+      capacity: the entries that a call keeps, the newest ones; None: all, so that `L` grows.
+    """
+
+    k: Float[Array, "B L KVH D"]
+    v: Float[Array, "B L KVH D"]
+    positions: Int[Array, "B L"]
+    next_position: Int[Array, " B"]
+    capacity: int | None
+
+
+class SoftmaxAttention(nnx.Module):
+    """Causal softmax attention within documents.
+
+    Args:
+      hidden_size: width of input and output; the head width is `hidden_size / num_heads`.
+      num_heads: query heads.
+      num_kv_heads: key and value heads, each shared by consecutive query heads; None: `num_heads`.
+      qkv_bias: biases in the query, key and value projections.
+      window_size: a token sees itself and the `window_size - 1` tokens before it; None: all.
+      rope_theta: base of the rotary embedding.
+      initializer_range: standard deviation of the weights.
+      dtype: of the computation; the softmax is float32 (float64 for float64).
+      param_dtype: of the parameters.
+      rngs: random keys for the initialisation, stream `params`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        window_size: int | None = None,
+        rope_theta: float = 10000.0,
+        initializer_range: float = 0.02,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if hidden_size % (2 * num_heads):
+            raise ValueError(
+                f"num_heads: expected heads of an even width (hidden_size = {hidden_size}), "
+                f"got {num_heads}"
+            )
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+            )
+        self.head_dim = hidden_size // num_heads
+        self.window_size = window_size
+        self.rope_theta = rope_theta
+        self.dtype = dtype
+
+        def linear(outputs: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                hidden_size,
+                outputs,
+                use_bias=use_bias,
+                kernel_init=jax.nn.initializers.normal(initializer_range),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.q_proj = linear(hidden_size, qkv_bias)
+        self.k_proj = linear(self.num_kv_heads * self.head_dim, qkv_bias)
+        self.v_proj = linear(self.num_kv_heads * self.head_dim, qkv_bias)
+        self.o_proj = linear(hidden_size, False)
+
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> AttentionCache:
+        """The cache before the first token.
+
+        Args:
+          batch_size: rows.
+          max_length: room for this many tokens from the start, so that no call changes a shape;
+            older tokens are forgotten. None: the cache grows (with a window, up to the window).
+
+        Raises:
+          ValueError: `max_length` below 1.
+        """
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length: expected an int >= 1 or None, got {max_length!r}")
+        before = None if self.window_size is None else self.window_size - 1
+        limits = [n for n in (max_length, before) if n is not None]
+        capacity = min(limits) if limits else None
+        length = 0 if max_length is None else min(limits)
+        empty = jnp.zeros((batch_size, length, self.num_kv_heads, self.head_dim), self.dtype)
+        return AttentionCache(
+            k=empty,
+            v=empty,
+            positions=jnp.full((batch_size, length), -1, jnp.int32),
+            next_position=jnp.zeros((batch_size,), jnp.int32),
+            capacity=capacity,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T hidden"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: AttentionCache | None = None,
+    ) -> tuple[Float[Array, "B T hidden"], AttentionCache]:
+        """Mixes the tokens of each document.
+
+        Args:
+          x: inputs, any float dtype.
+          segment_ids: document of each token, non-decreasing along `T`; positions restart and
+            nothing before is seen where it changes.
+          cache: continues the row's first document; None means it starts here.
+
+        Returns:
+          The outputs in the compute dtype, and the cache of the row's last document.
+
+        Raises:
+          TypeError: a dtype or type that does not fit.
+          ValueError: a shape that does not fit.
+        """
+        check_activations(x, self.hidden_size, segment_ids)
+        batch, length, _ = x.shape
+        if cache is None:
+            cache = self.init_cache(batch)
+        rows = (batch, None, self.num_kv_heads, self.head_dim)
+        shapes = {"k": rows, "v": rows, "positions": rows[:2], "next_position": (batch,)}
+        check_cache(cache, AttentionCache, shapes)
+        x = x.astype(self.dtype)
+        queries = _tokens(segment_ids, cache.next_position, (batch, length))
+        q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+        q = rotate(q, queries.positions, theta=self.rope_theta)
+        k = rotate(k, queries.positions, theta=self.rope_theta)
+
+        k = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)  # [B, L + T, KVH, D]
+        v = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)
+        before = _Tokens(positions=cache.positions, documents=jnp.zeros_like(cache.positions))
+        keys = _Tokens(*(jnp.concatenate(x, axis=1) for x in zip(before, queries, strict=True)))
+        y = self.o_proj(_attend(q, k, v, queries, keys, self.window_size).reshape(x.shape))
+
+        entries = k.shape[1] if cache.capacity is None else min(k.shape[1], cache.capacity)
+        last = slice(k.shape[1] - entries, None)
+        k, v = k[:, last], v[:, last]
+        kept = (keys.documents == queries.documents[:, -1:])[:, last]
+        if segment_ids is not None:
+            k, v = (jnp.where(kept[:, :, None, None], z, 0.0) for z in (k, v))
+        cache = AttentionCache(
+            k=k,
+            v=v,
+            positions=jnp.where(kept, keys.positions[:, last], -1),
+            next_position=queries.positions[:, -1] + 1,
+            capacity=cache.capacity,
+        )
+        return y, cache
+
+
+class _Tokens(NamedTuple):
+    """Where tokens are: in which document of the row, and at which position of it (-1: nowhere)."""
+
+    positions: Int[Array, "B N"]
+    documents: Int[Array, "B N"]
+
+
+def _tokens(
+    segment_ids: Int[Array, "B T"] | None, first: Int[Array, " B"], shape: tuple[int, int]
+) -> _Tokens:
+    """Counts documents from 0, and positions from 0 in each; from `first` in document 0."""
+    starts = document_starts(segment_ids, shape)
+    documents = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    steps = jnp.arange(shape[1], dtype=jnp.int32)
+    start = jax.lax.cummax(jnp.where(starts, steps, 0), axis=1)
+    positions = steps - start + jnp.where(documents == 0, first[:, None], 0)
+    return _Tokens(positions=positions, documents=documents)
+
+
+def _attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S KVH D"],
+    v: Float[Array, "B S KVH D"],
+    queries: _Tokens,
+    keys: _Tokens,
+    window: int | None,
+    *,
+    block: int = 512,
+) -> Float[Array, "B T H D"]:
+    """Softmax attention of each query to itself and to the keys before it that it may see.
+
+    The last `T` keys are those of the queries. The queries go in blocks, each with the keys within
+    its reach and recomputed in the backward pass, so that memory is linear in `S`, not in `T S`.
+    """
+    offset = k.shape[1] - q.shape[1]
+
+    @jax.checkpoint
+    def attend_block(q: Array, k: Array, v: Array, queries: _Tokens, keys: _Tokens) -> Array:
+        distance = queries.positions[:, :, None] - keys.positions[:, None, :]  # [B, T, S]
+        visible = (distance >= 0) & (keys.positions >= 0)[:, None, :]
+        visible &= queries.documents[:, :, None] == keys.documents[:, None, :]
+        if window is not None:
+            visible &= distance < window
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=wide)
+        logits = jnp.where(visible[:, None, None], logits * q.shape[3] ** -0.5, -jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+
+    outputs = []
+    for start in range(0, q.shape[1], block):
+        stop = min(start + block, q.shape[1])
+        first = 0 if window is None else max(0, offset + start + 1 - window)
+        ours, theirs = slice(start, stop), slice(first, offset + stop)
+        tokens = (_Tokens(*(x[:, ours] for x in queries)), _Tokens(*(x[:, theirs] for x in keys)))
+        outputs.append(attend_block(q[:, ours], k[:, theirs], v[:, theirs], *tokens))
+    return jnp.concatenate(outputs, axis=1)

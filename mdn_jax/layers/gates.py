@@ -1,0 +1,100 @@
+"""The four gates of the momentum delta rule."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mdn_jax.layers.initializers import log_uniform, rate_bias
+from mdn_jax.layers.projection import wide_projection
+
+
+class Gates(NamedTuple):
+    """Gates of every step and value head, float32 (float64 for float64 inputs).
+
+    Attributes:
+      log_alpha: log of the decay (nats), at most `log cos^2(theta)`.
+      log_mu: log of the momentum (nats), at most 0.
+      beta: step size, between 0 and `sin^2(theta)`, so at most `1 - alpha`.
+      eta: write scale, between 0 and 2.
+    """
+
+    log_alpha: Float[Array, "B T HV"]
+    log_mu: Float[Array, "B T HV"]
+    beta: Float[Array, "B T HV"]
+    eta: Float[Array, "B T HV"]
+
+
+class MomentumGates(nnx.Module):
+    """Gates from the layer's input (MDN, arXiv 2605.05838).
+
+        log_mu    = max(-exp(mu_log) softplus(m_proj x + mu_bias), min_log_mu)
+        eta       = 1 + tanh(e_proj x / sqrt(hidden / tau_factor))
+        theta     = arctan(eta exp(log_factor))
+        beta      = sin^2(theta) sigmoid(b_proj x)
+        log_alpha = log cos^2(theta) - exp(a_log) softplus(a_proj x + dt_bias)
+
+    Args:
+      hidden_size: width of the input.
+      heads: value heads; every parameter has one entry, or one column, for each.
+      min_log_mu: lower bound of `log_mu` (nats) or None.
+      tau_factor: see `eta`.
+      initializer_range: standard deviation of the projections.
+      dtype: of the projections' products; all else is float32 (float64 for float64).
+      param_dtype: of the parameters.
+      rngs: random keys for the initialisation, stream `params`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        *,
+        min_log_mu: float | None,
+        tau_factor: float,
+        initializer_range: float = 0.02,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.min_log_mu = min_log_mu
+        self.tau = math.sqrt(hidden_size / tau_factor)
+        self.dtype = dtype
+        normal = jax.nn.initializers.normal(initializer_range)
+
+        def projection() -> nnx.Param[Array]:
+            return nnx.Param(normal(rngs.params(), (hidden_size, heads), param_dtype))
+
+        self.a_proj = projection()
+        self.b_proj = projection()
+        self.m_proj = projection()
+        self.e_proj = projection()
+        self.a_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
+        self.mu_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
+        self.log_factor = nnx.Param(log_uniform(rngs.params(), heads, 4.0, param_dtype))
+        bias = rate_bias(rngs.params(), heads, param_dtype)
+        self.dt_bias = nnx.Param(bias)
+        self.mu_bias = nnx.Param(jnp.copy(bias))  # published: both start from the same draw
+
+    def __call__(self, x: Float[Array, "B T hidden"]) -> Gates:
+        """The gates of every step of `x`."""
+        x = x.astype(self.dtype)
+        kernels = (self.a_proj, self.b_proj, self.m_proj, self.e_proj)
+        kernel = jnp.concatenate([k[...] for k in kernels], axis=1)  # x is read once
+        a, b, m, e = jnp.split(wide_projection(x, kernel), 4, axis=-1)  # [B, T, HV]
+
+        def wide(parameter: nnx.Param[Array]) -> Array:
+            return parameter[...].astype(a.dtype)
+
+        log_mu = -jnp.exp(wide(self.mu_log)) * jax.nn.softplus(m + wide(self.mu_bias))
+        if self.min_log_mu is not None:
+            log_mu = jnp.maximum(log_mu, self.min_log_mu)
+        eta = 1.0 + jnp.tanh(e / self.tau)
+        tan2 = jnp.square(eta * jnp.exp(wide(self.log_factor)))
+        beta = tan2 / (1.0 + tan2) * jax.nn.sigmoid(b)  # sin^2 = tan^2 / (1 + tan^2)
+        decay = jnp.exp(wide(self.a_log)) * jax.nn.softplus(a + wide(self.dt_bias))
+        log_alpha = -jnp.log1p(tan2) - decay  # cos^2 = 1 / (1 + tan^2)
+        return Gates(log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta)

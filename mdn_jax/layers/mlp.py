@@ -1,0 +1,53 @@
+"""The MLP of a block."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class SwiGLU(nnx.Module):
+    """`down_proj(silu(gate_proj x) * up_proj x)`.
+
+    Args:
+      hidden_size: width of input and output.
+      width: width between.
+      initializer_range: standard deviation of the weights.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      rngs: random keys for the initialisation, stream `params`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        *,
+        initializer_range: float = 0.02,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=False,
+                kernel_init=jax.nn.initializers.normal(initializer_range),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.gate_proj = linear(hidden_size, width)
+        self.up_proj = linear(hidden_size, width)
+        self.down_proj = linear(width, hidden_size)
+
+    def __call__(self, x: Float[Array, "*B hidden"]) -> Float[Array, "*B hidden"]:
+        """Applies the MLP to every position."""
+        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+
+
+@jax.checkpoint  # keeps its two inputs
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up

@@ -1,0 +1,34 @@
+"""Projection of low-precision activations to float32 outputs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_jvp
+def wide_projection(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """`x @ kernel` in `x`'s dtype with an output that is not rounded to it.
+
+    The derivative is that of the ordinary product in `x`'s dtype: the cotangent is rounded to it
+    first, so that the backward pass multiplies in that dtype too and makes no float32 copy of `x`.
+
+    Args:
+      x: activations in the compute dtype.
+      kernel: weights, any float dtype, rounded to `x`'s.
+
+    Returns:
+      The product, float32 (float64 for float64 `x`).
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)
+
+
+@wide_projection.defjvp
+def _wide_projection_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    x, kernel = primals
+    dx, dkernel = tangents
+    y = wide_projection(x, kernel)
+    dy = dx @ kernel.astype(x.dtype) + x @ dkernel.astype(x.dtype)
+    return y, dy.astype(y.dtype)

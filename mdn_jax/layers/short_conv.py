@@ -1,0 +1,98 @@
+"""Short causal depthwise convolution with a cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class ShortConv(nnx.Module):
+    """Causal depthwise convolution over time, then silu.
+
+    Tap `size - 1` is the current token. No tap reads across the start of a document.
+
+    Args:
+      channels: width of input and output.
+      size: taps `W`.
+      use_bias: a bias per channel, initially zero.
+      initializer_range: standard deviation of the taps.
+      dtype: of input and output; the sum over taps is float32 (float64 for float64).
+      param_dtype: of the parameters.
+      rngs: random keys for the initialisation, stream `params`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        *,
+        use_bias: bool = False,
+        initializer_range: float = 0.02,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.size = size
+        self.dtype = dtype
+        normal = jax.nn.initializers.normal(initializer_range)
+        self.kernel = nnx.Param(normal(rngs.params(), (size, channels), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype)) if use_bias else None
+
+    def init_cache(self, batch_size: int) -> Float[Array, "B W channels"]:
+        """The inputs before the first token: zeros."""
+        return jnp.zeros((batch_size, *self.kernel.shape), self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T channels"],
+        tail: Float[Array, "B W channels"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T channels"], Float[Array, "B W channels"]]:
+        """Convolves `x`.
+
+        Args:
+          x: inputs.
+          tail: the last `W` inputs before `x`, oldest first, of the row's first document.
+          segment_ids: document of each step, non-decreasing along `T`.
+
+        Returns:
+          The outputs, and the last `W` inputs of the row's last document, zeros on the left.
+        """
+        x, tail = x.astype(self.dtype), tail.astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        y = _convolve(x, tail, self.kernel[...], bias, segment_ids)
+
+        tail = jnp.concatenate([tail, x[:, -self.size :]], axis=1)[:, -self.size :]
+        if segment_ids is not None:
+            ids = _with_tail(segment_ids, self.size)[:, -self.size :, None]
+            tail = jnp.where(ids == ids[:, -1:], tail, 0.0)
+        return y, tail
+
+
+@jax.checkpoint  # keeps x as it came: neither the shifted copies nor the wide sum
+def _convolve(
+    x: Float[Array, "B T channels"],
+    tail: Float[Array, "B W channels"],
+    kernel: Float[Array, "W channels"],
+    bias: Float[Array, " channels"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T channels"]:
+    size, length = kernel.shape[0], x.shape[1]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    inputs = jnp.concatenate([tail, x], axis=1)  # W + T
+    kernel = kernel.astype(wide)
+    y = jnp.zeros((), wide) if bias is None else bias.astype(wide)
+    for tap in range(size):
+        steps = slice(tap + 1, tap + 1 + length)
+        shifted = inputs[:, steps].astype(wide) * kernel[tap]
+        if segment_ids is not None and tap < size - 1:
+            same = _with_tail(segment_ids, size)[:, steps] == segment_ids
+            shifted = jnp.where(same[:, :, None], shifted, 0.0)
+        y += shifted
+    return jax.nn.silu(y.astype(x.dtype))
+
+
+def _with_tail(segment_ids: Int[Array, "B T"], size: int) -> Int[Array, "B T+W"]:
+    """Segment ids of the tail and the inputs: the tail belongs to the row's first document."""
+    return jnp.pad(segment_ids, ((0, 0), (size, 0)), mode="edge")

@@ -1,0 +1,207 @@
+"""The language model."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
+from mdn_jax.layers.mlp import SwiGLU
+from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
+from mdn_jax.layers.norm import RMSNorm
+from mdn_jax.layers.projection import wide_projection
+from mdn_jax.models.config import MDNConfig
+from mdn_jax.ops.api import Implementation, check_segment_ids
+
+ModelCache = tuple[MDNCache | AttentionCache, ...]
+
+
+class Block(nnx.Module):
+    """`h += mixer(norm(h))`, then `h += mlp(norm(h))`.
+
+    Args:
+      config: of the model.
+      layer: index of the block; decides between MDN and softmax attention.
+      implementation: of the momentum delta rule.
+      dtype: of the computation and of `h`.
+      param_dtype: of the parameters.
+      rngs: random keys for the initialisation, stream `params`.
+    """
+
+    def __init__(
+        self,
+        config: MDNConfig,
+        layer: int,
+        *,
+        implementation: Implementation | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        std = config.initializer_range
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
+        self.mixer: SoftmaxAttention | MomentumDeltaNet
+        if config.attn is not None and layer in config.attn.layers:
+            self.mixer = SoftmaxAttention(
+                config.hidden_size,
+                config.attn.num_heads,
+                num_kv_heads=config.attn.num_kv_heads,
+                qkv_bias=config.attn.qkv_bias,
+                window_size=config.attn.window_size,
+                rope_theta=config.attn.rope_theta,
+                initializer_range=std,
+                **options,
+            )
+        else:
+            self.mixer = MomentumDeltaNet(config, implementation=implementation, **options)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_width, initializer_range=std, **options)
+
+    def __call__(
+        self,
+        h: Float[Array, "B T hidden"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T hidden"], MDNCache | AttentionCache]:
+        """Applies the block; `cache` as for its mixer."""
+        y, cache = self.mixer(self.mixer_norm(h), segment_ids, cache)
+        h = h + y
+        return h + self.mlp(self.mlp_norm(h)), cache
+
+
+def _apply_and_recompute(block: Block, *inputs: Any) -> Any:
+    graph, state = nnx.split(block)
+    return jax.checkpoint(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *inputs)
+
+
+class MDNForCausalLM(nnx.Module):
+    """Momentum DeltaNet language model (MDN, arXiv 2605.05838).
+
+    Args:
+      config: sizes and options.
+      implementation: of the momentum delta rule, see `momentum_delta_rule`; None: the best one.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      dtype: of the computation; gates, states, softmax, statistics and logits are float32 (float64
+        for float64).
+      param_dtype: of the parameters.
+      rngs: random keys for the initialisation, stream `params`.
+    """
+
+    def __init__(
+        self,
+        config: MDNConfig,
+        *,
+        implementation: Implementation | None = None,
+        remat: bool = False,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.remat = remat
+        self.dtype = dtype
+        options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embeddings = nnx.Param(normal(rngs.params(), shape, param_dtype))
+        self.layers = nnx.List(
+            [
+                Block(config, layer, implementation=implementation, **options)
+                for layer in range(config.num_hidden_layers)
+            ]
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
+        self.lm_head: nnx.Param[Array] | None
+        if config.tie_word_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = nnx.Param(normal(rngs.params(), shape[::-1], param_dtype))
+
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> ModelCache:
+        """The cache before the first token, one entry a layer.
+
+        Args:
+          batch_size: rows.
+          max_length: tokens for which softmax attention makes room at once, so that no call
+            changes a shape, and beyond which it forgets the oldest; None: its cache grows. MDN
+            layers have a state of fixed size.
+        """
+        return tuple(
+            layer.mixer.init_cache(batch_size, max_length)
+            if isinstance(layer.mixer, SoftmaxAttention)
+            else layer.mixer.init_cache(batch_size)
+            for layer in self.layers
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: ModelCache | None = None,
+    ) -> tuple[Float[Array, "B T vocab"], ModelCache]:
+        """Logits of the next token.
+
+        Args:
+          tokens: ids in `[0, vocab_size)`, any integer dtype.
+          segment_ids: document of each token, non-decreasing along `T`: packed documents never
+            see each other.
+          cache: continues the row's first document; None means it starts here.
+
+        Returns:
+          The logits, float32 (float64 for float64), and the cache of the row's last document.
+
+        Raises:
+          TypeError: a dtype or type that does not fit.
+          ValueError: a shape that does not fit.
+        """
+        h, cache = self.hidden(tokens, segment_ids, cache)
+        return self.logits(h), cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: ModelCache | None = None,
+    ) -> tuple[Float[Array, "B T hidden"], ModelCache]:
+        """Everything before the output projection, in the compute dtype; arguments as the call's.
+
+        Raises:
+          TypeError: a dtype or type that does not fit.
+          ValueError: a shape that does not fit.
+        """
+        self._check(tokens, segment_ids, cache)
+        apply = _apply_and_recompute if self.remat else Block.__call__
+        # The cast comes after the lookup: the gradients of one token's occurrences add up in the
+        # parameter's dtype. A token outside the vocabulary gives nan.
+        h = jnp.take(self.embeddings[...], tokens, axis=0).astype(self.dtype)
+        caches = []
+        for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            h, after = apply(layer, h, segment_ids, before)
+            caches.append(after)
+        return self.norm(h), tuple(caches)
+
+    def logits(self, h: Float[Array, "*B hidden"]) -> Float[Array, "*B vocab"]:
+        """Output projection of `hidden`'s result, float32 (float64 for float64)."""
+        if self.lm_head is None:
+            return wide_projection(h, self.embeddings[...].T)
+        return wide_projection(h, self.lm_head[...])
+
+    def _check(self, tokens: Array, segment_ids: Array | None, cache: ModelCache | None) -> None:
+        if not hasattr(tokens, "dtype") or not hasattr(tokens, "shape"):
+            raise TypeError(f"tokens: expected an array [B, T], got {type(tokens).__name__}")
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"tokens: expected an integer dtype, got {tokens.dtype.name}")
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens: expected [B, T] with B, T >= 1, got {list(tokens.shape)}")
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, (tokens.shape[0], tokens.shape[1]))
+        if cache is not None:
+            if not isinstance(cache, tuple | list):
+                raise TypeError(f"cache: expected a tuple or None, got {type(cache).__name__}")
+            if len(cache) != len(self.layers):
+                raise ValueError(
+                    f"cache: expected {len(self.layers)} entries (the layers), got {len(cache)}"
+                )
