@@ -1,0 +1,63 @@
+import json
+import math
+
+from train.metrics import MetricsLog, Progress, read_metrics
+from train.plot import plot_losses
+
+
+def test_one_json_object_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, resume_step=0) as log:
+        log.write(step=1, loss=2.5, skipped=0)
+        log.write(step=2, loss=math.nan, grad_norm=math.inf, skipped=1)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 2.5, "skipped": 0},
+        {"step": 2, "loss": None, "grad_norm": None, "skipped": 1},
+    ]
+
+
+def test_resuming_keeps_every_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, resume_step=0) as log:
+        for step in range(1, 6):
+            log.write(step=step, loss=step)
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a crash
+    with MetricsLog(path, resume_step=3) as log:
+        log.write(step=4, loss=40)
+        assert [record["loss"] for record in log.records] == [1, 2, 3, 40]
+    assert [record["loss"] for record in read_metrics(path)] == [1, 2, 3, 40]
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        with MetricsLog(path, resume_step=0) as log:
+            log.write(step=1, loss=1.0)
+    assert len(read_metrics(path)) == 1
+
+
+def test_plain_progress_is_sparse(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("train.metrics.time.monotonic", lambda: now)
+    with Progress(start=10, steps=110) as progress:
+        for step in range(11, 111):
+            now += 60 if step == 11 else 1  # the first step compiles
+            progress.advance()
+            progress.report(step, 2.0, 1234.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "step 26/110  loss 2.000  1,234 tokens/s  1.4 min left"
+    assert len(lines) == 6
+
+
+def test_plot_is_a_png(tmp_path):
+    path = tmp_path / "loss.png"
+    records = [
+        {"step": 1, "loss": 5.0},
+        {"step": 2, "loss": None},
+        {"step": 2, "held_out_loss": 4.0},
+    ]
+    plot_losses(records, unigram=3.2, title="test", path=path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.models import AttentionConfig
+from tests.train.helpers import TINY_MODEL
+from train.config import OptimizerConfig
+from train.optimizer import decay_mask, make_optimizer, make_schedule
+
+PUBLISHED = OptimizerConfig()
+
+
+def test_published_schedule():
+    schedule = make_schedule(PUBLISHED, 30_720)
+    assert schedule(0) == 0
+    assert schedule(512) == pytest.approx(1.5e-4)
+    assert schedule(1024) == pytest.approx(3e-4)
+    middle = 1024 + (30_720 - 1024) // 2
+    assert schedule(middle) == pytest.approx((3e-4 + 3e-5) / 2, rel=1e-5)
+    assert schedule(30_720) == pytest.approx(3e-5)
+    assert schedule(99_999) == pytest.approx(3e-5)
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    schedule = make_schedule(OptimizerConfig(warmup_steps=0, decay_steps=10), 999)
+    assert schedule(0) == pytest.approx(3e-4)
+    assert schedule(10) == pytest.approx(3e-5)
+
+
+def test_every_parameter_of_a_hybrid_model_is_classified():
+    attention = AttentionConfig(layers=(1,), num_heads=2, qkv_bias=True)
+    config = MDNConfig(
+        **TINY_MODEL | {"num_hidden_layers": 2},
+        conv_bias=True,
+        use_lora_gate=True,
+        attn=attention,
+    )
+    model = nnx.eval_shape(lambda: MDNForCausalLM(config, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    mask = {
+        jax.tree_util.keystr(path, simple=True, separator="."): decays
+        for path, decays in jax.tree_util.tree_flatten_with_path(decay_mask(params))[0]
+    }
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="."): x.shape
+        for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    gates = {"a_log", "mu_log", "log_factor", "d_log", "dt_bias", "mu_bias"}
+    assert gates <= {name.rpartition(".")[2] for name in mask}
+    for name, decays in mask.items():
+        last = name.rpartition(".")[2]
+        exempt = last in gates or "bias" in last or "norm" in name
+        assert decays == (not exempt), name
+        # nothing with one axis is a matrix, everything with two is
+        assert decays == (len(shapes[name]) == 2), name
+    for name in (
+        "embeddings",
+        "lm_head",
+        "layers.0.mixer.q_proj.kernel",
+        "layers.0.mixer.q_conv1d.kernel",
+        "layers.0.mixer.gates.a_proj",
+        "layers.0.mlp.up_proj.kernel",
+        "layers.1.mixer.k_proj.kernel",
+    ):
+        assert mask[name], name
+    assert not mask["layers.1.mixer.k_proj.bias"]
+
+
+def test_an_unknown_parameter_needs_a_decision():
+    with pytest.raises(KeyError, match=r"layers\.novelty: expected.*DECAYED"):
+        decay_mask({"layers": {"novelty": jnp.zeros(3)}})
+
+
+def test_decay_acts_on_matrices_alone():
+    params = {"kernel": jnp.ones((2, 2)), "a_log": jnp.ones(2)}
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, decay_steps=10, weight_decay=0.1)
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+    gradient = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(new["kernel"], 1 - 0.5 * 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(new["a_log"], 1)
+
+
+def test_first_update_is_clipped_and_of_the_learning_rate():
+    params = {"scale": jnp.zeros(2)}
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, decay_steps=10, clip_norm=1.0)
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+    updates, state = optimizer.update(
+        {"scale": jnp.array([300.0, -400.0])}, optimizer.init(params), params
+    )
+    np.testing.assert_allclose(updates["scale"], [-0.1, 0.1], rtol=1e-5)
+    first_moment = optax.tree.get(state, "mu")["scale"]
+    np.testing.assert_allclose(first_moment, 0.1 * np.array([0.6, -0.8]), rtol=1e-5)

@@ -1,0 +1,102 @@
+import math
+
+import numpy as np
+import pytest
+
+from train.data import PackedRows, held_out_batches, unigram_entropy
+from train.data.packing import IGNORED
+from train.errors import RunError
+from train.tokenizer import DOCUMENT_START, decode, encode
+
+DOCUMENTS = [bytes([65 + i]) * (3 + 7 * i % 20) for i in range(12)]
+
+
+def packed(**changes):
+    options = {"batch_size": 3, "sequence_length": 8, "seed": 0} | changes
+    return PackedRows(DOCUMENTS, **options)
+
+
+def test_bytes_come_back():
+    text = "naïve = '→'\n"
+    assert encode(text.encode())[0] == DOCUMENT_START
+    assert decode(encode(text.encode())) == text
+    assert decode([0xC3]) == "\ufffd"
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    straight = [packed().batch(step) for step in range(30)]
+    for step in (29, 3, 17):
+        for key, value in packed().batch(step).items():
+            np.testing.assert_array_equal(value, straight[step][key])
+    assert any(
+        (packed(seed=1).batch(s)["tokens"] != b["tokens"]).any() for s, b in enumerate(straight)
+    )
+
+
+def test_shapes_and_types():
+    batch = packed().batch(0)
+    assert set(batch) == {"tokens", "segment_ids", "targets"}
+    assert {(x.shape, x.dtype.name) for x in batch.values()} == {((3, 8), "int32")}
+
+
+def test_an_epoch_visits_every_target_once():
+    rows = packed(batch_size=1)
+    targets = np.concatenate([rows.batch(step)["targets"] for step in range(rows.rows)])
+    kept = np.sort(targets[targets != IGNORED])
+    everything = np.sort(np.frombuffer(b"".join(DOCUMENTS), np.uint8))
+    assert len(everything) - len(kept) < 8  # the last row is cut off
+    counts = np.bincount(everything, minlength=256) - np.bincount(kept, minlength=256)
+    assert counts.min() >= 0
+    other = [rows.batch(step)["tokens"] for step in range(rows.rows, 2 * rows.rows)]
+    first = [rows.batch(step)["tokens"] for step in range(rows.rows)]
+    assert sorted(x.tobytes() for x in other) == sorted(x.tobytes() for x in first)
+    assert any((a != b).any() for a, b in zip(first, other, strict=True))
+
+
+def test_no_target_crosses_a_document():
+    for step in range(20):
+        batch = packed().batch(step)
+        tokens, segments, targets = batch["tokens"], batch["segment_ids"], batch["targets"]
+        assert (np.diff(segments, axis=1) == (tokens[:, 1:] == DOCUMENT_START)).all()
+        starts = tokens[:, 1:] == DOCUMENT_START
+        assert (targets[:, :-1][starts] == IGNORED).all()
+        np.testing.assert_array_equal(targets[:, :-1][~starts], tokens[:, 1:][~starts])
+        assert (targets != DOCUMENT_START).all()
+        # every document is one letter: within a segment all tokens and targets agree
+        for row in range(len(tokens)):
+            for segment in np.unique(segments[row]):
+                inside = segments[row] == segment
+                letters = {*tokens[row][inside], *targets[row][inside]} - {DOCUMENT_START, IGNORED}
+                assert len(letters) <= 1
+
+
+def test_too_little_text_is_named():
+    with pytest.raises(RunError, match=r"data\.files: expected at least .* = 9 tokens.*got 4"):
+        PackedRows([b"abc"], batch_size=1, sequence_length=8, seed=0)
+
+
+def test_held_out_covers_every_byte_once():
+    batches = held_out_batches(DOCUMENTS, batch_size=4, sequence_length=8, max_rows=1000)
+    targets = np.concatenate([batch["targets"] for batch in batches])
+    assert all(batch["tokens"].shape == (4, 8) for batch in batches)
+    assert bytes(targets[targets != IGNORED].tolist()) == b"".join(DOCUMENTS)
+
+
+def test_held_out_rows_are_capped_at_even_distances():
+    every = held_out_batches(DOCUMENTS, batch_size=1, sequence_length=8, max_rows=1000)
+    some = held_out_batches(DOCUMENTS, batch_size=1, sequence_length=8, max_rows=4)
+    step = len(every) / 4
+    for i, batch in enumerate(some):
+        np.testing.assert_array_equal(batch["tokens"], every[math.floor(i * step)]["tokens"])
+    assert len(some) == 4
+
+
+def test_a_short_held_out_text_is_padded_without_targets():
+    (batch,) = held_out_batches([b"ab"], batch_size=2, sequence_length=8, max_rows=9)
+    assert batch["targets"][batch["targets"] != IGNORED].tolist() == [97, 98]
+    assert (np.diff(batch["segment_ids"], axis=1) >= 0).all()
+
+
+def test_unigram_entropy():
+    batches = held_out_batches([b"aabb", b"cccc"], batch_size=1, sequence_length=4, max_rows=99)
+    assert unigram_entropy(batches) == pytest.approx(1.5 * math.log(2))

@@ -1,0 +1,220 @@
+"""Whole runs of a tiny model: what they leave behind, and what interruptions cost."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from mdn_jax import MDNConfig
+from tests.train.helpers import TINY_MODEL, assert_identical, tiny_config
+from train import loop
+from train.config import OptimizerConfig, from_dict
+from train.errors import RunError
+from train.loop import Trainer, train
+from train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    """A run from start to end, and its result."""
+    config = tiny_config(corpus, tmp_path_factory.mktemp("straight") / "run")
+    return config, train(config)
+
+
+def test_what_a_run_leaves_behind(straight):
+    config, result = straight
+    directory = config.directory
+    assert from_dict(json.loads((directory / "config.json").read_text())) == config.resolved()
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"3", "6"}
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (directory / "sample.txt").exists()
+    records = read_metrics(directory / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "held_out_loss" in r] == [3, 6]
+    assert records[-1]["held_out_loss"] == result.held_out_loss
+    assert {"loss", "grad_norm", "learning_rate", "skipped", "tokens_per_second"} < records[
+        0
+    ].keys()
+    assert result.signal is None
+    assert int(result.state.step) == 6
+
+
+def test_losses_are_those_of_the_held_out_bytes(straight):
+    config, result = straight
+    trainer = Trainer(config)
+    assert result.unigram_entropy == trainer.unigram
+    assert trainer.evaluate(result.state.params) == result.held_out_loss
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_resuming_is_identical_to_never_stopping(corpus, tmp_path, accumulation):
+    whole = tiny_config(corpus, tmp_path / "whole", accumulation=accumulation)
+    expected = train(whole)
+    halved = dataclasses.replace(whole, output_dir=str(tmp_path / "halved"), resume=True)
+    shutil.copytree(whole.directory, halved.directory)
+    shutil.rmtree(halved.directory / "checkpoints" / "6")
+    actual = train(halved)
+    assert_identical(actual.state, expected.state)
+    assert actual.held_out_loss == expected.held_out_loss
+    losses = [
+        [(r["step"], r["loss"]) for r in read_metrics(c.directory / "metrics.jsonl") if "loss" in r]
+        for c in (whole, halved)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_a_finished_run_changes_nothing(straight, tmp_path, capsys):
+    config, expected = straight
+    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), resume=True)
+    shutil.copytree(config.directory, again.directory)
+    before = (again.directory / "metrics.jsonl").read_text()
+    actual = train(again)
+    assert_identical(actual.state, expected.state)
+    assert actual.held_out_loss == expected.held_out_loss
+    assert (again.directory / "metrics.jsonl").read_text() == before
+    assert "no steps left" in capsys.readouterr().out
+
+
+def test_more_steps_go_on_at_the_final_learning_rate(straight, tmp_path):
+    config, _ = straight
+    longer = dataclasses.replace(
+        config,
+        output_dir=str(tmp_path / "longer"),
+        resume=True,
+        steps=8,
+        optimizer=dataclasses.replace(config.optimizer, decay_steps=6),
+    )
+    shutil.copytree(config.directory, longer.directory)
+    assert int(train(longer).state.step) == 8
+    last = [r for r in read_metrics(longer.directory / "metrics.jsonl") if "loss" in r][-1]
+    assert last["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_directory_with_a_run_is_left_alone(straight):
+    config, _ = straight
+    files = {p: p.stat().st_mtime_ns for p in config.directory.rglob("*")}
+    with pytest.raises(RunError, match=r"output_dir: expected a directory without a run.*--resume"):
+        train(config)
+    assert {p: p.stat().st_mtime_ns for p in config.directory.rglob("*")} == files
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(straight):
+    config, _ = straight
+    model = MDNConfig(**TINY_MODEL | {"hidden_size": 24})
+    other = dataclasses.replace(
+        config, resume=True, model=model, optimizer=OptimizerConfig(warmup_steps=2)
+    )
+    with pytest.raises(RunError) as error:
+        train(other)
+    message = str(error.value)
+    assert "resume: expected the configuration of the checkpoint of step 6" in message
+    assert "model.hidden_size: the checkpoint has 16, this run 24" in message
+    assert "optimizer.learning_rate: the checkpoint has 0.01, this run 0.0003" in message
+    assert "seed" not in message
+
+
+def test_a_checkpoint_of_other_documents_is_refused(straight, tmp_path):
+    config, _ = straight
+    (tmp_path / "a.txt").write_text("something else\n" * 20)
+    data = dataclasses.replace(config.data, files=(str(tmp_path / "a.txt"),))
+    with pytest.raises(RunError, match=r"data\.files: expected the documents of the checkpoint"):
+        train(dataclasses.replace(config, resume=True, data=data))
+
+
+def test_documents_may_move_between_start_and_resume(straight, corpus, tmp_path):
+    config, expected = straight
+    shutil.copytree(corpus, tmp_path / "corpus")
+    shutil.copytree(config.directory, tmp_path / "run")
+    data = dataclasses.replace(config.data, files=(str(tmp_path / "corpus" / "*"),))
+    moved = dataclasses.replace(config, resume=True, data=data, output_dir=str(tmp_path / "run"))
+    assert train(moved).held_out_loss == expected.held_out_loss
+
+
+def test_resume_without_a_checkpoint_is_refused(corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "nothing", resume=True)
+    with pytest.raises(RunError, match=r"resume: expected a checkpoint in .*found none"):
+        train(config)
+    assert not config.directory.exists()
+
+
+def test_an_output_directory_that_cannot_be_made_is_named(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"output_dir: expected a directory .*file/run: Not a dir"):
+        train(tiny_config(corpus, tmp_path / "file" / "run"))
+
+
+def test_a_failed_run_loses_no_checkpoint(corpus, tmp_path, monkeypatch, straight):
+    _, expected = straight
+    config = tiny_config(corpus, tmp_path / "run")
+    batch = loop.PackedRows.batch
+
+    def failing(self, step):
+        if step == 4:
+            raise OSError("disk gone")
+        return batch(self, step)
+
+    monkeypatch.setattr(loop.PackedRows, "batch", failing)
+    with pytest.raises(OSError, match="disk gone"):
+        train(config)
+    monkeypatch.undo()
+    assert [p.name for p in (config.directory / "checkpoints").iterdir()] == ["3"]
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert_identical(resumed.state, expected.state)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_stops(corpus, tmp_path, monkeypatch, straight, number):
+    _, expected = straight
+    config = tiny_config(corpus, tmp_path / "run")
+    batch = loop.PackedRows.batch
+
+    def interrupted(self, step):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return batch(self, step)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(loop.PackedRows, "batch", interrupted)
+    result = train(config)
+    monkeypatch.undo()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert result.signal == number
+    assert result.held_out_loss is None
+    assert [p.name for p in (config.directory / "checkpoints").iterdir()] == ["2"]
+    assert not (config.directory / "loss.png").exists()
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert_identical(resumed.state, expected.state)
+
+
+def test_only_the_latest_checkpoints_are_kept(corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", checkpoint_every=1, keep_checkpoints=2)
+    train(config)
+    assert {p.name for p in (config.directory / "checkpoints").iterdir()} == {"5", "6"}
+
+
+@pytest.mark.slow
+def test_skipped_steps_are_counted_and_survive_a_resume(corpus, tmp_path):
+    # a learning rate that no gradient survives: every step after the first update is skipped
+    optimizer = OptimizerConfig(learning_rate=1e38, warmup_steps=0, weight_decay=0.0)
+    config = tiny_config(corpus, tmp_path / "run", optimizer=optimizer, steps=4, eval_every=9)
+    train(config)
+    shutil.rmtree(config.directory / "checkpoints" / "4")
+    result = train(dataclasses.replace(config, resume=True))
+    assert int(result.state.skipped) == 3
+    records = read_metrics(config.directory / "metrics.jsonl")
+    assert [r["skipped"] for r in records if "skipped" in r] == [0, 1, 2, 3]
+    assert [r["grad_norm"] is None for r in records if "skipped" in r] == [False, True, True, True]
+    for x in jax.tree.leaves(result.state.params):
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_with_float32_parameters(corpus, tmp_path):
+    result = train(tiny_config(corpus, tmp_path / "run", dtype="bfloat16"))
+    assert {x.dtype.name for x in jax.tree.leaves(result.state.params)} == {"float32"}
+    assert np.isfinite(result.held_out_loss)

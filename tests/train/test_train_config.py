@@ -1,0 +1,107 @@
+import dataclasses
+import json
+
+import pytest
+
+from mdn_jax import MDNConfig
+from mdn_jax.models import AttentionConfig
+from train.config import (
+    CHANGEABLE_ON_RESUME,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    flatten,
+    from_dict,
+    resume_conflicts,
+    to_dict,
+)
+
+
+def test_json_round_trip():
+    attention = AttentionConfig(layers=(1, 3), num_heads=8)
+    config = TrainConfig(
+        model=MDNConfig(num_hidden_layers=4, attn=attention),
+        data=DataConfig(files=("a", "b/**")),
+        optimizer=OptimizerConfig(decay_steps=5000),
+        steps=6000,
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (("model", "hidden"), "hidden: unknown key"),
+        (("data", "file"), r"data\.file: expected one of.*unknown key"),
+        (("optimizer", "lr"), r"optimizer\.lr: expected one of.*unknown key"),
+        (("stepz",), "stepz: expected one of.*unknown key"),
+    ],
+)
+def test_an_unknown_key_is_named(path, message):
+    values = to_dict(TrainConfig())
+    part = values
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = 1
+    with pytest.raises(ValueError, match=message):
+        from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TrainConfig(steps=0), "steps: expected an int >= 1, got 0"),
+        (lambda: TrainConfig(batch_size=6, accumulation=4), "accumulation: expected a divisor of"),
+        (
+            lambda: TrainConfig(model=MDNConfig(vocab_size=256)),
+            r"model\.vocab_size: .* 257, got 256",
+        ),
+        (
+            lambda: TrainConfig(steps=1024),
+            r"optimizer\.warmup_steps: expected below the 1024 steps",
+        ),
+        (lambda: TrainConfig(sample_temperature=float("nan")), "sample_temperature: expected"),
+        (lambda: TrainConfig(name="a/b"), "name: expected"),
+        (lambda: DataConfig(held_out_fraction=1.0), r"data\.held_out_fraction: .* got 1\.0"),
+        (lambda: OptimizerConfig(learning_rate=0.0), r"optimizer\.learning_rate: .*> 0, got 0\.0"),
+        (lambda: OptimizerConfig(beta2=1.0), r"optimizer\.beta2: expected .* below 1, got 1\.0"),
+    ],
+)
+def test_a_bad_value_is_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_resolving_fills_in_what_depends_on_other_fields():
+    config = TrainConfig(name="x", steps=2000).resolved()
+    assert config.optimizer.decay_steps == 2000
+    assert config.output_dir == str(config.directory)
+    assert config.directory.parts[-2:] == ("runs", "x")
+    assert config.resolved() == config
+
+
+def test_resume_names_the_fields_that_differ():
+    saved = TrainConfig(steps=2000).resolved()
+    changed = dataclasses.replace(
+        saved,
+        steps=3000,
+        log_every=1,
+        resume=True,
+        seed=1,
+        optimizer=OptimizerConfig(learning_rate=1.0, decay_steps=2000),
+    )
+    assert resume_conflicts(to_dict(saved), to_dict(changed)) == [
+        "optimizer.learning_rate: the checkpoint has 0.0003, this run 1.0",
+        "seed: the checkpoint has 42, this run 1",
+    ]
+
+
+def test_more_steps_without_the_old_schedule_are_a_conflict():
+    saved, longer = (to_dict(TrainConfig(steps=steps).resolved()) for steps in (2000, 3000))
+    assert resume_conflicts(saved, longer) == [
+        "optimizer.decay_steps: the checkpoint has 2000, this run 3000"
+    ]
+
+
+def test_changeable_fields_exist():
+    assert flatten(to_dict(TrainConfig())).keys() >= CHANGEABLE_ON_RESUME

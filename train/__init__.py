@@ -1,0 +1,1 @@
+"""Training of Momentum DeltaNet language models: the `mdn-train` command."""

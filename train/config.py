@@ -1,0 +1,286 @@
+"""The configuration of a training run: one frozen dataclass, every field a flag of `mdn-train`."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mdn_jax.models.config import MDNConfig
+from mdn_jax.ops.api import Implementation
+from train.tokenizer import VOCAB_SIZE
+
+# What a run may change when it resumes: nothing that the parameters or the data order depend on.
+# `data.files` may, because the checkpoint knows the documents themselves by their digest. `steps`
+# may, because the learning rate follows `optimizer.decay_steps`.
+CHANGEABLE_ON_RESUME = frozenset(
+    {
+        "name",
+        "output_dir",
+        "resume",
+        "steps",
+        "data.files",
+        "implementation",
+        "remat",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "sample_tokens",
+        "sample_prompt",
+        "sample_temperature",
+    }
+)
+
+
+def _check(name: str, value: object, expected: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how much of it is held out."""
+
+    files: tuple[str, ...] = ()
+    """Files or globs ('**' crosses directories); none: the standard library's source text."""
+
+    held_out_fraction: float = 0.05
+    """Share of the documents (files) never trained on; each file's content decides its side."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "data.held_out_fraction",
+            self.held_out_fraction,
+            "a number above 0 and below 1",
+            0 < self.held_out_fraction < 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, cosine decay and clipping. The defaults are the published recipe."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+
+    final_fraction: float = 0.1
+    """Learning rate at the end of the decay and after it, as a fraction of the peak."""
+
+    warmup_steps: int = 1024
+    """Updates over which the learning rate rises linearly from 0."""
+
+    decay_steps: int | None = None
+    """Updates after which the cosine reaches its end, warm-up included; None: `steps`."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+
+    beta2: float = 0.95
+    """Decay of the second moment."""
+
+    epsilon: float = 1e-15
+    """Added to the root of the second moment."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; gate parameters, norms and biases have none."""
+
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            value = getattr(self, name)
+            _check(f"optimizer.{name}", value, "a finite number > 0", 0 < value < math.inf)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(f"optimizer.{name}", value, "a number >= 0 and below 1", 0 <= value < 1)
+        fraction, decay = self.final_fraction, self.weight_decay
+        _check("optimizer.final_fraction", fraction, "a number from 0 to 1", 0 <= fraction <= 1)
+        _check("optimizer.weight_decay", decay, "a finite number >= 0", 0 <= decay < math.inf)
+        _check("optimizer.warmup_steps", self.warmup_steps, "an int >= 0", self.warmup_steps >= 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    name: str = "run"
+    """Name of the run."""
+
+    output_dir: str | None = None
+    """Directory of checkpoints, metrics, plot and sample; None: runs/<name>."""
+
+    resume: bool = False
+    """Continue from the last checkpoint in the output directory."""
+
+    model: MDNConfig = field(default_factory=MDNConfig)
+    """The model."""
+
+    data: DataConfig = DataConfig()
+    """The text."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+
+    steps: int = 30_720
+    """Optimizer steps."""
+
+    batch_size: int = 128
+    """Rows in one step, over all its micro-batches."""
+
+    sequence_length: int = 4096
+    """Tokens in a row."""
+
+    accumulation: int = 1
+    """Micro-batches that a step's batch is computed in; the gradient is that of the whole batch."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations; parameters, moments and loss are float32."""
+
+    implementation: Implementation | None = None
+    """Implementation of the momentum delta rule; None: the best that supports the call."""
+
+    remat: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    seed: int = 42
+    """Seed of the initial parameters, the data order and the sample."""
+
+    log_every: int = 10
+    """Steps between lines of metrics."""
+
+    eval_every: int = 500
+    """Steps between measurements of the held-out loss."""
+
+    eval_rows: int = 256
+    """Most held-out rows to measure on, always the same; out of more rows, at even distances."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is always written at the end."""
+
+    keep_checkpoints: int = 3
+    """Latest checkpoints to keep."""
+
+    sample_tokens: int = 256
+    """Tokens to generate at the end."""
+
+    sample_prompt: str = ""
+    """Text that the generated sample continues; empty: the start of a document."""
+
+    sample_temperature: float = 0.8
+    """Temperature of the sample; 0: always the likeliest token."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "eval_every",
+            "eval_rows",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            value = getattr(self, name)
+            _check(name, value, "an int >= 1", value >= 1)
+        _check("name", self.name, "a name without '/'", bool(self.name) and "/" not in self.name)
+        _check("seed", self.seed, "an int >= 0", self.seed >= 0)
+        _check("sample_tokens", self.sample_tokens, "an int >= 0", self.sample_tokens >= 0)
+        temperature = self.sample_temperature
+        _check("sample_temperature", temperature, "a number >= 0", 0 <= temperature < math.inf)
+        _check("sequence_length", self.sequence_length, "an int >= 2", self.sequence_length >= 2)
+        _check(
+            "accumulation",
+            self.accumulation,
+            f"a divisor of batch_size = {self.batch_size}",
+            self.batch_size % self.accumulation == 0,
+        )
+        _check(
+            "model.vocab_size",
+            self.model.vocab_size,
+            f"at least the tokenizer's {VOCAB_SIZE}",
+            self.model.vocab_size >= VOCAB_SIZE,
+        )
+        decay_steps = self.decay_steps
+        _check(
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"below the {decay_steps} steps of the schedule (optimizer.decay_steps, or steps)",
+            self.optimizer.warmup_steps < decay_steps,
+        )
+
+    @property
+    def decay_steps(self) -> int:
+        """Updates after which the learning rate stays where it is."""
+        decay_steps = self.optimizer.decay_steps
+        return self.steps if decay_steps is None else decay_steps
+
+    @property
+    def directory(self) -> Path:
+        """The output directory, absolute."""
+        return Path(self.output_dir or Path("runs") / self.name).absolute()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one step's batch."""
+        return self.batch_size * self.sequence_length
+
+    def resolved(self) -> "TrainConfig":
+        """The same configuration with every default that depends on another field filled in."""
+        optimizer = dataclasses.replace(self.optimizer, decay_steps=self.decay_steps)
+        return dataclasses.replace(self, optimizer=optimizer, output_dir=str(self.directory))
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON values; `from_dict` reads it back."""
+    values = dataclasses.asdict(config) | {"model": config.model.to_dict()}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that `to_dict` wrote.
+
+    Raises:
+      ValueError: an unknown key, or a value that does not fit, by its name.
+    """
+    parts = dict(values)
+    parts["model"] = MDNConfig.from_dict(parts["model"])
+    parts["data"] = _build(DataConfig, parts["data"], "data.")
+    parts["optimizer"] = _build(OptimizerConfig, parts["optimizer"], "optimizer.")
+    return _build(TrainConfig, parts, "")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}} -> {"a.b": 1}`, the names that the flags have."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def resume_conflicts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations (`to_dict`) and may not; one line a field."""
+    old, new = flatten(saved), flatten(current)
+    return [
+        f"{name}: the checkpoint has {old.get(name)!r}, this run {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if name not in CHANGEABLE_ON_RESUME and old.get(name) != new.get(name)
+    ]
+
+
+def _build[C](cls: type[C], values: Mapping[str, Any], prefix: str) -> C:
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ValueError(
+                f"{prefix}{name}: expected one of {sorted(fields)}, got an unknown key"
+            )
+    # JSON has no tuples
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

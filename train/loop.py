@@ -1,0 +1,217 @@
+"""A training run, from its start or its last checkpoint to the sample at its end."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mdn_jax import MDNForCausalLM
+from train.checkpoint import Checkpoints, has_checkpoint
+from train.config import TrainConfig, flatten, to_dict
+from train.data import PackedRows, held_out_batches, load_corpus, unigram_entropy
+from train.errors import RunError
+from train.evaluate import make_evaluate
+from train.interrupt import Interrupt
+from train.metrics import MetricsLog, Progress
+from train.optimizer import make_optimizer, make_schedule
+from train.plot import plot_losses
+from train.sample import sample
+from train.step import TrainState, init_state, make_train_step, split_model
+
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+PLOT_FILE, SAMPLE_FILE = "loss.png", "sample.txt"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      state: the last training state.
+      unigram_entropy: of the held-out bytes, nats/byte.
+      held_out_loss: on the same bytes, nats/byte; None if a signal ended the run.
+      signal: number of the signal that ended the run before its last step, or None.
+    """
+
+    state: TrainState
+    unigram_entropy: float
+    held_out_loss: float | None
+    signal: int | None = None
+
+
+class Trainer:
+    """The documents, the model and the compiled functions of one resolved configuration."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Reads the documents and builds the model.
+
+        Raises:
+          RunError: a corpus that cannot be used.
+        """
+        self.config = config
+        corpus = load_corpus(config.data)
+        self.corpus_digest = corpus.fingerprint
+        self.rows = PackedRows(
+            corpus.train,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+        )
+        held_out = held_out_batches(
+            corpus.held_out,
+            batch_size=config.batch_size // config.accumulation,
+            sequence_length=config.sequence_length,
+            max_rows=config.eval_rows,
+        )
+        self.unigram = unigram_entropy(held_out)
+        self.model = MDNForCausalLM(
+            config.model,
+            implementation=config.implementation,
+            remat=config.remat,
+            dtype=jnp.dtype(config.dtype),
+            rngs=nnx.Rngs(config.seed),
+        )
+        self.forward, self.params = split_model(self.model)
+        self.schedule = make_schedule(config.optimizer, config.decay_steps)
+        self.optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.train_step = make_train_step(
+            self.forward, self.optimizer, self.schedule, accumulation=config.accumulation
+        )
+        self.evaluate = make_evaluate(self.forward, held_out)
+
+    def describe(self) -> str:
+        """One line on the size of the run."""
+        parameters = sum(x.size for x in jax.tree.leaves(self.params))
+        return (
+            f"{parameters:,} parameters, {self.rows.tokens:,} tokens to train on, "
+            f"{self.config.tokens_per_step:,} tokens a step, on {jax.devices()[0].device_kind}"
+        )
+
+
+def train(config: TrainConfig) -> Result:
+    """Runs the training that a configuration describes.
+
+    Args:
+      config: the run. Its directory gets the configuration, checkpoints, metrics, plot and sample.
+
+    Returns:
+      The state at the end and the losses.
+
+    Raises:
+      RunError: something that the user can put right; nothing was overwritten.
+    """
+    config = config.resolved()
+    directory = config.directory
+    _check_directory(config)
+    print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
+    trainer = Trainer(config)
+    print(trainer.describe(), flush=True)
+    _make_directory(directory)
+    with Checkpoints(config) as checkpoints:
+        state = init_state(trainer.params, trainer.optimizer)
+        if config.resume:
+            state = checkpoints.restore(state, corpus=trainer.corpus_digest)
+            print(f"resumed after step {int(state.step)} of {config.steps}", flush=True)
+            if int(state.step) >= config.steps:
+                print(
+                    "no steps left; to train on, add for example --steps "
+                    f"{2 * config.steps} --optimizer.decay-steps {config.decay_steps}"
+                )
+        (directory / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        with MetricsLog(directory / METRICS_FILE, resume_step=int(state.step)) as log:
+            with Interrupt() as interrupt:
+                result = _run_steps(trainer, state, checkpoints, log, interrupt)
+            checkpoints.save(result.state, corpus=trainer.corpus_digest)
+            checkpoints.wait()
+            if result.signal is None:
+                _finish(trainer, result, log)
+    return result
+
+
+def _check_directory(config: TrainConfig) -> None:
+    directory, there = config.directory, has_checkpoint(config.directory)
+    if there and not config.resume:
+        raise RunError(
+            f"output_dir: expected a directory without a run, got {directory}, which holds "
+            "checkpoints; continue that run with --resume or choose another --output-dir"
+        )
+    if config.resume and not there:
+        raise RunError(
+            f"resume: expected a checkpoint in {directory}, found none; "
+            "name the run's directory with --output-dir, or start it without --resume"
+        )
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"output_dir: expected a directory that can be made, got {directory}: {error.strerror}"
+        ) from None
+
+
+def _run_steps(
+    trainer: Trainer,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    interrupt: Interrupt,
+) -> Result:
+    """Steps until the last one or a signal, with metrics, checkpoints and evaluations.
+
+    The first line of metrics is that of the first step: its speed includes the compilation.
+    """
+    config = trainer.config
+    start, last = int(state.step), config.steps
+    held_out, pending = None, None
+    seconds, counted = 0.0, 0  # since the last line of metrics, checkpoints and evaluations apart
+    with Progress(start=start, steps=last) as progress:
+        for step in range(start + 1, last + 1):
+            began = time.perf_counter()
+            state, metrics = trainer.train_step(state, trainer.rows.batch(step - 1))
+            jax.block_until_ready(pending)  # one step ahead of the device, no more
+            pending = metrics.loss
+            logged = step % config.log_every == 0 or step in (start + 1, last)
+            values = jax.device_get(metrics)._asdict() if logged else {}
+            seconds, counted = seconds + time.perf_counter() - began, counted + 1
+            progress.advance()
+            if logged:
+                speed = counted * config.tokens_per_step / seconds
+                seconds, counted = 0.0, 0
+                scalars = {name: value.item() for name, value in values.items()}
+                log.write(step=step, **scalars, tokens_per_second=round(speed))
+                progress.report(step, scalars["loss"], speed)
+            if step % config.checkpoint_every == 0 or step == last:
+                checkpoints.save(state, corpus=trainer.corpus_digest)
+            if step % config.eval_every == 0 or step == last:
+                held_out = trainer.evaluate(state.params)
+                log.write(step=step, held_out_loss=held_out)
+                progress.say(f"step {step}: held-out loss {held_out:.4f} nats/byte")
+            if interrupt.signal is not None and step < last:
+                return Result(state, trainer.unigram, None, interrupt.signal)
+    if held_out is None:  # resumed after the last step
+        held_out = trainer.evaluate(state.params)
+    return Result(state, trainer.unigram, held_out)
+
+
+def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
+    """Draws the curve, writes and prints the sample."""
+    config, directory = trainer.config, trainer.config.directory
+    plot_losses(
+        log.records, unigram=result.unigram_entropy, title=config.name, path=directory / PLOT_FILE
+    )
+    text = sample(
+        trainer.model,
+        result.state.params,
+        prompt=config.sample_prompt,
+        length=config.sample_tokens,
+        temperature=config.sample_temperature,
+        seed=config.seed,
+    )
+    (directory / SAMPLE_FILE).write_text(text, encoding="utf-8")
+    print(f"sample at temperature {config.sample_temperature}:\n{text}\n{'-' * 80}", flush=True)

@@ -1,0 +1,125 @@
+"""What a run says while it runs: a JSONL file and a progress bar."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+Record = dict[str, int | float | None]
+
+_PLAIN_SECONDS = 15.0  # between lines where there is no terminal
+
+
+class MetricsLog:
+    """A file of one JSON object a line, each with its `step`.
+
+    A run that resumes at a step keeps the lines up to it and drops those after it, so that every
+    step is there once.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Opens the file.
+
+        Args:
+          path: file to write.
+          resume_step: last step to keep lines of; 0 starts an empty file.
+        """
+        self.records = [r for r in read_metrics(path) if (r["step"] or 0) <= resume_step]
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        os.replace(replacement, path)
+        self._file = path.open("a")
+
+    def write(self, **values: int | float) -> None:
+        """Appends a line; a number that is not finite becomes null."""
+        record: Record = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The lines of a metrics file; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Progress:
+    """A bar with loss, tokens/s and time left; sparse plain lines where there is no terminal."""
+
+    def __init__(self, *, start: int, steps: int) -> None:
+        """Shows the bar.
+
+        Args:
+          start: steps taken before.
+          steps: steps at the end.
+        """
+        self._terminal = sys.stderr.isatty()
+        columns, lines = shutil.get_terminal_size()  # 80 by 24 where the terminal names no size
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not self._terminal,
+            ncols=columns,
+            nrows=lines,
+        )
+        self._steps, self._first = steps, start + 1
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self._bar.update()
+
+    def report(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Shows the numbers of a step: loss in nats/token, speed in tokens/s."""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
+        now = time.monotonic()
+        if step == self._first:  # compiled until now: says nothing about the time left
+            self._began = self._said = now
+        if self._terminal or now - self._said < _PLAIN_SECONDS:
+            return
+        self._said = now
+        left = (now - self._began) / (step - self._first) * (self._steps - step)
+        self.say(
+            f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
+            f"{left / 60:.1f} min left"
+        )
+
+    def say(self, line: str) -> None:
+        """Prints a line without disturbing the bar."""
+        self._bar.write(line, file=sys.stderr)

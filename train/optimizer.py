@@ -1,0 +1,75 @@
+"""AdamW as published: warm-up and cosine, clipping, weight decay of matrices only."""
+
+from typing import Any
+
+import jax
+import optax
+
+from train.config import OptimizerConfig
+
+Params = Any  # nested dictionaries of arrays, by the names of the model's parameters
+
+# Every parameter's own name is in one of the two sets, so that a new one needs a decision.
+DECAYED = frozenset({"kernel", "embeddings", "lm_head", "a_proj", "b_proj", "m_proj", "e_proj"})
+NOT_DECAYED = frozenset(
+    {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log", "bias", "scale"}
+)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of each update (from 0): linear from 0 to the peak, then half a cosine.
+
+    Args:
+      config: peak, warm-up and final fraction.
+      steps: the update at which the cosine ends, unless the configuration names one.
+
+    Returns:
+      Function from the number of updates made to the learning rate.
+    """
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps or steps,
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def decay_mask(params: Params) -> Params:
+    """Which parameters weight decay applies to, by name.
+
+    True for projections, embeddings and convolutions; False for gate parameters, norms and biases.
+
+    Raises:
+      KeyError: a parameter of neither kind.
+    """
+
+    def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
+        name = str(path[-1].key)
+        if name in DECAYED:
+            return True
+        if name in NOT_DECAYED:
+            return False
+        raise KeyError(
+            f"{jax.tree_util.keystr(path, simple=True, separator='.')}: expected a parameter "
+            f"named in train.optimizer's DECAYED or NOT_DECAYED, got {name!r}"
+        )
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW with decay where `decay_mask` says."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

@@ -1,0 +1,141 @@
+"""One optimizer step as a pure function of the state and the batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from mdn_jax import MDNForCausalLM
+from train.data.packing import IGNORED, Batch
+from train.optimizer import Params
+
+# (parameters, tokens [B, T], segment ids [B, T]) -> logits [B, T, vocab]
+Forward = Callable[[Params, ArrayLike, ArrayLike], Float[Array, "B T vocab"]]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; a pytree.
+
+    Attributes:
+      params: parameters, nested dictionaries of float32 arrays.
+      opt_state: state of the optimizer.
+      step: steps taken, skipped ones included; also the position in the data.
+      skipped: steps left out because the loss or the gradient was not finite.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step.
+
+    Attributes:
+      loss: mean over the batch's targets, nats per token.
+      grad_norm: global norm of the gradient before clipping.
+      learning_rate: of this step's update.
+      skipped: steps skipped so far, this one included.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    skipped: Int[Array, ""]
+
+
+def split_model(model: MDNForCausalLM) -> tuple[Forward, Params]:
+    """Separates a model into a pure forward function and its parameters."""
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+
+    def forward(
+        params: Params, tokens: ArrayLike, segment_ids: ArrayLike
+    ) -> Float[Array, "B T vocab"]:
+        run = nnx.merge(graph, params, *rest)
+        logits, _ = run(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids))
+        return logits
+
+    return forward, nnx.to_pure_dict(params)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # donated: two buffers
+    return TrainState(params, optimizer.init(params), step, skipped)
+
+
+def summed_loss(logits: Float[Array, "B T vocab"], targets: ArrayLike) -> Float[Array, ""]:
+    """Cross entropy summed over the targets `[B, T]` that are not -100, in nats, float32."""
+    targets = jnp.asarray(targets)
+    counted = targets != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(counted, targets, 0)
+    )
+    return jnp.sum(jnp.where(counted, losses, 0.0))
+
+
+def make_train_step(
+    forward: Forward,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Builds the compiled step.
+
+    The loss is the mean over all targets of the batch, whatever the number of micro-batches: each
+    contributes its sum, divided by the whole batch's count. A step whose loss or gradient is not
+    finite changes nothing but the counts of steps and of skipped steps.
+
+    Args:
+      forward: logits of the model.
+      optimizer: update rule.
+      schedule: its learning rate, for the metrics.
+      accumulation: micro-batches to cut the batch into, along its rows.
+
+    Returns:
+      Function `(state, batch) -> (state, metrics)`; the buffers of `state` are reused.
+    """
+
+    def loss_and_gradient(params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
+        count = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
+
+        def micro_loss(params: Params, micro: Batch) -> Float[Array, ""]:
+            logits = forward(params, micro["tokens"], micro["segment_ids"])
+            return summed_loss(logits, micro["targets"]) / count
+
+        gradient = jax.value_and_grad(micro_loss)
+        if accumulation == 1:
+            return gradient(params, batch)
+
+        def add(carry: Any, micro: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, gradient(params, micro)), None
+
+        micros = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        return lax.scan(add, zeros, micros)[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, gradient = loss_and_gradient(state.params, batch)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        proposed = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), proposed, (state.params, state.opt_state)
+        )
+        skipped = state.skipped + ~finite
+        rate = jnp.asarray(schedule(state.step - state.skipped))
+        return (
+            TrainState(params, opt_state, state.step + 1, skipped),
+            StepMetrics(loss, norm, rate, skipped),
+        )
+
+    return jax.jit(train_step, donate_argnums=0)
