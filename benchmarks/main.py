@@ -2,13 +2,14 @@
 
 import tyro
 
+from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 
 
 def main() -> None:
     """Entry point of the console script."""
     tyro.extras.subcommand_cli_from_dict(
-        {"kernels": kernels},
+        {"inspect": inspect, "kernels": kernels},
         prog="mdn-bench",
         description="Benchmarks; each checks correctness before it times.",
     )

@@ -73,7 +73,7 @@ class OptimizerConfig:
     """Updates over which the learning rate rises linearly from 0."""
 
     decay_steps: int | None = None
-    """Updates after which the cosine reaches its end, warm-up included; None: `steps`."""
+    """Updates after which the cosine ends, warm-up included; None: `steps` of the first start."""
 
     beta1: float = 0.9
     """Decay of the first moment."""

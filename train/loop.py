@@ -1,5 +1,6 @@
 """A training run, from its start or its last checkpoint to the sample at its end."""
 
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -104,9 +105,9 @@ def train(config: TrainConfig) -> Result:
     Raises:
       RunError: something that the user can put right; nothing was overwritten.
     """
-    config = config.resolved()
-    directory = config.directory
     _check_directory(config)
+    config = _with_saved_schedule(config).resolved()
+    directory = config.directory
     print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
     trainer = Trainer(config)
     print(trainer.describe(), flush=True)
@@ -117,10 +118,7 @@ def train(config: TrainConfig) -> Result:
             state = checkpoints.restore(state, corpus=trainer.corpus_digest)
             print(f"resumed after step {int(state.step)} of {config.steps}", flush=True)
             if int(state.step) >= config.steps:
-                print(
-                    "no steps left; to train on, add for example --steps "
-                    f"{2 * config.steps} --optimizer.decay-steps {config.decay_steps}"
-                )
+                print(f"no steps left; to train on, add for example --steps {2 * config.steps}")
         (directory / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
         with MetricsLog(directory / METRICS_FILE, resume_step=int(state.step)) as log:
             with Interrupt() as interrupt:
@@ -144,6 +142,16 @@ def _check_directory(config: TrainConfig) -> None:
             f"resume: expected a checkpoint in {directory}, found none; "
             "name the run's directory with --output-dir, or start it without --resume"
         )
+
+
+def _with_saved_schedule(config: TrainConfig) -> TrainConfig:
+    """A resumed run keeps its schedule when only its number of steps changes."""
+    saved = config.directory / CONFIG_FILE
+    if not config.resume or config.optimizer.decay_steps is not None or not saved.exists():
+        return config
+    decay_steps = json.loads(saved.read_text())["optimizer"]["decay_steps"]
+    optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _make_directory(directory: Path) -> None:

@@ -82,13 +82,7 @@ def test_resuming_a_finished_run_changes_nothing(straight, tmp_path, capsys):
 
 def test_more_steps_go_on_at_the_final_learning_rate(straight, tmp_path):
     config, _ = straight
-    longer = dataclasses.replace(
-        config,
-        output_dir=str(tmp_path / "longer"),
-        resume=True,
-        steps=8,
-        optimizer=dataclasses.replace(config.optimizer, decay_steps=6),
-    )
+    longer = dataclasses.replace(config, output_dir=str(tmp_path / "longer"), resume=True, steps=8)
     shutil.copytree(config.directory, longer.directory)
     assert int(train(longer).state.step) == 8
     last = [r for r in read_metrics(longer.directory / "metrics.jsonl") if "loss" in r][-1]

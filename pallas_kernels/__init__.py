@@ -1,0 +1,1 @@
+"""GPU kernels in Pallas, compiled to Triton. Imports jax only and knows nothing of layers."""

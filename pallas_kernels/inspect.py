@@ -1,0 +1,292 @@
+"""What the kernels cost on a GPU, found on a machine without one.
+
+Lowering needs no GPU, and PyPI's Triton compiles what comes out for any compute capability; the
+`ptxas` in its wheel reports registers, spills and shared memory. XLA carries a Triton of its own,
+so the GPU's numbers may differ a little.
+"""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect
+
+from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+from pallas_kernels.tiling import KEY_DIMS, SHARED_MEMORY
+
+DEVICES = {(8, 0): ("NVIDIA A100-SXM4-80GB", 108), (9, 0): ("NVIDIA H100 80GB HBM3", 132)}
+"""Device kind and number of cores by compute capability."""
+
+_BATCH, _LENGTH, _HEADS = 8, 4096, 6
+
+
+class Case(NamedTuple):
+    """A call to compile for.
+
+    Attributes:
+      key_dim: K.
+      value_dim: V.
+      dtype: of q, k, v: "bfloat16", "float16" or "float32".
+      capability: compute capability, one of `DEVICES`.
+      explicit_p: with an erase key of its own.
+    """
+
+    key_dim: int
+    value_dim: int
+    dtype: str
+    capability: tuple[int, int]
+    explicit_p: bool = False
+
+
+_DTYPES = ("bfloat16", "float32")
+
+SHIPPED = (
+    *(Case(*case) for case in product(KEY_DIMS, (16, 64, 128, 256, 512), _DTYPES, DEVICES)),
+    *(
+        Case(*dims, dtype, capability, explicit_p=True)
+        for dims, dtype, capability in product(((64, 64), (128, 256), (256, 512)), _DTYPES, DEVICES)
+    ),
+)
+"""Every padded K, V up to the largest, both kinds of erase key."""
+
+CI = (
+    *(
+        Case(*dims, dtype, capability)
+        for dims, dtype, capability in product(
+            ((16, 16), (64, 64), (128, 256), (256, 512)), _DTYPES, DEVICES
+        )
+    ),
+    Case(128, 256, "bfloat16", (9, 0), explicit_p=True),
+)
+"""Part of `SHIPPED` that compiles in a few minutes."""
+
+
+class Kernel(NamedTuple):
+    """A lowered kernel.
+
+    Attributes:
+      name: as profilers show it.
+      source: Triton IR.
+      warps: warps of a program.
+      stages: pipeline stages of its loops.
+    """
+
+    name: str
+    source: str
+    warps: int
+    stages: int
+
+
+class KernelReport(NamedTuple):
+    """What a compiled kernel needs of a GPU.
+
+    Attributes:
+      name: as profilers show it.
+      warps: warps of a program.
+      stages: pipeline stages of its loops.
+      registers: of a thread.
+      spilled: bytes of registers that a thread stores to local memory.
+      shared: bytes of shared memory of a program.
+      shared_limit: bytes of shared memory that a program may use.
+      wgmma: warpgroup matrix instructions in the PTX.
+      mma: warp matrix instructions in the PTX.
+      cp_async: asynchronous copies to shared memory in the PTX.
+    """
+
+    name: str
+    warps: int
+    stages: int
+    registers: int
+    spilled: int
+    shared: int
+    shared_limit: int
+    wgmma: int
+    mma: int
+    cp_async: int
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether it cannot run for lack of shared memory."""
+        return self.shared > self.shared_limit
+
+
+def lower(
+    key_dim: int,
+    value_dim: int,
+    dtype: str,
+    capability: tuple[int, int],
+    explicit_p: bool = False,
+) -> list[Kernel]:
+    """The kernels of one forward and backward pass, in the order of the program.
+
+    Args:
+      key_dim: K.
+      value_dim: V.
+      dtype: of q, k, v: "bfloat16", "float16" or "float32".
+      capability: compute capability, one of `DEVICES`.
+      explicit_p: with an erase key of its own.
+    """
+    if capability not in DEVICES:
+        raise ValueError(f"capability: expected one of {list(DEVICES)}, got {capability}")
+    kind, cores = DEVICES[capability]
+    gate = jax.ShapeDtypeStruct((_BATCH, _LENGTH, _HEADS), jnp.float32)
+    state = jax.ShapeDtypeStruct((_BATCH, _HEADS, key_dim, value_dim), jnp.float32)
+    keys = jax.ShapeDtypeStruct((*gate.shape, key_dim), dtype)
+    values = jax.ShapeDtypeStruct((*gate.shape, value_dim), dtype)
+    x = Tokens(keys, keys, values, keys if explicit_p else None, gate, gate, gate, gate)
+    states = States(state, state)
+
+    def rule(x: Tokens, states: States) -> tuple[jax.Array, States]:
+        return momentum_delta(
+            x, states, starts=None, scale=key_dim**-0.5, normalize=True, capability=capability
+        )
+
+    @jax.jit
+    def both(x: Tokens, states: States, cotangents: tuple[jax.Array, States]) -> Any:
+        outputs, pullback = jax.vjp(rule, x, states)
+        return outputs, pullback(cotangents)
+
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu")
+    with (
+        use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        traced = both.trace(x, states, (values, states))
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    with module.context as context:
+        dialect.register_dialect(context)
+        return list(_kernels(module.operation))
+
+
+def _kernels(operation: Any) -> Iterator[Kernel]:
+    """Every call of a Triton kernel under `operation`."""
+    for region in operation.regions:
+        for block in region:
+            for child in block:
+                inner = child.operation
+                if inner.name == "stablehlo.custom_call":
+                    target = ir.StringAttr(inner.attributes["call_target_name"]).value
+                    if target.endswith("triton"):
+                        config = inner.attributes["mhlo.backend_config"]
+                        yield Kernel(
+                            name=ir.StringAttr(config["name"]).value,
+                            source=str(ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)),
+                            warps=ir.IntegerAttr(config["num_warps"]).value,
+                            stages=ir.IntegerAttr(config["num_stages"]).value,
+                        )
+                yield from _kernels(inner)
+
+
+def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> KernelReport:
+    """Compiles with PyPI's Triton, which keeps results in its cache on disk.
+
+    Args:
+      kernel: from `lower`.
+      capability: compute capability to compile for.
+
+    Raises:
+      ImportError: Triton is not installed.
+    """
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+    except ImportError as error:
+        raise ImportError(
+            "compiling kernels without a GPU needs Triton (x86-64 Linux): "
+            'pip install "mdn-jax[triton]"'
+        ) from error
+    major, minor = capability
+    arch = 10 * major + minor
+    with tempfile.TemporaryDirectory() as folder:
+        source, ptx = Path(folder, f"{kernel.name}.ttir"), Path(folder, "kernel.ptx")
+        source.write_text(kernel.source)
+        compiled = triton.compile(
+            str(source),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": kernel.warps, "num_stages": kernel.stages},
+        )
+        text = compiled.asm["ptx"]
+        ptx.write_text(text)
+        # "a": with the instructions of this architecture alone, as Triton compiles
+        target = f"-arch=sm_{arch}{'a' if major >= 9 else ''}"
+        log = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", target, str(ptx), "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, log)
+        if found is None:
+            raise RuntimeError(f"expected {pattern!r} in the report of ptxas, got {log!r}")
+        return int(found.group(1))
+
+    return KernelReport(
+        name=kernel.name,
+        warps=kernel.warps,
+        stages=kernel.stages,
+        registers=number(r"Used (\d+) registers"),
+        spilled=number(r"(\d+) bytes spill stores"),
+        shared=compiled.metadata.shared,
+        shared_limit=SHARED_MEMORY[capability],
+        wgmma=len(re.findall(r"\bwgmma\.mma_async", text)),
+        mma=len(re.findall(r"\bmma\.sync", text)),
+        cp_async=len(re.findall(r"\bcp\.async\.c[ag]\.", text)),
+    )
+
+
+def report(
+    key_dim: int,
+    value_dim: int,
+    dtype: str,
+    capability: tuple[int, int],
+    explicit_p: bool = False,
+) -> list[KernelReport]:
+    """Compiles the kernels of one forward and backward pass with the tiles that ship.
+
+    Args:
+      key_dim: K.
+      value_dim: V.
+      dtype: of q, k, v: "bfloat16", "float16" or "float32".
+      capability: compute capability, one of `DEVICES`.
+      explicit_p: with an erase key of its own.
+
+    Raises:
+      ImportError: Triton is not installed.
+    """
+    kernels = lower(key_dim, value_dim, dtype, capability, explicit_p)
+    return [compile_kernel(kernel, capability) for kernel in kernels]
+
+
+def _report(case: Case) -> list[KernelReport]:
+    return report(*case)
+
+
+def reports(
+    cases: Iterable[Case], processes: int | None = None
+) -> Iterator[tuple[Case, list[KernelReport]]]:
+    """`report` of each case, in order, as they come.
+
+    Args:
+      cases: such as `SHIPPED`.
+      processes: that compile at once; None: one a core.
+    """
+    cases = list(cases)
+    # not forked: jax runs threads
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from zip(cases, pool.map(_report, cases), strict=True)

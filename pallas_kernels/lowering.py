@@ -1,0 +1,77 @@
+"""The one place that calls `pallas_call`: compiler parameters, names, precision, interpret mode."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pl_triton
+
+Precision = lax.Precision | lax.DotAlgorithmPreset
+
+_BACKEND_NOTICE = ".*Triton.*"  # jax announces that its Triton backend will leave
+
+
+HALF_COEFFICIENTS = lax.DotAlgorithmPreset.TF32_TF32_F32
+
+
+def exact(interpret: bool) -> Precision:
+    """Near-float32 products of float32 operands: three bfloat16 passes on the tensor cores.
+
+    Plain TF32 is off by 2e-4, and TF32x3 is five times slower. The interpreter knows no presets.
+    """
+    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+
+
+def coefficient_precision(dtype: jnp.dtype, interpret: bool) -> Precision:
+    """Of float32 coefficients to be rounded to `dtype`: what 16 bits cannot show is cut."""
+    if interpret or dtype == jnp.float32:
+        return exact(interpret)
+    return HALF_COEFFICIENTS
+
+
+def dot(a: jax.Array, b: jax.Array, precision: Precision | None) -> jax.Array:
+    """`a @ b` accumulated in float32. 16-bit operands multiply exactly and ignore `precision`."""
+    wide = a.dtype == jnp.float32
+    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision if wide else None)
+
+
+def kernel_call(
+    body: Callable[..., None],
+    *operands: Any,
+    name: str,
+    grid: tuple[int, ...],
+    in_specs: Sequence[Any],
+    out_specs: Any,
+    out_shape: Any,
+    warps: int,
+    stages: int,
+    interpret: bool,
+) -> Any:
+    """Runs a kernel through the Triton backend of Pallas (or the interpreter, on any device).
+
+    Operands, specifications and results are pytrees; the body gets one of references for each
+    operand, then one for the result. None stands for an array that is not there.
+    """
+    # inside shard_map a result varies over every mesh axis that an operand varies over
+    axes = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
+    varying = jax.sharding.ManualAxisType(varying=frozenset().union(*axes))
+    out_shape = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying), out_shape
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _BACKEND_NOTICE, DeprecationWarning)
+        (result,) = pl.pallas_call(
+            body,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=[out_specs],
+            out_shape=[out_shape],
+            compiler_params=pl_triton.CompilerParams(num_warps=warps, num_stages=stages),
+            interpret=interpret,
+            name=name,
+        )(*operands)
+    return result

@@ -1,0 +1,279 @@
+"""Backward kernels with states: retreat walks the chunks back, state_gradients takes one each.
+
+Gradients are with respect to `N = -M`. Formulas: docs/algorithm.md, section 5.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lowering import dot, exact, kernel_call
+from pallas_kernels.momentum_delta import layout
+from pallas_kernels.momentum_delta.layout import (
+    CHUNK,
+    ChunkSpecs,
+    Leaf,
+    Options,
+    Prepared,
+    States,
+    Tokens,
+    WalkSpecs,
+)
+
+
+class Retreated(NamedTuple):
+    """What the walk back over the chunks gives.
+
+    Attributes:
+      d_v: gradient of v, `[B, T, HV, V]` in v's dtype.
+      d_kept: gradients of the states leaving each chunk, in v's dtype.
+      d_state: gradients of the initial states, float32.
+    """
+
+    d_v: Leaf
+    d_kept: States
+    d_state: States
+
+
+def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Options) -> jax.Array:
+    """The fourth kernel: the gradient of v from its own chunk's outputs, `X^T A^T dO`.
+
+    Grid (NT, B * HV, V / block). It keeps two matrices a chunk out of the walk back, which is
+    short of shared memory.
+    """
+    z = x.sizes
+    block = options.tiles.output_block_v
+    specs = ChunkSpecs(z)
+    values = specs.tokens(block, z.value_heads, blocked=True)
+    return kernel_call(
+        partial(_local_gradient, precision=exact(options.interpret)),
+        prepared.attention,
+        prepared.inverse,
+        d_o,
+        name="mdn_local_gradient",
+        grid=(z.chunks, z.batch * z.value_heads, z.value_dim // block),
+        in_specs=[specs.matrix(), specs.matrix(), values],
+        out_specs=values,
+        out_shape=z.per_head(z.value_dim, x.v.dtype),
+        warps=options.tiles.output_warps,
+        stages=1,
+        interpret=options.interpret,
+    )
+
+
+def _local_gradient(attention, inverse, d_o, out, *, precision):
+    d_error = dot(attention[...].T, d_o[...], precision).astype(out.dtype)
+    out[...] = dot(inverse[...].T, d_error, precision).astype(out.dtype)
+
+
+def retreat(
+    x: Tokens,
+    prepared: Prepared,
+    d_o: jax.Array,
+    d_local: jax.Array,
+    d_final: States,
+    options: Options,
+) -> Retreated:
+    """The fifth kernel, sequential over chunks from the last. Grid (V / block, B, HV)."""
+    z = x.sizes
+    block = options.tiles.retreat_block_v
+    specs = WalkSpecs(z, block)
+    keys, values = specs.keys(z.heads), specs.values()
+    p = None if x.p is None else specs.keys(z.p_heads)
+    return kernel_call(
+        partial(_retreat, chunks=z.chunks, precision=exact(options.interpret)),
+        (x.q, x.k, x.p, d_o, d_local),
+        (prepared.inverse, prepared.factors),
+        d_final,
+        name="mdn_retreat",
+        grid=(z.value_dim // block, z.batch, z.value_heads),
+        in_specs=[
+            (keys, keys, p, values, values),
+            (specs.matrix(), specs.factors()),
+            specs.state(),
+        ],
+        out_specs=Retreated(values, specs.kept(), specs.state()),
+        out_shape=Retreated(
+            z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), States(z.state, z.state)
+        ),
+        warps=options.tiles.retreat_warps,
+        stages=options.tiles.retreat_stages,
+        interpret=options.interpret,
+    )
+
+
+def _retreat(tokens, prepared, d_final, out, *, chunks, precision):
+    q_ref, k_ref, p_ref, do_ref, local_ref = tokens
+    inverse_ref, factor_ref = prepared
+    dtype = do_ref.dtype
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        c = chunks - 1 - i
+        d_s, d_n = carry  # [K, block] float32
+        steps = pl.ds(c * CHUNK, CHUNK)
+        low_s, low_n = d_s.astype(dtype), d_n.astype(dtype)
+        out.d_kept.s[c], out.d_kept.n[c] = low_s, low_n
+        k, q, d_o = k_ref[steps, :], q_ref[steps, :], do_ref[steps, :]
+        p = k if p_ref is None else p_ref[steps, :]
+
+        def factor(index: int) -> jax.Array:
+            return factor_ref[c, index, :][:, None]
+
+        d_error = factor(layout.WRITE_S) * dot(k, low_s, precision)
+        d_error += factor(layout.WRITE_N) * dot(k, low_n, precision)
+        d_v = dot(inverse_ref[c].T, d_error.astype(dtype), precision)
+        d_v += local_ref[steps, :].astype(jnp.float32)
+        out.d_v[steps, :] = d_v.astype(dtype)
+        wide_o = d_o.astype(jnp.float32)
+
+        def keep(index: int) -> jax.Array:
+            return factor_ref[c, layout.KEEP, index]
+
+        def through(query: int, read: int) -> jax.Array:
+            from_o = dot(q.T, (wide_o * factor(query)).astype(dtype), precision)
+            return from_o - dot(p.T, (d_v * factor(read)).astype(dtype), precision)
+
+        return (
+            keep(layout.KEEP_SS) * d_s + through(layout.QUERY_S, layout.READ_S),
+            keep(layout.KEEP_NS) * d_s
+            + keep(layout.KEEP_NN) * d_n
+            + through(layout.QUERY_N, layout.READ_N),
+        )
+
+    d_s, d_n = lax.fori_loop(0, chunks, step, (d_final.s[...], d_final.n[...]))
+    out.d_state.s[...], out.d_state.n[...] = d_s, d_n
+
+
+class KeyGradients(NamedTuple):
+    """Gradients of queries, keys and (if given) erase keys per value head, `[B, T, HV, K]`."""
+
+    q: Leaf
+    k: Leaf
+    p: Leaf | None
+
+
+class FromStates(NamedTuple):
+    """What a chunk's entering and leaving states give.
+
+    Attributes:
+      keys: gradients as if the norms were constants, in q's dtype.
+      rows: gradients of the row factors and of KEEP, one part a block of K,
+        `[B, HV, NT, K / block, ROW_GRADIENTS, C]` float32.
+    """
+
+    keys: KeyGradients
+    rows: Leaf
+
+
+def state_gradients(
+    x: Tokens,
+    prepared: Prepared,
+    values: tuple[jax.Array, jax.Array, jax.Array],
+    kept: States,
+    d_kept: States,
+    options: Options,
+) -> FromStates:
+    """The sixth kernel: gradients by way of the states. Grid (NT, B * HV, K / block).
+
+    Args:
+      x: the call's tokens.
+      prepared: from the forward pass.
+      values: `d_o`, `d_v` and `error`, `[B, T, HV, V]`.
+      kept: states entering each chunk.
+      d_kept: gradients of the states leaving each chunk.
+      options: of the call.
+    """
+    z = x.sizes
+    block = min(options.tiles.states_block_k, z.key_dim)
+    blocks = z.key_dim // block
+    specs = ChunkSpecs(z)
+    keys = specs.tokens(block, z.heads, blocked=True)
+    p = None if x.p is None else specs.tokens(block, z.p_heads, blocked=True)
+    per_head, gradient = (
+        specs.tokens(block, z.value_heads, blocked=True),
+        z.per_head(z.key_dim, x.q.dtype),
+    )
+    states = specs.states(block, z.value_dim, cut="k")
+    rows = z.per_chunk(blocks, layout.ROW_GRADIENTS, CHUNK, dtype=jnp.float32)
+    return kernel_call(
+        partial(
+            _state_gradients,
+            value_dim=z.value_dim,
+            block_v=min(options.tiles.states_block_v, z.value_dim),
+            precision=exact(options.interpret),
+        ),
+        (x.q, x.k, x.p),
+        values,
+        kept,
+        d_kept,
+        prepared.factors,
+        name="mdn_state_gradients",
+        grid=(z.chunks, z.batch * z.value_heads, blocks),
+        in_specs=[
+            (keys, keys, p),
+            (specs.tokens(z.value_dim, z.value_heads),) * 3,
+            states,
+            states,
+            specs.factors(),
+        ],
+        out_specs=FromStates(
+            KeyGradients(per_head, per_head, None if p is None else per_head), specs.part()
+        ),
+        out_shape=FromStates(
+            KeyGradients(gradient, gradient, None if p is None else gradient), rows
+        ),
+        warps=options.tiles.states_warps,
+        stages=options.tiles.states_stages,
+        interpret=options.interpret,
+    )
+
+
+def _state_gradients(tokens, values, kept, d_kept, factors, out, *, value_dim, block_v, precision):
+    q_ref, k_ref, p_ref = tokens
+    do_ref, dv_ref, error_ref = values
+    dtype = q_ref.dtype
+
+    def step(i: jax.Array, carry):
+        columns = pl.ds(i * block_v, block_v)
+        d_o, d_v, error = do_ref[:, columns], dv_ref[:, columns], error_ref[:, columns]
+        s, n = kept.s[:, columns], kept.n[:, columns]
+        d_s, d_n = d_kept.s[:, columns], d_kept.n[:, columns]
+        products, keeps = carry
+        # in the order of the factors: READ_S, READ_N, WRITE_S, WRITE_N, QUERY_S, QUERY_N
+        pairs = ((d_v, s), (d_v, n), (error, d_s), (error, d_n), (d_o, s), (d_o, n))
+        products = tuple(
+            total + dot(rows, state.T, precision)
+            for total, (rows, state) in zip(products, pairs, strict=True)
+        )
+        s, n, d_s, d_n = (y.astype(jnp.float32) for y in (s, n, d_s, d_n))
+        inner = (jnp.sum(d_s * s), jnp.sum(d_s * n), jnp.sum(d_n * n))  # in the order of KEEP
+        keeps = tuple(total + part for total, part in zip(keeps, inner, strict=True))
+        return products, keeps
+
+    square = jnp.zeros(q_ref.shape, jnp.float32)
+    carry = ((square,) * 6, (jnp.float32(0),) * 3)
+    products, keeps = lax.fori_loop(0, value_dim // block_v, step, carry)
+
+    erase_ref = k_ref if p_ref is None else p_ref
+    keys = (erase_ref, erase_ref, k_ref, k_ref, q_ref, q_ref)
+    for index, (product, ref) in enumerate(zip(products, keys, strict=True)):
+        row = jnp.sum(product * ref[...].astype(jnp.float32), axis=1)
+        out.rows[index, :] = -row if index in (layout.READ_S, layout.READ_N) else row
+    keep = jnp.zeros((CHUNK,), jnp.float32)
+    for index, gradient in enumerate(keeps):
+        keep = jnp.where(layout.lanes() == index, gradient, keep)
+    out.rows[layout.KEEP, :] = keep
+
+    scaled = [factors[i, :][:, None] * product for i, product in enumerate(products)]
+    d_p = -(scaled[layout.READ_S] + scaled[layout.READ_N])
+    d_k = scaled[layout.WRITE_S] + scaled[layout.WRITE_N]
+    out.keys.q[...] = (scaled[layout.QUERY_S] + scaled[layout.QUERY_N]).astype(dtype)
+    if p_ref is None:
+        d_k += d_p
+    else:
+        out.keys.p[...] = d_p.astype(dtype)
+    out.keys.k[...] = d_k.astype(dtype)

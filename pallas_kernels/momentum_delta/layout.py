@@ -1,0 +1,252 @@
+"""Arrays of one call as the kernels see them, and the block specifications to read them.
+
+Kernels come in two kinds: those of one chunk, whose grid is (chunk, b * HV + h, block), and those
+that walk the chunks of a head in order, whose grid is (block of V, b, h). A kernel's operands and
+results are named tuples; its body gets the same tuples with references in place of arrays, and None
+for the erase key that is not there.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tiling import Tiles
+
+Leaf = Any
+"""An array; in specifications and kernel bodies, what stands for it there."""
+
+CHUNK = 64
+"""Steps in a chunk. The matrices inside a chunk are `[CHUNK, CHUNK]`."""
+
+# rows of `Prepared.factors`: what scales the rows of P, K, Q in the products with the states ...
+READ_S, READ_N, WRITE_S, WRITE_N, QUERY_S, QUERY_N = range(6)
+# ... what carries the states over the chunk, and the norms of q (times scale) and k
+KEEP, NORM_Q, NORM_K = range(6, 9)
+FACTORS = 9
+# entries of the row KEEP: S_C = ss S_0 + ns N_0 + ..., N_C = nn N_0 + ...
+KEEP_SS, KEEP_NS, KEEP_NN = range(3)
+# gradients come back for the first seven rows
+ROW_GRADIENTS = 7
+
+
+class Options(NamedTuple):
+    """What is fixed when the rule is traced.
+
+    Attributes:
+      scale: factor on the output.
+      normalize: l2-normalise q and k.
+      tiles: block shapes, warps, stages.
+      interpret: run the kernels in the interpreter, on any device.
+    """
+
+    scale: float
+    normalize: bool
+    tiles: Tiles
+    interpret: bool
+
+
+class Tokens(NamedTuple):
+    """Arrays with a time axis; `T` is a multiple of `CHUNK`.
+
+    Attributes:
+      q: `[B, T, H, K]`, bfloat16, float16 or float32 as all but the gates.
+      k: `[B, T, H, K]`.
+      v: `[B, T, HV, V]`.
+      p: `[B, T, H or HV, K]`, or None for `alpha` times the normalised key.
+      log_alpha: `[B, T, HV]` float32, as the other gates.
+      log_mu: `[B, T, HV]`.
+      beta: `[B, T, HV]`.
+      eta: `[B, T, HV]`.
+    """
+
+    q: Leaf
+    k: Leaf
+    v: Leaf
+    p: Leaf | None
+    log_alpha: Leaf
+    log_mu: Leaf
+    beta: Leaf
+    eta: Leaf
+
+    @property
+    def sizes(self) -> "Sizes":
+        """The static sizes of the call."""
+        batch, length, heads, key_dim = self.q.shape
+        p_heads = heads if self.p is None else self.p.shape[2]
+        return Sizes(batch, length, heads, p_heads, self.v.shape[2], key_dim, self.v.shape[3])
+
+
+class States(NamedTuple):
+    """Memory and negated momentum: `[B, HV, K, V]`, or one pair a chunk `[B, HV, NT, K, V]`."""
+
+    s: Leaf
+    n: Leaf
+
+
+class Prepared(NamedTuple):
+    """What the gates, keys and queries of a chunk give, whatever the states.
+
+    Attributes:
+      attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, dtype of q.
+      inverse: `(I + L)^-1`, same shape and dtype.
+      gamma: gamma as the error sees it, same shape and dtype.
+      factors: row factors `[B, HV, NT, FACTORS, C]` float32.
+    """
+
+    attention: Leaf
+    inverse: Leaf
+    gamma: Leaf
+    factors: Leaf
+
+
+class Sizes(NamedTuple):
+    """Static sizes of a call."""
+
+    batch: int
+    length: int
+    heads: int
+    p_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in a row, `NT`."""
+        return self.length // CHUNK
+
+    def per_chunk(self, *shape: int, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+        """`[B, HV, NT, *shape]`."""
+        return jax.ShapeDtypeStruct((self.batch, self.value_heads, self.chunks, *shape), dtype)
+
+    def per_head(self, width: int, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+        """`[B, T, HV, width]`."""
+        return jax.ShapeDtypeStruct((self.batch, self.length, self.value_heads, width), dtype)
+
+    @property
+    def gate(self) -> jax.ShapeDtypeStruct:
+        """`[B, T, HV]` float32."""
+        return jax.ShapeDtypeStruct((self.batch, self.length, self.value_heads), jnp.float32)
+
+    @property
+    def state(self) -> jax.ShapeDtypeStruct:
+        """`[B, HV, K, V]` float32."""
+        shape = (self.batch, self.value_heads, self.key_dim, self.value_dim)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def states(self, dtype: jax.typing.DTypeLike) -> States:
+        """A pair of states for each chunk, `[B, HV, NT, K, V]`."""
+        kept = self.per_chunk(self.key_dim, self.value_dim, dtype=dtype)
+        return States(kept, kept)
+
+
+class ChunkSpecs:
+    """Block specifications for the grid (chunk, b * HV + h, block).
+
+    `block` counts blocks of K or V, where a kernel has them; a `width` with `blocked=True` is cut
+    by it.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._z = sizes
+
+    def _spec(self, shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        heads = self._z.value_heads
+        return pl.BlockSpec(shape, lambda c, n, i: index(c, n // heads, n % heads, i))
+
+    def tokens(self, width: int, heads: int, *, blocked: bool = False) -> pl.BlockSpec:
+        """`[C, width]` of an array `[B, T, heads, ...]`."""
+        share = self._z.value_heads // heads
+        return self._spec(
+            (None, CHUNK, None, width), lambda c, b, h, i: (b, c, h // share, i if blocked else 0)
+        )
+
+    def gate(self) -> pl.BlockSpec:
+        """`[C]` of a gate `[B, T, HV]`."""
+        return self._spec((None, CHUNK, None), lambda c, b, h, i: (b, c, h))
+
+    def array(self, *shape: int) -> pl.BlockSpec:
+        """`[*shape]` of an array `[B, HV, NT, *shape]`."""
+        zeros = (0,) * len(shape)
+        return self._spec((None, None, None, *shape), lambda c, b, h, i: (b, h, c, *zeros))
+
+    def matrix(self) -> pl.BlockSpec:
+        """`[C, C]` of an array `[B, HV, NT, C, C]`."""
+        return self.array(CHUNK, CHUNK)
+
+    def factors(self) -> pl.BlockSpec:
+        """`[FACTORS, C]` of `Prepared.factors`."""
+        return self.array(FACTORS, CHUNK)
+
+    def states(self, key_block: int, value_block: int, *, cut: str) -> States:
+        """`[key_block, value_block]` of each chunk's states, cut along "k" or "v"."""
+        spec = self._spec(
+            (None, None, None, key_block, value_block),
+            lambda c, b, h, i: (b, h, c, i, 0) if cut == "k" else (b, h, c, 0, i),
+        )
+        return States(spec, spec)
+
+    def part(self) -> pl.BlockSpec:
+        """`[ROW_GRADIENTS, C]` of an array `[B, HV, NT, blocks, ROW_GRADIENTS, C]`."""
+        return self._spec(
+            (None, None, None, None, ROW_GRADIENTS, CHUNK),
+            lambda c, b, h, i: (b, h, c, i, 0, 0),
+        )
+
+
+class WalkSpecs:
+    """Block specifications for the grid (block of V, b, h): all chunks of a head."""
+
+    def __init__(self, sizes: Sizes, value_block: int) -> None:
+        self._z, self._block = sizes, value_block
+
+    def keys(self, heads: int) -> pl.BlockSpec:
+        """`[T, K]` of an array `[B, T, heads, K]`."""
+        share, z = self._z.value_heads // heads, self._z
+        return pl.BlockSpec(
+            (None, z.length, None, z.key_dim), lambda i, b, h: (b, 0, h // share, 0)
+        )
+
+    def values(self) -> pl.BlockSpec:
+        """`[T, block]` of an array `[B, T, HV, V]`."""
+        return pl.BlockSpec((None, self._z.length, None, self._block), lambda i, b, h: (b, 0, h, i))
+
+    def array(self, *shape: int) -> pl.BlockSpec:
+        """`[NT, *shape]` of an array `[B, HV, NT, *shape]`."""
+        zeros = (0,) * len(shape)
+        return pl.BlockSpec((None, None, self._z.chunks, *shape), lambda i, b, h: (b, h, 0, *zeros))
+
+    def matrix(self) -> pl.BlockSpec:
+        """`[NT, C, C]` of an array `[B, HV, NT, C, C]`."""
+        return self.array(CHUNK, CHUNK)
+
+    def factors(self) -> pl.BlockSpec:
+        """`[NT, FACTORS, C]` of `Prepared.factors`."""
+        return self.array(FACTORS, CHUNK)
+
+    def state(self) -> States:
+        """`[K, block]` of a pair of states `[B, HV, K, V]`."""
+        shape = (None, None, self._z.key_dim, self._block)
+        spec = pl.BlockSpec(shape, lambda i, b, h: (b, h, 0, i))
+        return States(spec, spec)
+
+    def kept(self) -> States:
+        """`[NT, K, block]` of the states of every chunk."""
+        shape = (None, None, self._z.chunks, self._z.key_dim, self._block)
+        spec = pl.BlockSpec(shape, lambda i, b, h: (b, h, 0, 0, i))
+        return States(spec, spec)
+
+
+def iotas() -> tuple[jax.Array, jax.Array]:
+    """Row and column numbers of a `[C, C]` matrix."""
+    shape = (CHUNK, CHUNK)
+    return lax.broadcasted_iota("int32", shape, 0), lax.broadcasted_iota("int32", shape, 1)
+
+
+def lanes() -> jax.Array:
+    """`0 .. C - 1`."""
+    return lax.broadcasted_iota("int32", (CHUNK,), 0)

@@ -1,0 +1,91 @@
+"""The rule as one differentiable function: kernels forward and backward behind `custom_vjp`."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
+from pallas_kernels.momentum_delta.forward import advance, output, prepare
+from pallas_kernels.momentum_delta.layout import Options, Prepared, States, Tokens
+from pallas_kernels.momentum_delta.scores import gates, score_gradients
+
+CHUNK_STATES = "mdn_chunk_states"
+"""Name of the chunk states among the residuals, for policies of `jax.checkpoint`."""
+
+
+class Residuals(NamedTuple):
+    """What the forward pass keeps, beside its inputs.
+
+    Attributes:
+      x: the inputs.
+      prepared: three `[C, C]` matrices and `FACTORS` rows a chunk.
+      error: `[B, T, HV, V]`.
+      kept: one pair of states a chunk, the largest part; recomputed from the others under a
+        checkpoint policy that does not save `CHUNK_STATES`.
+    """
+
+    x: Tokens
+    prepared: Prepared
+    error: jax.Array
+    kept: States
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rule(options: Options, x: Tokens, state: States) -> tuple[jax.Array, States]:
+    """The chunked rule for `T` a multiple of the chunk.
+
+    Args:
+      options: static.
+      x: tokens and gates.
+      state: entering states, float32, with the momentum negated.
+
+    Returns:
+      Outputs `[B, T, HV, V]` in v's dtype and the final states, float32.
+    """
+    return _forward(options, x, state)[0]
+
+
+def _forward(
+    options: Options, x: Tokens, state: States
+) -> tuple[tuple[jax.Array, States], Residuals]:
+    prepared = prepare(x, options)
+    error, kept, final = advance(x, prepared, state, options)
+    kept = States(*(checkpoint_name(y, CHUNK_STATES) for y in kept))
+    o = output(x, prepared, error, kept, options)
+    return (o, final), Residuals(x, prepared, error, kept)
+
+
+def _backward(
+    options: Options, residuals: Residuals, cotangents: tuple[jax.Array, States]
+) -> tuple[Tokens, States]:
+    x, prepared, error, kept = residuals
+    d_o, d_final = cotangents
+    d_local = local_gradient(x, prepared, d_o, options)
+    d_v, d_kept, d_state = retreat(x, prepared, d_o, d_local, d_final, options)
+    values = (d_o, d_v, error)
+    from_states = state_gradients(x, prepared, values, kept, d_kept, options)
+    scores = score_gradients(x, prepared, values, from_states.keys, options)
+    d_gates = gates(x, prepared, from_states.rows, scores, options)
+    d_q, d_k, d_p = scores.keys
+    d_x = Tokens(
+        q=_sum_groups(d_q, x.q),
+        k=_sum_groups(d_k, x.k),
+        v=d_v,
+        p=None if d_p is None or x.p is None else _sum_groups(d_p, x.p),
+        **d_gates._asdict(),
+    )
+    return d_x, d_state
+
+
+def _sum_groups(gradient: jax.Array, like: jax.Array) -> jax.Array:
+    """`[B, T, HV, K]` to the heads of `like`, added in float32."""
+    if gradient.shape == like.shape:
+        return gradient
+    grouped = gradient.reshape(*like.shape[:3], -1, like.shape[3])
+    return grouped.astype(jnp.float32).sum(axis=3).astype(like.dtype)
+
+
+rule.defvjp(_forward, _backward)

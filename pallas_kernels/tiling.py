@@ -1,0 +1,117 @@
+"""Block shapes, warps and stages: a small deterministic table, no autotuning at run time.
+
+The choices for bfloat16 at (128, 256) and (256, 512) were measured on an H100 (docs/kernels.md);
+the others follow from what fits into shared memory without spilling registers.
+"""
+
+from typing import NamedTuple
+
+KEY_DIMS = (16, 32, 64, 128, 256)
+"""Key dims that kernels run at; others are padded to the next."""
+MAX_KEY_DIM, MAX_VALUE_DIM = 256, 512
+
+SHARED_MEMORY = {
+    (8, 0): 166_912,
+    (8, 7): 166_912,
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+    (10, 3): 232_448,
+}
+"""Bytes of shared memory a block may use, by compute capability. Others have less than 102,400."""
+
+
+class Tiles(NamedTuple):
+    """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages."""
+
+    prepare_warps: int = 4
+    advance_block_v: int = 32
+    advance_warps: int = 4
+    advance_stages: int = 2
+    output_block_v: int = 128
+    output_warps: int = 4
+    retreat_block_v: int = 32
+    retreat_warps: int = 4
+    retreat_stages: int = 2
+    states_block_k: int = 64
+    states_block_v: int = 64
+    states_warps: int = 4
+    states_stages: int = 2
+    scores_block_v: int = 64
+    scores_warps: int = 4
+    scores_stages: int = 2
+    gates_warps: int = 8
+
+
+def padded_key_dim(key_dim: int) -> int:
+    """The key dim that kernels run at."""
+    return next(size for size in KEY_DIMS if size >= key_dim)
+
+
+def padded_value_dim(value_dim: int) -> int:
+    """The value dim that kernels run at: a power of two, or a multiple of 128."""
+    if value_dim > 128:
+        return -(-value_dim // 128) * 128
+    return max(16, 1 << (value_dim - 1).bit_length())
+
+
+def unsupported(key_dim: int, value_dim: int, capability: tuple[int, int] | None) -> str | None:
+    """Why a call cannot run on the kernels; None if it can.
+
+    Args:
+      key_dim: K.
+      value_dim: V.
+      capability: compute capability of the device; None for a device that is no CUDA GPU.
+    """
+    if key_dim > MAX_KEY_DIM:
+        return f"K at most {MAX_KEY_DIM}, got {key_dim}"
+    if value_dim > MAX_VALUE_DIM:
+        return f"V at most {MAX_VALUE_DIM}, got {value_dim}"
+    if capability is None:
+        return "a CUDA GPU, got none"
+    if capability not in SHARED_MEMORY:
+        known = ", ".join(f"{major}.{minor}" for major, minor in SHARED_MEMORY)
+        return f"compute capability {known}, got {capability[0]}.{capability[1]}"
+    return None
+
+
+def choose_tiles(key_dim: int, value_dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+    """The tiles for padded dims.
+
+    Args:
+      key_dim: K, one of `KEY_DIMS`.
+      value_dim: V, as `padded_value_dim` gives it.
+      itemsize: bytes of an element of q: 2 or 4.
+      capability: compute capability of the device, one of `SHARED_MEMORY`.
+    """
+    tiles = Tiles()
+    if itemsize == 2 and capability >= (9, 0):
+        if key_dim == 256:
+            tiles = tiles._replace(
+                advance_stages=3,
+                retreat_warps=8,
+                states_block_k=128,
+                states_warps=8,
+                scores_warps=8,
+            )
+        elif key_dim == 128:
+            tiles = tiles._replace(advance_block_v=64, scores_block_v=128)
+    elif itemsize == 2:
+        tiles = tiles._replace(advance_stages=1, retreat_stages=1, states_block_v=32)
+    else:
+        tiles = tiles._replace(
+            advance_block_v=16,
+            advance_stages=1,
+            output_block_v=32,
+            retreat_block_v=16,
+            retreat_stages=1,
+            states_block_v=16,
+            states_stages=1,
+            scores_block_v=16,
+            scores_stages=1,
+        )
+    clipped = {
+        name: min(size, value_dim)
+        for name, size in tiles._asdict().items()
+        if name.endswith("_block_v")
+    }
+    return tiles._replace(**clipped)
