@@ -133,15 +133,18 @@ def _retreat(tokens, prepared, d_final, out, *, chunks, precision):
         def keep(index: int) -> jax.Array:
             return factor_ref[c, layout.KEEP, index]
 
-        def through(query: int, read: int) -> jax.Array:
-            from_o = dot(q.T, (wide_o * factor(query)).astype(dtype), precision)
-            return from_o - dot(p.T, (d_v * factor(read)).astype(dtype), precision)
+        def through(kept: jax.Array, query: int, read: int) -> jax.Array:
+            # both products accumulate onto what is kept
+            kept += dot(q.T, (wide_o * factor(query)).astype(dtype), precision)
+            return kept + dot(p.T, (d_v * -factor(read)).astype(dtype), precision)
 
         return (
-            keep(layout.KEEP_SS) * d_s + through(layout.QUERY_S, layout.READ_S),
-            keep(layout.KEEP_NS) * d_s
-            + keep(layout.KEEP_NN) * d_n
-            + through(layout.QUERY_N, layout.READ_N),
+            through(keep(layout.KEEP_SS) * d_s, layout.QUERY_S, layout.READ_S),
+            through(
+                keep(layout.KEEP_NS) * d_s + keep(layout.KEEP_NN) * d_n,
+                layout.QUERY_N,
+                layout.READ_N,
+            ),
         )
 
     d_s, d_n = lax.fori_loop(0, chunks, step, (d_final.s[...], d_final.n[...]))
