@@ -111,43 +111,45 @@ def _retreat(tokens, prepared, d_final, out, *, chunks, precision):
     inverse_ref, factor_ref = prepared
     dtype = do_ref.dtype
 
-    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def factors(c: jax.Array) -> tuple[jax.Array, ...]:
+        keeps = (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
+        return (
+            *(factor_ref[c, row, :] for row in range(layout.QUERY_N + 1)),
+            *(factor_ref[c, layout.KEEP, i] for i in keeps),
+        )
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        # d_s, d_n are [K, block] float32; the rows were loaded a step ahead
+        d_s, d_n, read_s, read_n, write_s, write_n, query_s, query_n, *keeps = carry
+        keep_ss, keep_ns, keep_nn = keeps
         c = chunks - 1 - i
-        d_s, d_n = carry  # [K, block] float32
+        following = factors(jnp.maximum(c - 1, 0))
         steps = pl.ds(c * CHUNK, CHUNK)
         low_s, low_n = d_s.astype(dtype), d_n.astype(dtype)
         out.d_kept.s[c], out.d_kept.n[c] = low_s, low_n
         k, q, d_o = k_ref[steps, :], q_ref[steps, :], do_ref[steps, :]
         p = k if p_ref is None else p_ref[steps, :]
+        d_local = local_ref[steps, :].astype(jnp.float32)
 
-        def factor(index: int) -> jax.Array:
-            return factor_ref[c, index, :][:, None]
-
-        d_error = factor(layout.WRITE_S) * dot(k, low_s, precision)
-        d_error += factor(layout.WRITE_N) * dot(k, low_n, precision)
-        d_v = dot(inverse_ref[c].T, d_error.astype(dtype), precision)
-        d_v += local_ref[steps, :].astype(jnp.float32)
+        d_error = write_s[:, None] * dot(k, low_s, precision)
+        d_error += write_n[:, None] * dot(k, low_n, precision)
+        d_v = dot(inverse_ref[c].T, d_error.astype(dtype), precision) + d_local
         out.d_v[steps, :] = d_v.astype(dtype)
         wide_o = d_o.astype(jnp.float32)
 
-        def keep(index: int) -> jax.Array:
-            return factor_ref[c, layout.KEEP, index]
-
-        def through(kept: jax.Array, query: int, read: int) -> jax.Array:
+        def through(kept: jax.Array, query: jax.Array, read: jax.Array) -> jax.Array:
             # both products accumulate onto what is kept
-            kept += dot(q.T, (wide_o * factor(query)).astype(dtype), precision)
-            return kept + dot(p.T, (d_v * -factor(read)).astype(dtype), precision)
+            kept += dot(q.T, (wide_o * query[:, None]).astype(dtype), precision)
+            return kept + dot(p.T, (d_v * -read[:, None]).astype(dtype), precision)
 
         return (
-            through(keep(layout.KEEP_SS) * d_s, layout.QUERY_S, layout.READ_S),
-            through(
-                keep(layout.KEEP_NS) * d_s + keep(layout.KEEP_NN) * d_n,
-                layout.QUERY_N,
-                layout.READ_N,
-            ),
+            through(keep_ss * d_s, query_s, read_s),
+            through(keep_ns * d_s + keep_nn * d_n, query_n, read_n),
+            *following,
         )
 
-    d_s, d_n = lax.fori_loop(0, chunks, step, (d_final.s[...], d_final.n[...]))
+    carry = (d_final.s[...], d_final.n[...], *factors(jnp.int32(chunks - 1)))
+    d_s, d_n, *_ = lax.fori_loop(0, chunks, step, carry)
     out.d_state.s[...], out.d_state.n[...] = d_s, d_n
 
 

@@ -53,13 +53,13 @@ def prepare(x: Tokens, options: Options) -> Prepared:
 
 def _prepare(x, out, *, options):
     q, k = x.q[...], x.k[...]
-    beta, eta = x.beta[...], x.eta[...]
+    log_alpha, log_mu, beta, eta = (y[...] for y in (x.log_alpha, x.log_mu, x.beta, x.eta))
     precision = exact(options.interpret)
     coarse = coefficient_precision(q.dtype, options.interpret)
     norm_q = options.scale * inverse_norm(q, options.normalize)
     norm_k = inverse_norm(k, options.normalize)
     p, norm_p = (k, norm_k) if x.p is None else (x.p[...], jnp.ones_like(norm_k))
-    d = decays(x.log_alpha[...], x.log_mu[...], explicit_p=x.p is not None)
+    d = decays(log_alpha, log_mu, explicit_p=x.p is not None)
     co = coefficients(d, beta, coarse)
     write = eta * norm_k
 
@@ -137,39 +137,41 @@ def _advance(x, state, out, *, chunks, precision):
     k_ref, p_ref, v_ref, inverse_ref, factor_ref = x
     dtype = v_ref.dtype
 
-    def step(c: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        s, n = carry  # [K, block] float32
+    def factors(c: jax.Array) -> tuple[jax.Array, ...]:
+        rows = range(layout.READ_S, layout.WRITE_N + 1)
+        keeps = (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
+        return (
+            *(factor_ref[c, row, :] for row in rows),
+            *(factor_ref[c, layout.KEEP, i] for i in keeps),
+        )
+
+    def step(c: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        # s, n are [K, block] float32; the rows were loaded a step ahead, off the critical path
+        s, n, read_s, read_n, write_s, write_n, keep_ss, keep_ns, keep_nn = carry
+        following = factors(jnp.minimum(c + 1, chunks - 1))
         steps = pl.ds(c * CHUNK, CHUNK)
         # the order of loads, stores and products is the measured one: others cost up to 40 %
         low_s, low_n = s.astype(dtype), n.astype(dtype)
         out.kept.s[c], out.kept.n[c] = low_s, low_n
         k = k_ref[steps, :]
         p = k if p_ref is None else p_ref[steps, :]
-
-        def factor(index: int) -> jax.Array:
-            return factor_ref[c, index, :][:, None]
-
         residual = (
             v_ref[steps, :].astype(jnp.float32)
-            - factor(layout.READ_S) * dot(p, low_s, precision)
-            - factor(layout.READ_N) * dot(p, low_n, precision)
+            - read_s[:, None] * dot(p, low_s, precision)
+            - read_n[:, None] * dot(p, low_n, precision)
         )
         error = dot(inverse_ref[c], residual.astype(dtype), precision)
         out.error[steps, :] = error.astype(dtype)
         k_t = k.T
 
-        def keep(index: int) -> jax.Array:
-            return factor_ref[c, layout.KEEP, index]
+        def write(by: jax.Array) -> jax.Array:
+            return dot(k_t, (error * by[:, None]).astype(dtype), precision)
 
-        def write(index: int) -> jax.Array:
-            return dot(k_t, (error * factor(index)).astype(dtype), precision)
+        s, n = keep_ss * s + keep_ns * n + write(write_s), keep_nn * n + write(write_n)
+        return s, n, *following
 
-        return (
-            keep(layout.KEEP_SS) * s + keep(layout.KEEP_NS) * n + write(layout.WRITE_S),
-            keep(layout.KEEP_NN) * n + write(layout.WRITE_N),
-        )
-
-    s, n = lax.fori_loop(0, chunks, step, (state.s[...], state.n[...]))
+    carry = (state.s[...], state.n[...], *factors(jnp.int32(0)))
+    s, n, *_ = lax.fori_loop(0, chunks, step, carry)
     out.final.s[...], out.final.n[...] = s, n
 
 

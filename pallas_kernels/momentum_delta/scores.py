@@ -89,6 +89,11 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     do_ref, dv_ref, error_ref = values
     precision, dtype = exact(options.interpret), x.q.dtype
 
+    # loads that would stall after the loop
+    log_mu, beta, eta = x.log_mu[...], x.beta[...], x.eta[...]
+    norm_q, norm_k = factors[layout.NORM_Q, :], factors[layout.NORM_K, :]
+    gamma_read = gamma[...]
+
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         columns = pl.ds(i * block_v, block_v)
         error_t = error_ref[:, columns].T
@@ -100,7 +105,6 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     square = jnp.zeros((CHUNK, CHUNK), jnp.float32)
     by_output, by_error = lax.fori_loop(0, value_dim // block_v, step, (square, square))
     t, j = layout.iotas()
-    norm_q, norm_k = factors[layout.NORM_Q, :], factors[layout.NORM_K, :]
     norm_p = norm_k if x.p is None else jnp.ones_like(norm_k)
     by_output = jnp.where(t >= j, by_output, 0.0) * norm_q[:, None] * norm_k[None, :]
     by_error = jnp.where(t > j, -by_error, 0.0) * norm_p[:, None] * norm_k[None, :]
@@ -111,13 +115,13 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     out.attention[...] = (by_output * dot(q, k_t, precision)).astype(dtype)
     out.overlap[...] = (by_error * dot(p, k_t, precision)).astype(dtype)
 
-    to_mu = jnp.cumsum(x.log_mu[...])
+    to_mu = jnp.cumsum(log_mu)
     exponents = jnp.minimum(to_mu[:, None] - to_mu[None, :], 0.0)
     w = jnp.where(t >= j, jnp.exp(exponents), 0.0)
-    gamma_read = gamma[...].astype(jnp.float32)
+    gamma_read = gamma_read.astype(jnp.float32)
     lifted = gamma_read if x.p is None else jnp.exp(x.log_alpha[...])[:, None] * gamma_read
-    eta = x.eta[...][None, :]
-    by_output = (by_output * (lifted + x.beta[...][:, None] * w) * eta).astype(dtype)
+    eta = eta[None, :]
+    by_output = (by_output * (lifted + beta[:, None] * w) * eta).astype(dtype)
     by_error = by_error * gamma_read * eta
     d_q = from_states.q[...].astype(jnp.float32) + dot(by_output, k, precision)
     d_k = from_states.k[...].astype(jnp.float32) + dot(by_output.T, q, precision)
@@ -196,33 +200,34 @@ def gates(
 
 
 def _gates(x, scores, rows, gamma_ref, factors, out, *, blocks, explicit_p, precision):
+    # all loads first: each would stall where it is used
+    by_attention, by_overlap, gamma_read = scores[0][...], scores[1][...], gamma_ref[...]
+    log_alpha, log_mu, beta, eta = (y[...] for y in (x.log_alpha, x.log_mu, x.beta, x.eta))
     norm_q, norm_k = factors[layout.NORM_Q, :], factors[layout.NORM_K, :]
+    d_rows = [
+        sum((rows[i, index, :] for i in range(1, blocks)), rows[0, index, :])
+        for index in range(layout.ROW_GRADIENTS)
+    ]
     norm_p = jnp.ones_like(norm_k) if explicit_p else norm_k
     lane = layout.lanes()
 
-    def row_gradient(index: int) -> jax.Array:
-        return sum((rows[i, index, :] for i in range(1, blocks)), rows[0, index, :])
-
-    d_keep = row_gradient(layout.KEEP)
-
     def at_end(index: int) -> jax.Array:  # the gradient of KEEP[index], at the last step
-        value = jnp.sum(jnp.where(lane == index, d_keep, 0.0))
+        value = jnp.sum(jnp.where(lane == index, d_rows[layout.KEEP], 0.0))
         return jnp.where(lane == CHUNK - 1, value, 0.0)
 
     t, j = layout.iotas()
     last = t == CHUNK - 1
-    beta, eta = x.beta[...], x.eta[...]
-    d = decays(x.log_alpha[...], x.log_mu[...], explicit_p)
-    gamma_read = gamma_ref[...].astype(jnp.float32)
+    d = decays(log_alpha, log_mu, explicit_p)
+    gamma_read = gamma_read.astype(jnp.float32)
     gamma = gamma_read if d.lift is None else d.lift[:, None] * gamma_read
     gamma += beta[:, None] * d.w
 
     # the chunk's final states read the last rows of gamma and w
-    by_write_s = norm_k * row_gradient(layout.WRITE_S)
-    by_write_n = norm_k * row_gradient(layout.WRITE_N)
-    d_gamma = scores[0][...].astype(jnp.float32)
+    by_write_s = norm_k * d_rows[layout.WRITE_S]
+    by_write_n = norm_k * d_rows[layout.WRITE_N]
+    d_gamma = by_attention.astype(jnp.float32)
     d_gamma += jnp.where(last, by_write_s[None, :], 0.0)
-    d_read = scores[1][...].astype(jnp.float32)
+    d_read = by_overlap.astype(jnp.float32)
     d_eta = jnp.sum(d_gamma * gamma + d_read * gamma_read, axis=0)
     d_eta += by_write_n * jnp.sum(jnp.where(last, d.w, 0.0), axis=0)
     out.eta[...] = d_eta
@@ -231,11 +236,11 @@ def _gates(x, scores, rows, gamma_ref, factors, out, *, blocks, explicit_p, prec
     d_read += d_gamma if d.lift is None else d.lift[:, None] * d_gamma
 
     a_beta = d.a * beta[None, :]
-    d_lead = norm_q * row_gradient(layout.QUERY_N) + at_end(layout.KEEP_NS)
-    d_total = norm_q * row_gradient(layout.QUERY_S) + at_end(layout.KEEP_SS)
+    d_lead = norm_q * d_rows[layout.QUERY_N] + at_end(layout.KEEP_NS)
+    d_total = norm_q * d_rows[layout.QUERY_S] + at_end(layout.KEEP_SS)
     lift = 1.0 if d.lift is None else d.lift
-    d_lead_read = norm_p * row_gradient(layout.READ_N) + lift * d_lead
-    d_total_a = norm_p * row_gradient(layout.READ_S) + lift * d_total
+    d_lead_read = norm_p * d_rows[layout.READ_N] + lift * d_lead
+    d_total_a = norm_p * d_rows[layout.READ_S] + lift * d_total
 
     d_w = dot(a_beta.T, d_read, precision) + beta[:, None] * d_gamma
     d_w += jnp.where(last, (eta * by_write_n)[None, :], 0.0)
