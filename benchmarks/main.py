@@ -4,12 +4,13 @@ import tyro
 
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
+from benchmarks.parity import parity
 
 
 def main() -> None:
     """Entry point of the console script."""
     tyro.extras.subcommand_cli_from_dict(
-        {"inspect": inspect, "kernels": kernels},
+        {"inspect": inspect, "kernels": kernels, "parity": parity},
         prog="mdn-bench",
         description="Benchmarks; each checks correctness before it times.",
     )

@@ -12,10 +12,8 @@ from jax.experimental.pallas import triton as pl_triton
 
 Precision = lax.Precision | lax.DotAlgorithmPreset
 
-_BACKEND_NOTICE = ".*Triton.*"  # jax announces that its Triton backend will leave
-
-
-HALF_COEFFICIENTS = lax.DotAlgorithmPreset.TF32_TF32_F32
+# jax announces, while it lowers a kernel, that this backend will leave; users can do nothing there
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
 def exact(interpret: bool) -> Precision:
@@ -30,7 +28,7 @@ def coefficient_precision(dtype: jnp.dtype, interpret: bool) -> Precision:
     """Of float32 coefficients to be rounded to `dtype`: what 16 bits cannot show is cut."""
     if interpret or dtype == jnp.float32:
         return exact(interpret)
-    return HALF_COEFFICIENTS
+    return lax.DotAlgorithmPreset.TF32_TF32_F32
 
 
 def dot(a: jax.Array, b: jax.Array, precision: Precision | None) -> jax.Array:
@@ -62,16 +60,14 @@ def kernel_call(
     out_shape = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying), out_shape
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", _BACKEND_NOTICE, DeprecationWarning)
-        (result,) = pl.pallas_call(
-            body,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=[out_specs],
-            out_shape=[out_shape],
-            compiler_params=pl_triton.CompilerParams(num_warps=warps, num_stages=stages),
-            interpret=interpret,
-            name=name,
-        )(*operands)
+    (result,) = pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=[out_specs],
+        out_shape=[out_shape],
+        compiler_params=pl_triton.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name=name,
+    )(*operands)
     return result

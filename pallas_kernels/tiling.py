@@ -54,18 +54,30 @@ def padded_value_dim(value_dim: int) -> int:
     return max(16, 1 << (value_dim - 1).bit_length())
 
 
-def unsupported(key_dim: int, value_dim: int, capability: tuple[int, int] | None) -> str | None:
+def unsupported(
+    key_dim: int,
+    value_dim: int,
+    capability: tuple[int, int] | None,
+    *,
+    itemsize: int = 2,
+    explicit_p: bool = False,
+) -> str | None:
     """Why a call cannot run on the kernels; None if it can.
 
     Args:
       key_dim: K.
       value_dim: V.
       capability: compute capability of the device; None for a device that is no CUDA GPU.
+      itemsize: bytes of an element of q.
+      explicit_p: with an erase key of its own.
     """
     if key_dim > MAX_KEY_DIM:
         return f"K at most {MAX_KEY_DIM}, got {key_dim}"
     if value_dim > MAX_VALUE_DIM:
         return f"V at most {MAX_VALUE_DIM}, got {value_dim}"
+    if explicit_p and itemsize == 4 and key_dim > 128:
+        # q, k and p of a chunk do not fit into shared memory together
+        return f"K at most 128 with p given and float32 inputs, got {key_dim}"
     if capability is None:
         return "a CUDA GPU, got none"
     if capability not in SHARED_MEMORY:
@@ -74,7 +86,13 @@ def unsupported(key_dim: int, value_dim: int, capability: tuple[int, int] | None
     return None
 
 
-def choose_tiles(key_dim: int, value_dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+def choose_tiles(
+    key_dim: int,
+    value_dim: int,
+    itemsize: int,
+    capability: tuple[int, int],
+    explicit_p: bool = False,
+) -> Tiles:
     """The tiles for padded dims.
 
     Args:
@@ -82,21 +100,37 @@ def choose_tiles(key_dim: int, value_dim: int, itemsize: int, capability: tuple[
       value_dim: V, as `padded_value_dim` gives it.
       itemsize: bytes of an element of q: 2 or 4.
       capability: compute capability of the device, one of `SHARED_MEMORY`.
+      explicit_p: with an erase key of its own, one more array to walk over.
     """
     tiles = Tiles()
     if itemsize == 2 and capability >= (9, 0):
         if key_dim == 256:
             tiles = tiles._replace(
-                advance_stages=3,
+                advance_stages=2 if explicit_p else 3,
                 retreat_warps=8,
+                retreat_stages=1 if explicit_p else 2,
                 states_block_k=128,
                 states_warps=8,
                 scores_warps=8,
             )
         elif key_dim == 128:
-            tiles = tiles._replace(advance_block_v=64, scores_block_v=128)
+            tiles = tiles._replace(scores_block_v=128)
     elif itemsize == 2:
-        tiles = tiles._replace(advance_stages=1, retreat_stages=1, states_block_v=32)
+        tiles = tiles._replace(
+            advance_stages=1,
+            output_block_v=64,
+            retreat_stages=1,
+            states_block_k=32,
+            states_block_v=32,
+            states_stages=1,
+            scores_block_v=32,
+            scores_warps=8,
+            scores_stages=1,
+        )
+        if key_dim == 256:
+            tiles = tiles._replace(advance_warps=8, retreat_block_v=16, retreat_warps=8)
+        elif key_dim == 128:
+            tiles = tiles._replace(retreat_warps=8)
     else:
         tiles = tiles._replace(
             advance_block_v=16,
@@ -104,11 +138,21 @@ def choose_tiles(key_dim: int, value_dim: int, itemsize: int, capability: tuple[
             output_block_v=32,
             retreat_block_v=16,
             retreat_stages=1,
-            states_block_v=16,
+            states_block_k=32,
+            states_block_v=32,
             states_stages=1,
             scores_block_v=16,
+            scores_warps=8,
             scores_stages=1,
         )
+        if capability >= (9, 0) and key_dim == 256:
+            tiles = tiles._replace(states_block_k=64, states_block_v=16, scores_warps=4)
+        elif key_dim == 256:
+            tiles = tiles._replace(
+                advance_warps=8, output_block_v=16, retreat_warps=8, scores_block_v=32
+            )
+        elif capability < (9, 0):
+            tiles = tiles._replace(scores_block_v=32, scores_warps=4)
     clipped = {
         name: min(size, value_dim)
         for name, size in tiles._asdict().items()

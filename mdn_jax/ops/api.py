@@ -94,9 +94,9 @@ def momentum_delta_rule(
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
     scale = key_dim**-0.5 if scale is None else scale
     if implementation is None:
-        implementation = "xla" if _unsupported_by_kernels(q, v, scale, chunk_size) else _KERNELS
+        implementation = "xla" if _unsupported_by_kernels(q, v, p, scale, chunk_size) else _KERNELS
     elif implementation == _KERNELS:
-        reason = _unsupported_by_kernels(q, v, scale, chunk_size)
+        reason = _unsupported_by_kernels(q, v, p, scale, chunk_size)
         if reason:
             raise ValueError(
                 f'implementation: "{_KERNELS}" expects {reason}; '
@@ -146,7 +146,7 @@ def _capability() -> tuple[int, int] | None:
 
 
 def _unsupported_by_kernels(
-    q: Array, v: Array, scale: float | Array, chunk_size: int | None
+    q: Array, v: Array, p: Array | None, scale: float | Array, chunk_size: int | None
 ) -> str | None:
     """What the GPU kernels would need that this call lacks; None if they can run it."""
     capability = _capability()
@@ -161,7 +161,13 @@ def _unsupported_by_kernels(
         return f"chunk_size {CHUNK} or None, got {chunk_size}"
     if isinstance(scale, jax.core.Tracer):
         return "a scale known when the call is traced, got a traced value"
-    return unsupported(q.shape[-1], v.shape[-1], capability)
+    return unsupported(
+        q.shape[-1],
+        v.shape[-1],
+        capability,
+        itemsize=q.dtype.itemsize,
+        explicit_p=p is not None,
+    )
 
 
 def _on_kernels(

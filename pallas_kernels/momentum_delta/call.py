@@ -39,7 +39,9 @@ def momentum_delta(
     """
     z = x.sizes
     key_dim, value_dim = padded_key_dim(z.key_dim), padded_value_dim(z.value_dim)
-    tiles = tiles or choose_tiles(key_dim, value_dim, x.q.dtype.itemsize, capability)
+    tiles = tiles or choose_tiles(
+        key_dim, value_dim, x.q.dtype.itemsize, capability, explicit_p=x.p is not None
+    )
     x = _pad(_reset(x, starts), -z.length % CHUNK, key_dim - z.key_dim, value_dim - z.value_dim)
     margin = ((0, 0), (0, 0), (0, key_dim - z.key_dim), (0, value_dim - z.value_dim))
     state = jax.tree.map(lambda y: jnp.pad(y, margin), state)

@@ -251,18 +251,22 @@ def _gates(x, scores, rows, gamma_ref, factors, out, *, blocks, explicit_p, prec
         jnp.sum(d_gamma * d.w, axis=1) + d_lead * d.total_w + jnp.sum(d_a_beta * d.a, axis=0)
     )
 
-    def from_here(steps: jax.Array) -> jax.Array:  # sum over t >= s
-        return jnp.sum(jnp.where(t >= j, steps[:, None], 0.0), axis=0)
+    # A product over a segment is sensitive to the log of each of its gates alike: step s takes
+    # part in those that start before it and end at or after it. Sums of those entries alone, for
+    # differences of larger sums would lose the gradient of a strong gate beside a weak one.
+    ends_at = (j >= t) if d.lift is None else (j > t)
 
-    # a segment's product is sensitive to the log of each of its gates alike
-    in_w = d_w * d.w
-    in_w = jnp.sum(in_w, axis=1) - jnp.sum(in_w, axis=0)
-    out.log_mu[...] = from_here(in_w + d_total_w * d.total_w)
-    in_a = d_a_beta * a_beta
-    ends = jnp.sum(in_a, axis=1) + d_total_a * d.total_a
-    d_log_alpha = from_here(ends - jnp.sum(in_a, axis=0))
+    def through(segments: jax.Array, reached: jax.Array) -> jax.Array:
+        ending = dot(jnp.where(reached, 1.0, 0.0), segments, precision)
+        return jnp.sum(jnp.where(t > j, ending, 0.0), axis=1)
+
+    def from_start(totals: jax.Array, reached: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(reached, totals[None, :], 0.0), axis=1)
+
+    out.log_mu[...] = through(d_w * d.w, j >= t) + from_start(d_total_w * d.total_w, j >= t)
+    d_log_alpha = through(d_a_beta * a_beta, ends_at) + from_start(d_total_a * d.total_a, ends_at)
     if d.lift is not None:
         lead_read = jnp.sum(a_beta * d.total_w[None, :], axis=1)
         d_lift = jnp.sum(d_gamma * gamma_read, axis=1) + d_lead * lead_read + d_total * d.total_a
-        d_log_alpha += d_lift * d.lift - ends
+        d_log_alpha += d_lift * d.lift
     out.log_alpha[...] = d_log_alpha

@@ -12,8 +12,13 @@ from pallas_kernels.momentum_delta.forward import advance, output, prepare
 from pallas_kernels.momentum_delta.layout import Options, Prepared, States, Tokens
 from pallas_kernels.momentum_delta.scores import gates, score_gradients
 
+CHUNK_FACTORS = "mdn_chunk_factors"
+"""Name of the residuals without states, for policies of `jax.checkpoint`.
+
+`jax.checkpoint_policies.save_only_these_names(CHUNK_FACTORS)` keeps these and has the states, most
+of the residuals, computed again by one kernel. `CHUNK_STATES` names the states.
+"""
 CHUNK_STATES = "mdn_chunk_states"
-"""Name of the chunk states among the residuals, for policies of `jax.checkpoint`."""
 
 
 class Residuals(NamedTuple):
@@ -23,8 +28,7 @@ class Residuals(NamedTuple):
       x: the inputs.
       prepared: three `[C, C]` matrices and `FACTORS` rows a chunk.
       error: `[B, T, HV, V]`.
-      kept: one pair of states a chunk, the largest part; recomputed from the others under a
-        checkpoint policy that does not save `CHUNK_STATES`.
+      kept: one pair of states a chunk, the largest part.
     """
 
     x: Tokens
@@ -52,7 +56,9 @@ def _forward(
     options: Options, x: Tokens, state: States
 ) -> tuple[tuple[jax.Array, States], Residuals]:
     prepared = prepare(x, options)
+    prepared = Prepared(*(checkpoint_name(y, CHUNK_FACTORS) for y in prepared))
     error, kept, final = advance(x, prepared, state, options)
+    error = checkpoint_name(error, CHUNK_FACTORS)
     kept = States(*(checkpoint_name(y, CHUNK_STATES) for y in kept))
     o = output(x, prepared, error, kept, options)
     return (o, final), Residuals(x, prepared, error, kept)

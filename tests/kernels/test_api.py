@@ -1,0 +1,86 @@
+"""`momentum_delta_rule` picks the kernels where they can run, and else says why they cannot."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels.momentum_delta
+from mdn_jax import momentum_delta_rule
+from mdn_jax.ops import api
+from mdn_jax.testing import random_inputs, relative_errors
+
+INPUTS = random_inputs(
+    seed=0, batch=1, length=20, heads=1, value_heads=2, key_dim=16, value_dim=16, documents=2
+)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a GPU of compute capability 9.0, with the kernels in the interpreter."""
+    interpreted = partial(pallas_kernels.momentum_delta.momentum_delta, interpret=True)
+    monkeypatch.setattr(pallas_kernels.momentum_delta, "momentum_delta", interpreted)
+    monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+
+
+def explain(**change):
+    with pytest.raises(ValueError, match="implementation") as raised:
+        momentum_delta_rule(**(INPUTS | change), implementation="pallas_triton")
+    message = str(raised.value)
+    assert 'implementation="xla"' in message
+    return message
+
+
+def test_a_cpu_is_told_what_is_needed_and_what_to_use():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    message = explain()
+    assert '"pallas_triton" expects a CUDA GPU' in message
+    assert "got none" in message
+    momentum_delta_rule(**INPUTS)  # and None picks another
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chunk_size": 32}, ["chunk_size 64", "32"]),
+        (random_inputs(seed=1, length=2, key_dim=257), ["K at most 256", "257"]),
+        (random_inputs(seed=1, length=2, value_dim=513), ["V at most 512", "513"]),
+    ],
+)
+def test_what_the_kernels_cannot_run(hopper, change, words):
+    inputs = INPUTS if "q" not in change else {"segment_ids": None}
+    message = explain(**(inputs | change))
+    for word in words:
+        assert word in message, message
+
+
+def test_float64_and_a_traced_scale(hopper, x64):
+    assert "float64" in explain(**random_inputs(seed=1, dtype="float64"), segment_ids=None)
+    with pytest.raises(ValueError, match="scale known when the call is traced"):
+        jax.jit(
+            lambda scale: momentum_delta_rule(**INPUTS, scale=scale, implementation="pallas_triton")
+        )(1.0)
+
+
+def test_an_unknown_capability(hopper, monkeypatch):
+    monkeypatch.setattr(api, "_capability", lambda: (8, 6))
+    message = explain()
+    assert "compute capability 8.0" in message
+    assert "got 8.6" in message
+
+
+def test_a_gpu_gets_the_kernels(hopper):
+    rule = jax.jit(momentum_delta_rule, static_argnames="implementation")
+    chosen = rule(**INPUTS)
+    named = rule(**INPUTS, implementation="pallas_triton")
+    jax.tree.map(np.testing.assert_array_equal, chosen, named)
+    scan = momentum_delta_rule(**INPUTS, implementation="scan")
+    assert max(relative_errors(chosen, scan).values()) <= 2e-5
+    assert "mdn_advance" in str(jax.make_jaxpr(lambda x: momentum_delta_rule(**x))(INPUTS))
+    # 16-bit gates and no state
+    half = INPUTS | {"beta": INPUTS["beta"].astype(jnp.bfloat16), "initial_state": None}
+    expected = momentum_delta_rule(**half, implementation="scan")
+    assert max(relative_errors(rule(**half), expected).values()) <= 2e-5

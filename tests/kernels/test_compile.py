@@ -1,0 +1,116 @@
+"""Every kernel lowers for the GPUs it ships for and, compiled, fits into their shared memory."""
+
+import platform
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from benchmarks import inspect as command
+from pallas_kernels import inspect
+from pallas_kernels.inspect import CI, Case, Kernel, KernelReport
+from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+
+KERNELS = {
+    "mdn_prepare",
+    "mdn_advance",
+    "mdn_output",
+    "mdn_local_gradient",
+    "mdn_retreat",
+    "mdn_state_gradients",
+    "mdn_score_gradients",
+    "mdn_gates",
+}
+
+
+def describe(case):
+    major, minor = case.capability
+    p = "_p" if case.explicit_p else ""
+    return f"K{case.key_dim}_V{case.value_dim}_{case.dtype}_sm{major}{minor}{p}"
+
+
+@pytest.mark.parametrize("case", CI, ids=describe)
+def test_kernels_lower(case):
+    kernels = inspect.lower(*case)
+    assert {kernel.name for kernel in kernels} == KERNELS
+    assert len(kernels) == len(KERNELS)
+    for kernel in kernels:
+        assert "tt.func" in kernel.source, kernel.name
+        assert "tt.dot" in kernel.source, kernel.name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64",
+    reason="the development version of Triton is for x86-64 Linux",
+)
+@pytest.mark.parametrize("case", CI, ids=describe)
+def test_kernels_compile_and_fit(case):
+    reports = inspect.report(*case)
+    assert not [report for report in reports if report.over_limit]
+    for report in reports:
+        assert report.wgmma + report.mma > 0, report
+
+
+def test_odd_dims_and_vmap_lower():
+    """A fourth grid axis, which no GPU has, is folded."""
+    per_step = jax.ShapeDtypeStruct((2, 1, 70, 3), jnp.float32)
+    keys, values = (jax.ShapeDtypeStruct((2, 1, 70, 3, size), jnp.float16) for size in (24, 40))
+    state = jax.ShapeDtypeStruct((2, 1, 3, 24, 40), jnp.float32)
+    x = Tokens(keys, keys, values, None, per_step, per_step, per_step, per_step)
+    with inspect.abstract_gpu((9, 0)):
+        traced = jax.jit(jax.vmap(gradient)).trace(x, States(state, state))
+        traced.lower(lowering_platforms=("cuda",))
+
+
+def test_shard_map_lowers():
+    """With `check_vma`, which the interpreter lacks."""
+    per_step = jax.ShapeDtypeStruct((2, 64, 1), jnp.float32)
+    keys = jax.ShapeDtypeStruct((2, 64, 1, 16), jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((2, 1, 16, 16), jnp.float32)
+    x = Tokens(keys, keys, keys, None, per_step, per_step, per_step, per_step)
+    data = PartitionSpec("data")
+    with inspect.abstract_gpu((9, 0), {"data": 2}):
+        sharded = jax.shard_map(gradient, in_specs=(data, data), out_specs=data)
+        traced = jax.jit(sharded).trace(x, States(state, state))
+        traced.lower(lowering_platforms=("cuda",))
+
+
+def gradient(x, state):
+    def rule(x, state):
+        return momentum_delta(x, state, starts=None, scale=1.0, normalize=True)
+
+    outputs, pullback = jax.vjp(rule, x, state)
+    return outputs, pullback(outputs)
+
+
+def test_an_unknown_capability():
+    with pytest.raises(ValueError, match=r"capability: expected one of .* got \(7, 5\)"):
+        inspect.lower(16, 16, "bfloat16", (7, 5))
+
+
+def test_triton_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r"mdn-jax\[triton\]"):
+        inspect.compile_kernel(Kernel("name", "module {}", 4, 1), (9, 0))
+
+
+@pytest.mark.parametrize("shared", [232_448, 232_449])
+def test_command_fails_over_the_limit(shared, monkeypatch, capsys):
+    report = KernelReport("mdn_gates", 4, 1, 255, 8, shared, 232_448, 16, 0, 0)
+    monkeypatch.setattr(command, "reports", lambda cases, _: ((case, [report]) for case in cases))
+    config = command.InspectConfig(
+        shapes=((16, 32),), dtypes=("bfloat16",), capabilities=("9.0",), explicit_p=True
+    )
+    assert command._cases(config) == [Case(16, 32, "bfloat16", (9, 0), explicit_p=True)]
+    if report.over_limit:
+        with pytest.raises(SystemExit, match="1 kernel"):
+            command.inspect(config)
+    else:
+        command.inspect(config)
+    out = capsys.readouterr().out
+    assert "mdn_gates" in out
+    assert "spills" in out
+    assert ("OVER" in out) == report.over_limit
