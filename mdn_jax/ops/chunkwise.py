@@ -70,7 +70,7 @@ def chunkwise_rule(
     """
     batch, length, heads, groups, value_dim = inputs.v.shape
     chunk = min(chunk_size or default_chunk_size(), length)
-    chunks = split_time(pad_time(inputs, -length % chunk), chunk)
+    chunks = _heads_first(split_time(pad_time(inputs, -length % chunk), chunk))
 
     prepare = jax.checkpoint(partial(_prepare, precision=precision))
     advance = jax.checkpoint(partial(_advance, precision=precision), prevent_cse=False)
@@ -84,25 +84,43 @@ def chunkwise_rule(
     return o, MDNState(s=s.reshape(state.s.shape), m=-n.reshape(state.m.shape))
 
 
-def _prepare(x: RuleInputs, *, precision: lax.Precision) -> tuple[_Chunk, Array]:
-    """The operands of every chunk, and `tril(Q K^T * gamma * eta)`; leading axis: chunks."""
-    q, k = jnp.moveaxis(x.q, 2, 3), jnp.moveaxis(x.k, 2, 3)  # [NT, B, H, C, K]
-    log_alpha, log_mu, beta, eta = (
-        jnp.moveaxis(gate, 2, 4) for gate in (x.log_alpha, x.log_mu, x.beta, x.eta)
-    )  # [NT, B, H, G, C]
-    co: ChunkCoefficients = chunk_coefficients(log_alpha, log_mu, beta, x.starts[:, :, None, None])
+def _heads_first(chunks: RuleInputs) -> RuleInputs:
+    """`[NT, B, C, heads..., ...] -> [NT, B, heads..., C, ...]`, each array copied once.
 
-    # the default erase key p = alpha k only scales the rows of k
-    p = None if x.p is None else jnp.moveaxis(x.p, 2, 4)  # [NT, B, H, P, C, K]
-    erase = jnp.exp(log_alpha) if p is None else jnp.ones_like(log_alpha)
-    rows = k[..., None, :, :] if p is None else p
-    overlap = jnp.einsum("nbhgtk,nbhjk->nbhgtj", rows, k, precision=precision)
-    lower = overlap * co.gamma_before * erase[..., None] * eta[..., None, :]
+    The barrier keeps XLA from making the copy anew, in another layout, for each use.
+    """
+    moved = RuleInputs(
+        q=jnp.moveaxis(chunks.q, 2, 3),
+        k=jnp.moveaxis(chunks.k, 2, 3),
+        v=jnp.moveaxis(chunks.v, 2, 4),
+        log_alpha=jnp.moveaxis(chunks.log_alpha, 2, 4),
+        log_mu=jnp.moveaxis(chunks.log_mu, 2, 4),
+        beta=jnp.moveaxis(chunks.beta, 2, 4),
+        eta=jnp.moveaxis(chunks.eta, 2, 4),
+        p=None if chunks.p is None else jnp.moveaxis(chunks.p, 2, 4),
+        starts=chunks.starts,
+    )
+    return lax.optimization_barrier(moved)
+
+
+def _prepare(x: RuleInputs, *, precision: lax.Precision) -> tuple[_Chunk, Array]:
+    """The operands of every chunk, and `tril(Q K^T * gamma * eta)`; see `_heads_first`."""
+    q, k, p, eta = x.q, x.k, x.p, x.eta
+    starts = x.starts[:, :, None, None]
+    co: ChunkCoefficients = chunk_coefficients(x.log_alpha, x.log_mu, x.beta, starts)
     scores = jnp.einsum("nbhtk,nbhjk->nbhtj", q, k, precision=precision)[:, :, :, None]
+
+    if p is None:  # alpha k: only scales the rows of k
+        erase = jnp.exp(x.log_alpha)
+        overlap = jnp.einsum("nbhtk,nbhjk->nbhtj", k, k, precision=precision)[:, :, :, None]
+    else:
+        erase = jnp.ones_like(x.log_alpha)
+        overlap = jnp.einsum("nbhgtk,nbhjk->nbhgtj", p, k, precision=precision)
+    lower = overlap * co.gamma_before * erase[..., None] * eta[..., None, :]
     chunk = _Chunk(
         q=q,
         k=k,
-        v=jnp.moveaxis(x.v, 2, 4),
+        v=x.v,
         p=p,
         inverse=unit_lower_inverse(lower),
         read_s=erase * co.decay_before,

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from mdn_jax import MDNState
 from mdn_jax.testing import GATE_REGIMES, random_inputs, relative_errors
 from pallas_kernels.lowering import kernel_call
-from pallas_kernels.momentum_delta.vjp import CHUNK_STATES
+from pallas_kernels.momentum_delta.vjp import CHUNK_FACTORS, CHUNK_STATES
 from tests.kernels.helpers import GATES, kernel_outputs_and_gradients, kernel_rule
 from tests.ops.helpers import cotangents, outputs_and_gradients
 
@@ -161,13 +161,14 @@ def squares(q, v, *, inputs):
 def test_checkpoint_without_the_chunk_states(capsys):
     inputs = small_inputs(seed=12, length=70)
     loss = partial(squares, inputs=inputs)
-    kept = jax.checkpoint(loss, policy=jax.checkpoint_policies.save_only_these_names(CHUNK_STATES))
-    recomputed = jax.checkpoint(
-        loss, policy=jax.checkpoint_policies.save_only_these_names("another")
-    )
-    for function, saved in ((kept, True), (recomputed, False)):
+    names = jax.checkpoint_policies.save_only_these_names
+    kept = jax.checkpoint(loss, policy=names(CHUNK_FACTORS, CHUNK_STATES))
+    recomputed = jax.checkpoint(loss, policy=names(CHUNK_FACTORS))
+    for function, states in ((kept, True), (recomputed, False)):
         jax.ad_checkpoint.print_saved_residuals(function, inputs["q"], inputs["v"])
-        assert (CHUNK_STATES in capsys.readouterr().out) == saved
+        saved = capsys.readouterr().out
+        assert CHUNK_FACTORS in saved
+        assert (CHUNK_STATES in saved) == states
     expected = jax.jit(jax.grad(loss, (0, 1)))(inputs["q"], inputs["v"])
     actual = jax.jit(jax.grad(recomputed, (0, 1)))(inputs["q"], inputs["v"])
     assert max(relative_errors(actual, expected).values()) <= 1e-6
