@@ -1,29 +1,18 @@
 """The published hybrid 400M model, seven MDN layers to one of softmax attention."""
 
-from mdn_jax import MDNConfig
+import dataclasses
+
+from configs import hybrid_400m_3to1
 from mdn_jax.models import AttentionConfig
 from train.config import TrainConfig
 
 
 def config() -> TrainConfig:
     """Published hybrid 400M model, softmax attention in every eighth layer; the 400M recipe."""
-    return TrainConfig(
+    base = hybrid_400m_3to1.config()
+    attention = AttentionConfig(layers=tuple(range(7, 24, 8)), num_heads=8)
+    return dataclasses.replace(
+        base,
         name="hybrid_400m_7to1",
-        model=MDNConfig(
-            vocab_size=50_257,
-            hidden_size=1024,
-            num_hidden_layers=24,
-            num_heads=8,
-            head_dim=128,
-            expand_v=1.0,
-            min_log_mu=-2.0,
-            tau_factor=1.0,
-            attn=AttentionConfig(layers=tuple(range(7, 24, 8)), num_heads=8),
-        ),
-        steps=30_720,
-        batch_size=128,
-        sequence_length=4096,
-        accumulation=16,
-        remat=True,
-        checkpoint_every=2048,
+        model=dataclasses.replace(base.model, attn=attention),
     )
