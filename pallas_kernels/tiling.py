@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     scores_block_v: int = 64
     scores_warps: int = 4
     scores_stages: int = 2
-    gates_warps: int = 8
+    gates_warps: int = 2
 
 
 def padded_key_dim(key_dim: int) -> int:
@@ -103,14 +103,14 @@ def choose_tiles(
       explicit_p: with an erase key of its own, one more array to walk over.
     """
     tiles = Tiles()
+    if itemsize == 2:
+        tiles = tiles._replace(prepare_warps=4 if key_dim == 256 else 2, gates_warps=1)
     if itemsize == 2 and capability >= (9, 0):
         if key_dim == 256:
             tiles = tiles._replace(
-                advance_stages=2 if explicit_p else 3,
                 retreat_warps=8,
                 retreat_stages=1 if explicit_p else 2,
-                states_block_k=128,
-                states_warps=8,
+                scores_block_v=128,
                 scores_warps=8,
             )
         elif key_dim == 128:

@@ -42,12 +42,12 @@ class Retreated(NamedTuple):
 def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Options) -> jax.Array:
     """The fourth kernel: the gradient of v from its own chunk's outputs, `X^T A^T dO`.
 
-    Grid (NT, B * HV, V / block). It keeps two matrices a chunk out of the walk back, which is
+    A program takes a block of V. It keeps two matrices a chunk out of the walk back, which is
     short of shared memory.
     """
     z = x.sizes
     block = options.tiles.output_block_v
-    specs = ChunkSpecs(z)
+    specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
     return kernel_call(
         partial(_local_gradient, precision=exact(options.interpret)),
@@ -55,7 +55,7 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
         prepared.inverse,
         d_o,
         name="mdn_local_gradient",
-        grid=(z.chunks, z.batch * z.value_heads, z.value_dim // block),
+        grid=specs.grid,
         in_specs=[specs.matrix(), specs.matrix(), values],
         out_specs=values,
         out_shape=z.per_head(z.value_dim, x.v.dtype),
@@ -182,7 +182,7 @@ def state_gradients(
     d_kept: States,
     options: Options,
 ) -> FromStates:
-    """The sixth kernel: gradients by way of the states. Grid (NT, B * HV, K / block).
+    """The sixth kernel: gradients by way of the states, a block of K a program.
 
     Args:
       x: the call's tokens.
@@ -195,7 +195,7 @@ def state_gradients(
     z = x.sizes
     block = min(options.tiles.states_block_k, z.key_dim)
     blocks = z.key_dim // block
-    specs = ChunkSpecs(z)
+    specs = ChunkSpecs(z, blocks)
     keys = specs.tokens(block, z.heads, blocked=True)
     p = None if x.p is None else specs.tokens(block, z.p_heads, blocked=True)
     per_head, gradient = (
@@ -217,7 +217,7 @@ def state_gradients(
         d_kept,
         prepared.factors,
         name="mdn_state_gradients",
-        grid=(z.chunks, z.batch * z.value_heads, blocks),
+        grid=specs.grid,
         in_specs=[
             (keys, keys, p),
             (specs.tokens(z.value_dim, z.value_heads),) * 3,
@@ -263,20 +263,25 @@ def _state_gradients(tokens, values, kept, d_kept, factors, out, *, value_dim, b
     carry = ((square,) * 6, (jnp.float32(0),) * 3)
     products, keeps = lax.fori_loop(0, value_dim // block_v, step, carry)
 
-    erase_ref = k_ref if p_ref is None else p_ref
-    keys = (erase_ref, erase_ref, k_ref, k_ref, q_ref, q_ref)
-    for index, (product, ref) in enumerate(zip(products, keys, strict=True)):
-        row = jnp.sum(product * ref[...].astype(jnp.float32), axis=1)
-        out.rows[index, :] = -row if index in (layout.READ_S, layout.READ_N) else row
     keep = jnp.zeros((CHUNK,), jnp.float32)
     for index, gradient in enumerate(keeps):
         keep = jnp.where(layout.lanes() == index, gradient, keep)
     out.rows[layout.KEEP, :] = keep
 
-    scaled = [factors[i, :][:, None] * product for i, product in enumerate(products)]
-    d_p = -(scaled[layout.READ_S] + scaled[layout.READ_N])
-    d_k = scaled[layout.WRITE_S] + scaled[layout.WRITE_N]
-    out.keys.q[...] = (scaled[layout.QUERY_S] + scaled[layout.QUERY_N]).astype(dtype)
+    def through(rows: tuple[int, int], keys: jax.Array, sign: float = 1.0) -> jax.Array:
+        """Gradient of the keys whose products the two rows of factors scale."""
+        wide = sign * keys.astype(jnp.float32)
+        for row in rows:
+            out.rows[row, :] = jnp.sum(products[row] * wide, axis=1)
+        scaled = [(sign * factors[row, :])[:, None] * products[row] for row in rows]
+        return scaled[0] + scaled[1]
+
+    # one pair of products is done with before the next: registers are short
+    d_q = through((layout.QUERY_S, layout.QUERY_N), q_ref[...])
+    out.keys.q[...] = d_q.astype(dtype)
+    k = k_ref[...]
+    d_k = through((layout.WRITE_S, layout.WRITE_N), k)
+    d_p = through((layout.READ_S, layout.READ_N), k if p_ref is None else p_ref[...], sign=-1.0)
     if p_ref is None:
         d_k += d_p
     else:

@@ -11,13 +11,22 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import coefficient_precision, dot, exact, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.coefficients import (
-    coefficients,
-    decays,
+    Ends,
+    Sight,
+    after,
+    ends,
+    half_coefficients,
+    halves,
     inverse_norm,
-    unit_lower_inverse,
+    last,
+    last_row,
+    lower_quarters,
+    unit_lower_inverses,
 )
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
+    HALF,
+    HALVES,
     ChunkSpecs,
     Leaf,
     Options,
@@ -29,7 +38,7 @@ from pallas_kernels.momentum_delta.layout import (
 
 
 def prepare(x: Tokens, options: Options) -> Prepared:
-    """The first kernel: all of a chunk that needs no state. Grid (NT, B * HV, 1)."""
+    """The first kernel: all of a chunk that needs no state."""
     z = x.sizes
     specs = ChunkSpecs(z)
     keys, gate = specs.tokens(z.key_dim, z.heads), specs.gate()
@@ -39,7 +48,7 @@ def prepare(x: Tokens, options: Options) -> Prepared:
         partial(_prepare, options=options),
         x._replace(v=None),
         name="mdn_prepare",
-        grid=(z.chunks, z.batch * z.value_heads, 1),
+        grid=specs.grid,
         in_specs=[Tokens(keys, keys, None, p, gate, gate, gate, gate)],
         out_specs=Prepared(specs.matrix(), specs.matrix(), specs.matrix(), specs.factors()),
         out_shape=Prepared(
@@ -51,45 +60,99 @@ def prepare(x: Tokens, options: Options) -> Prepared:
     )
 
 
+class _Half(NamedTuple):
+    """What is left of half a chunk when its coefficients are stored."""
+
+    lower: jax.Array  # [n, n]
+    ends: Ends
+    read_total: jax.Array  # [n], as the following
+    read_lead: jax.Array
+    out_total: jax.Array
+    out_lead: jax.Array
+
+
 def _prepare(x, out, *, options):
-    q, k = x.q[...], x.k[...]
-    log_alpha, log_mu, beta, eta = (y[...] for y in (x.log_alpha, x.log_mu, x.beta, x.eta))
     precision = exact(options.interpret)
-    coarse = coefficient_precision(q.dtype, options.interpret)
+    coarse = coefficient_precision(x.q.dtype, options.interpret)
+    explicit_p = x.p is not None
+
+    q, k = x.q[...], x.k[...]
     norm_q = options.scale * inverse_norm(q, options.normalize)
     norm_k = inverse_norm(k, options.normalize)
-    p, norm_p = (k, norm_k) if x.p is None else (x.p[...], jnp.ones_like(norm_k))
-    d = decays(log_alpha, log_mu, explicit_p=x.p is not None)
-    co = coefficients(d, beta, coarse)
-    write = eta * norm_k
-
+    p, norm_p = (x.p[...], jnp.ones_like(norm_k)) if explicit_p else (k, norm_k)
+    write = x.eta[...] * norm_k
+    out.factors[layout.NORM_Q, :], out.factors[layout.NORM_K, :] = norm_q, norm_k
     k_t = k.T
     scores = dot(q, k_t, precision) * norm_q[:, None] * write[None, :]
-    out.attention[...] = (scores * co.gamma).astype(q.dtype)
-    overlap = dot(p, k_t, precision) * norm_p[:, None] * write[None, :]
-    inverse = unit_lower_inverse(overlap * co.gamma_read, coarse)
-    out.inverse[...] = inverse.astype(q.dtype)
-    out.gamma[...] = co.gamma_read.astype(q.dtype)
+    score_1, score_21, score_2 = lower_quarters(scores)
+    overlaps = dot(p, k_t, precision) * norm_p[:, None] * write[None, :]
+    overlap_1, overlap_21, overlap_2 = lower_quarters(overlaps)
 
-    lane, last_row = layout.lanes(), layout.iotas()[0] == CHUNK - 1
+    def store(ref, row: pl.Slice, column: pl.Slice, value: jax.Array) -> None:
+        ref[row, column] = value.astype(ref.dtype)
 
-    def at_end(steps: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(lane == CHUNK - 1, steps, 0.0))
+    def rows(index: int, values: tuple[jax.Array, jax.Array], norm: jax.Array) -> None:
+        norms = halves(norm)
+        for half, value, by in zip(HALVES, values, norms, strict=True):
+            out.factors[index, half] = value * by
 
-    def end_row(matrix: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(last_row, matrix, 0.0), axis=0)
+    def half_chunk(index: jax.Array, carry: tuple[_Half, _Half]) -> tuple[_Half, _Half]:
+        at = pl.ds(index * HALF, HALF)
+        half = half_coefficients(x.log_alpha[at], x.log_mu[at], x.beta[at], explicit_p, coarse)
+        store(out.gamma, at, at, half.read.gamma)
+        store(out.attention, at, at, jnp.where(index == 0, score_1, score_2) * half.out.gamma)
+        return carry[1], _Half(
+            lower=jnp.where(index == 0, overlap_1, overlap_2) * half.read.gamma,
+            ends=ends(half),
+            read_total=half.read.total,
+            read_lead=half.read.lead,
+            out_total=half.out.total,
+            out_lead=half.out.lead,
+        )
 
-    out.factors[layout.READ_S, :] = d.total_a * norm_p
-    out.factors[layout.READ_N, :] = co.lead_read * norm_p
-    out.factors[layout.WRITE_S, :] = write * end_row(co.gamma)
-    out.factors[layout.WRITE_N, :] = write * end_row(d.w)
-    out.factors[layout.QUERY_S, :] = norm_q * co.total
-    out.factors[layout.QUERY_N, :] = norm_q * co.lead
-    out.factors[layout.NORM_Q, :] = norm_q
-    out.factors[layout.NORM_K, :] = norm_k
-    keep = jnp.where(lane == layout.KEEP_SS, at_end(co.total), 0.0)
-    keep = jnp.where(lane == layout.KEEP_NS, at_end(co.lead), keep)
-    out.factors[layout.KEEP, :] = jnp.where(lane == layout.KEEP_NN, at_end(d.total_w), keep)
+    # a loop, for code that is run once waits for its instructions
+    square, row = jnp.zeros((HALF, HALF), jnp.float32), jnp.zeros((HALF,), jnp.float32)
+    none = _Half(square, Ends(row, row, *(jnp.float32(0),) * 3), row, row, row, row)
+    half_1, half_2 = lax.fori_loop(0, 2, half_chunk, (none, none))
+    end_1, end_2 = half_1.ends, half_2.ends
+
+    first, second = HALVES
+    read = after(Sight(None, half_2.read_total, half_2.read_lead), end_1)
+    query = after(Sight(None, half_2.out_total, half_2.out_lead), end_1)
+    store(out.gamma, second, first, read.gamma)
+    store(out.attention, second, first, score_21 * query.gamma)
+    corner = overlap_21 * read.gamma
+
+    rows(layout.READ_S, (half_1.read_total, read.total), norm_p)
+    rows(layout.READ_N, (half_1.read_lead, read.lead), norm_p)
+    rows(layout.QUERY_S, (half_1.out_total, query.total), norm_q)
+    rows(layout.QUERY_N, (half_1.out_lead, query.lead), norm_q)
+    rows(layout.WRITE_S, (last_row(query.gamma), end_2.gamma), write)
+    rows(layout.WRITE_N, (end_2.momentum * end_1.w, end_2.w), write)
+    out.factors[layout.SIGHT_2, first] = half_2.read_total
+    out.factors[layout.SIGHT_2, second] = half_2.read_lead
+    out.factors[layout.ENDS_1, first], out.factors[layout.ENDS_1, second] = end_1.gamma, end_1.w
+    keeps = {
+        layout.KEEP_SS: last(query.total),
+        layout.KEEP_NS: last(query.lead),
+        layout.KEEP_NN: end_2.momentum * end_1.momentum,
+        layout.TOTAL_1: end_1.total,
+        layout.LEAD_1: end_1.lead,
+        layout.MOMENTUM_1: end_1.momentum,
+        layout.MOMENTUM_2: end_2.momentum,
+    }
+    keep = jnp.zeros((CHUNK,), jnp.float32)
+    for entry, value in keeps.items():
+        keep = jnp.where(layout.lanes() == entry, value, keep)
+    out.factors[layout.KEEP, :] = keep
+
+    inverse_1, inverse_2 = unit_lower_inverses((half_1.lower, half_2.lower), coarse)
+    corner = -dot(inverse_2, dot(corner, inverse_1, coarse), coarse)
+    store(out.inverse, first, first, inverse_1)
+    store(out.inverse, second, second, inverse_2)
+    store(out.inverse, second, first, corner)
+    for ref in (out.gamma, out.attention, out.inverse):
+        ref[first, second] = jnp.zeros((HALF, HALF), ref.dtype)
 
 
 class Advanced(NamedTuple):
@@ -178,10 +241,10 @@ def _advance(x, state, out, *, chunks, precision):
 def output(
     x: Tokens, prepared: Prepared, error: jax.Array, kept: States, options: Options
 ) -> jax.Array:
-    """The third kernel: o `[B, T, HV, V]`. Grid (NT, B * HV, V / block)."""
+    """The third kernel: o `[B, T, HV, V]`, a block of V a program."""
     z = x.sizes
     block = options.tiles.output_block_v
-    specs = ChunkSpecs(z)
+    specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
     return kernel_call(
         partial(_output, precision=exact(options.interpret)),
@@ -191,7 +254,7 @@ def output(
         prepared.factors,
         kept,
         name="mdn_output",
-        grid=(z.chunks, z.batch * z.value_heads, z.value_dim // block),
+        grid=specs.grid,
         in_specs=[
             specs.tokens(z.key_dim, z.heads),
             values,

@@ -1,7 +1,8 @@
 """Arrays of one call as the kernels see them, and the block specifications to read them.
 
-Kernels come in two kinds: those of one chunk, whose grid is (chunk, b * HV + h, block), and those
-that walk the chunks of a head in order, whose grid is (block of V, b, h). A kernel's operands and
+Kernels come in two kinds: those of one chunk, whose grid is flat (blocks of a chunk side by side,
+then heads, chunks, rows of the batch), and those that walk the chunks of a head in order, whose
+grid is (block of V, b, h). A kernel's operands and
 results are named tuples; its body gets the same tuples with references in place of arrays, and None
 for the erase key that is not there.
 """
@@ -21,14 +22,23 @@ Leaf = Any
 
 CHUNK = 64
 """Steps in a chunk. The matrices inside a chunk are `[CHUNK, CHUNK]`."""
+HALF = CHUNK // 2
+"""Steps that gates are turned into coefficients for at once."""
+HALVES = (pl.ds(0, HALF), pl.ds(HALF, HALF))
+"""The two halves of a chunk, as indices."""
 
 # rows of `Prepared.factors`: what scales the rows of P, K, Q in the products with the states ...
 READ_S, READ_N, WRITE_S, WRITE_N, QUERY_S, QUERY_N = range(6)
 # ... what carries the states over the chunk, and the norms of q (times scale) and k
 KEEP, NORM_Q, NORM_K = range(6, 9)
-FACTORS = 9
+# for the gradients of the gates: [read.total | read.lead] of the second half, [gamma | w] at the
+# end of the first (coefficients.py)
+SIGHT_2, ENDS_1 = range(9, 11)
+FACTORS = 11
 # entries of the row KEEP: S_C = ss S_0 + ns N_0 + ..., N_C = nn N_0 + ...
 KEEP_SS, KEEP_NS, KEEP_NN = range(3)
+# the end of the first half, and how much momentum the second keeps
+TOTAL_1, LEAD_1, MOMENTUM_1, MOMENTUM_2 = range(3, 7)
 # gradients come back for the first seven rows
 ROW_GRADIENTS = 7
 
@@ -145,24 +155,41 @@ class Sizes(NamedTuple):
 
 
 class ChunkSpecs:
-    """Block specifications for the grid (chunk, b * HV + h, block).
+    """Grid and block specifications of a kernel of one chunk.
 
-    `block` counts blocks of K or V, where a kernel has them; a `width` with `blocked=True` is cut
-    by it.
+    The blocks of a chunk run side by side, for they read the same rows; heads come next, whose
+    gates share cache lines. One flat dimension, for CUDA allows 65,535 programs along the others.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
-        self._z = sizes
+    def __init__(self, sizes: Sizes, blocks: int = 1) -> None:
+        self._z, self._blocks = sizes, blocks
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Programs of the kernel."""
+        z = self._z
+        return (self._blocks * z.value_heads * z.chunks * z.batch,)
+
+    def block(self, program: jax.Array) -> jax.Array:
+        """Which block of its chunk a program takes."""
+        return lax.rem(program, self._blocks)
 
     def _spec(self, shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
-        heads = self._z.value_heads
-        return pl.BlockSpec(shape, lambda c, n, i: index(c, n // heads, n % heads, i))
+        heads, chunks = self._z.value_heads, self._z.chunks
+
+        def indices(program: jax.Array) -> tuple:
+            rest = lax.div(program, self._blocks)
+            h, rest = lax.rem(rest, heads), lax.div(rest, heads)
+            return index(lax.rem(rest, chunks), lax.div(rest, chunks), h, self.block(program))
+
+        return pl.BlockSpec(shape, indices)
 
     def tokens(self, width: int, heads: int, *, blocked: bool = False) -> pl.BlockSpec:
         """`[C, width]` of an array `[B, T, heads, ...]`."""
         share = self._z.value_heads // heads
         return self._spec(
-            (None, CHUNK, None, width), lambda c, b, h, i: (b, c, h // share, i if blocked else 0)
+            (None, CHUNK, None, width),
+            lambda c, b, h, i: (b, c, lax.div(h, share), i if blocked else 0),
         )
 
     def gate(self) -> pl.BlockSpec:
@@ -241,12 +268,12 @@ class WalkSpecs:
         return States(spec, spec)
 
 
-def iotas() -> tuple[jax.Array, jax.Array]:
-    """Row and column numbers of a `[C, C]` matrix."""
-    shape = (CHUNK, CHUNK)
+def iotas(size: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+    """Row and column numbers of a `[size, size]` matrix."""
+    shape = (size, size)
     return lax.broadcasted_iota("int32", shape, 0), lax.broadcasted_iota("int32", shape, 1)
 
 
-def lanes() -> jax.Array:
-    """`0 .. C - 1`."""
-    return lax.broadcasted_iota("int32", (CHUNK,), 0)
+def lanes(size: int = CHUNK) -> jax.Array:
+    """`0 .. size - 1`."""
+    return lax.broadcasted_iota("int32", (size,), 0)

@@ -9,8 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output, prepare
+from pallas_kernels.momentum_delta.gates import gate_gradients
 from pallas_kernels.momentum_delta.layout import Options, Prepared, States, Tokens
-from pallas_kernels.momentum_delta.scores import gates, score_gradients
+from pallas_kernels.momentum_delta.scores import score_gradients
 
 CHUNK_FACTORS = "mdn_chunk_factors"
 """Name of the residuals without states, for policies of `jax.checkpoint`.
@@ -74,7 +75,7 @@ def _backward(
     values = (d_o, d_v, error)
     from_states = state_gradients(x, prepared, values, kept, d_kept, options)
     scores = score_gradients(x, prepared, values, from_states.keys, options)
-    d_gates = gates(x, prepared, from_states.rows, scores, options)
+    d_gates = gate_gradients(x, prepared, from_states.rows, scores, options)
     d_q, d_k, d_p = scores.keys
     d_x = Tokens(
         q=_sum_groups(d_q, x.q),

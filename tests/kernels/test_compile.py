@@ -21,7 +21,7 @@ KERNELS = {
     "mdn_retreat",
     "mdn_state_gradients",
     "mdn_score_gradients",
-    "mdn_gates",
+    "mdn_gate_gradients",
 }
 
 
@@ -100,7 +100,7 @@ def test_triton_missing(monkeypatch):
 
 @pytest.mark.parametrize("shared", [232_448, 232_449])
 def test_command_fails_over_the_limit(shared, monkeypatch, capsys):
-    report = KernelReport("mdn_gates", 4, 1, 255, 8, shared, 232_448, 16, 0, 0)
+    report = KernelReport("mdn_gate_gradients", 4, 1, 255, 8, shared, 232_448, 16, 0, 0)
     monkeypatch.setattr(command, "reports", lambda cases, _: ((case, [report]) for case in cases))
     config = command.InspectConfig(
         shapes=((16, 32),), dtypes=("bfloat16",), capabilities=("9.0",), explicit_p=True
@@ -112,6 +112,6 @@ def test_command_fails_over_the_limit(shared, monkeypatch, capsys):
     else:
         command.inspect(config)
     out = capsys.readouterr().out
-    assert "mdn_gates" in out
+    assert "mdn_gate_gradients" in out
     assert "spills" in out
     assert ("OVER" in out) == report.over_limit
