@@ -2,48 +2,175 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tyro
 from jaxtyping import Array
-from tabulate import tabulate
 
-from benchmarks.timing import measure
+from benchmarks import neighbours
+from benchmarks.costs import Cost, operator_cost
+from benchmarks.reference import (
+    LIMITS,
+    Inputs,
+    Limits,
+    Results,
+    Rule,
+    cotangents,
+    float32_reference,
+    forward,
+    forward_keeping_states,
+    outputs_and_gradients,
+    worst,
+)
+from benchmarks.report import Part, Row, Shape, record, shape_text, table
+from benchmarks.timing import (
+    call_and_peak,
+    compile_for,
+    how_timed,
+    measure,
+    measure_compiled,
+)
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops.api import Implementation
-from mdn_jax.testing import random_inputs, relative_errors
+from mdn_jax.testing import random_inputs
+from pallas_kernels.momentum_delta.layout import Sizes
 
-Rule = Callable[..., tuple[Array, MDNState]]
-
-ARRAYS = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta")
-TOLERANCE = {"float32": (1e-4, 5e-4), "bfloat16": (5e-3, 1e-2), "float16": (5e-3, 1e-2)}
-"""Largest relative error of outputs and of gradients for a kernel to be timed, by dtype."""
+PRESETS: dict[str, tuple[Shape, ...]] = {
+    "h100": (
+        (8, 4096, 6, 128, 256),
+        (4, 4096, 6, 256, 512),
+        (1, 32768, 6, 128, 256),
+        (8, 4096, 16, 64, 64),
+        (16, 2048, 8, 128, 128),
+    )
+}
+"""B T H K V of the table in docs/kernels.md."""
+PREFIX = 1041
+"""Steps of a longer input that are checked: ragged, many chunks, seconds of the scan."""
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
     """Times the operator's implementations on random inputs with the layer's gates."""
 
-    shape: tuple[int, int, int, int, int] = (2, 2048, 4, 64, 64)
+    shape: Shape = (2, 2048, 4, 64, 64)
     """B T H K V."""
-    dtype: str = "float32"
-    """float32, bfloat16 or float16."""
+    shapes: tuple[str, ...] = ()
+    """Several, each as B,T,H,K,V, in place of `shape`."""
+    preset: Literal["h100"] | None = None
+    """The shapes of docs/kernels.md, in place of `shape`."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "float32"
+    """Of q, k, v."""
     implementations: tuple[Implementation, ...] = ("scan", "xla")
     """What to time; times are compared with the first."""
+    parts: tuple[Part, ...] = ("kept", "both")
+    """Forward alone, forward with what the backward pass needs as a result, forward + backward."""
     runs: int = 20
-    """Timed runs after the warm-up; the median is shown."""
+    """Timed groups of calls after the warm-up (of one call on a CPU); the median is shown."""
+    check_steps: int = 4096
+    """Of longer inputs only the first 1,041 steps are checked."""
+    neighbour: bool = True
+    """Times the gated delta rule of jax-linear-attention as well, if that can be imported."""
     output: Path | None = None
     """Where to write the results as JSON."""
 
 
+class Subject(NamedTuple):
+    """An operator to be timed.
+
+    Attributes:
+      name: for the table.
+      rule: takes the inputs.
+      reference: the same in plain steps.
+      inputs: of the rule.
+      limits: of its errors.
+      momentum: False for the gated delta rule.
+    """
+
+    name: str
+    rule: Rule
+    reference: Rule
+    inputs: Inputs
+    limits: Limits
+    momentum: bool = True
+
+
+class WrongResultsError(Exception):
+    """An implementation that is not to be timed."""
+
+
+class Refusal(NamedTuple):
+    """Why an operator was not timed at a shape."""
+
+    subject: Subject
+    shape: Shape
+    error: Exception
+
+    def __str__(self) -> str:
+        kind = "" if isinstance(self.error, WrongResultsError) else f"{type(self.error).__name__}: "
+        return f"{self.subject.name} at {shape_text(self.shape)} is not timed: {kind}{self.error}"
+
+
 def kernels(config: Annotated[KernelsConfig, tyro.conf.arg(name="")]) -> None:
-    """Times the operator's implementations; refuses to time one that is wrong."""
-    batch, length, heads, key_dim, value_dim = config.shape
-    inputs = random_inputs(
+    """Times the operator's implementations; refuses to time one that is wrong, and then fails."""
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, {config.dtype}; {how_timed(config.runs)}")
+    print(
+        "TFLOP/s and GB/s: the operator's own operations and bytes whatever an implementation "
+        "does, over the time; floor: the larger of both at the device's peaks"
+    )
+    records: list[dict[str, Any]] = []
+    refused: list[Refusal] = []
+    for shape in _shapes(config):
+        rows, refusals = _run_shape(config, shape)
+        steps = _steps(config, shape[1])
+        extent = f"; checked over the first {steps} steps" if steps else ""
+        print(f"\nB,T,H,K,V = {shape_text(shape)}{extent}")
+        print(table(rows, device, config.dtype))
+        print(*refusals, sep="\n", end="\n" if refusals else "", flush=True)
+        refused += refusals
+        records += [record(row, shape, device, config.dtype) for row in rows]
+    other = neighbours.gated_delta_rule() if config.neighbour else "not asked for"
+    if isinstance(other, str):
+        print(f"\n{other}")
+    if config.output:
+        report = {
+            "device": device,
+            "jax": jax.__version__,
+            "config": asdict(config),
+            "timed": how_timed(config.runs),
+            "not_timed": [str(refusal) for refusal in refused],
+            "results": records,
+        }
+        config.output.write_text(json.dumps(report, indent=1, default=str))
+    ours = [str(refusal) for refusal in refused if refusal.subject.momentum]
+    if ours:
+        raise SystemExit("\n".join(ours))
+
+
+def _shapes(config: KernelsConfig) -> list[Shape]:
+    if config.preset:
+        return list(PRESETS[config.preset])
+    return [_parse(text) for text in config.shapes] or [config.shape]
+
+
+def _parse(text: str) -> Shape:
+    try:
+        batch, length, heads, key_dim, value_dim = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise SystemExit(f"shapes: expected B,T,H,K,V such as 8,4096,6,128,256: {text}") from error
+    return batch, length, heads, key_dim, value_dim
+
+
+def _run_shape(config: KernelsConfig, shape: Shape) -> tuple[list[Row], list[Refusal]]:
+    """Rows of what was timed, and why the rest was not."""
+    batch, length, heads, key_dim, value_dim = shape
+    inputs: Inputs = random_inputs(
         seed=0,
         batch=batch,
         length=length,
@@ -53,74 +180,86 @@ def kernels(config: Annotated[KernelsConfig, tyro.conf.arg(name="")]) -> None:
         dtype=config.dtype,
         initial_state=False,
     )
-    arrays = [jnp.asarray(inputs[name]) for name in ARRAYS]
-    with jax.default_matmul_precision("highest"):
-        expected = jax.jit(_forward_and_gradient("scan"))(*_widen(arrays))
-    rows = []
-    for implementation in config.implementations:
-        actual = jax.jit(_forward_and_gradient(implementation))(*arrays)
-        _require_correct(implementation, config.dtype, actual, expected)
-        rows.append(_time(implementation, arrays, config))
-    _report(config, rows)
+    scan: Rule = partial(momentum_delta_rule, implementation="scan")
+    limits = LIMITS[config.dtype]
+    subjects = [
+        Subject(name, partial(momentum_delta_rule, implementation=name), scan, inputs, limits)
+        for name in config.implementations
+    ]
+    other = neighbours.gated_delta_rule() if config.neighbour else ""
+    if isinstance(other, neighbours.Neighbour):
+        arrays = neighbours.neighbour_inputs(inputs)
+        subjects.append(
+            Subject(*other, neighbours.reference_rule, arrays, neighbours.LIMITS, momentum=False)
+        )
+    cotangent = cotangents(inputs)
+    steps = _steps(config, length)
+    checked = _first(cotangent, steps)
+    d_o, d_state = checked
+    short_cotangent = d_o[:, :steps], d_state
+    rows: list[Row] = []
+    refusals: list[Refusal] = []
+
+    @cache
+    def expected(reference: Rule, names: tuple[str, ...]) -> Results:
+        short = {name: inputs[name][:, :steps] for name in names}
+        return jax.jit(float32_reference(reference))(short, short_cotangent)
+
+    for subject in subjects:
+        try:
+            rows += _time(config, subject, cotangent, checked, expected, steps)
+        except Exception as error:  # of any kind: the other implementations still count
+            refusals.append(Refusal(subject, shape, error))
+    return rows, refusals
 
 
-def _forward(implementation: Implementation) -> Rule:
-    def forward(*arrays: Array) -> tuple[Array, MDNState]:
-        return momentum_delta_rule(*arrays, implementation=implementation)
-
-    return forward
+def _steps(config: KernelsConfig, length: int) -> int | None:
+    """How many of the first steps are checked; None: all."""
+    return PREFIX if length > max(config.check_steps, PREFIX) else None
 
 
-def _forward_and_gradient(implementation: Implementation) -> Callable[..., object]:
-    def both(*arrays: Array) -> object:
-        outputs, pullback = jax.vjp(_forward(implementation), *arrays)
-        # the outputs themselves as cotangents: random, of every output, and reproducible
-        return outputs, pullback(outputs)
-
-    return both
-
-
-def _widen(arrays: list[Array]) -> list[Array]:
-    return [x.astype(jnp.float32) for x in arrays]
-
-
-def _require_correct(name: str, dtype: str, actual: object, expected: object) -> None:
-    errors = relative_errors(actual, expected)
-    for path, error in errors.items():
-        allowed = TOLERANCE[dtype][int(path.split(".")[0])]
-        if error > allowed:
-            raise SystemExit(
-                f"{name}: relative error {error:.1e} in {path} is above {allowed:.0e}; not timed"
-            )
+def _first(cotangent: tuple[Array, MDNState], steps: int | None) -> tuple[Array, MDNState]:
+    """Cotangents of the first steps alone, so that later ones change no gradient of these."""
+    if steps is None:
+        return cotangent
+    d_o, d_state = cotangent
+    return d_o.at[:, steps:].set(0), jax.tree.map(jnp.zeros_like, d_state)
 
 
 def _time(
-    implementation: Implementation, arrays: list[Array], config: KernelsConfig
-) -> dict[str, object]:
-    forward = measure(_forward(implementation), *arrays, runs=config.runs)
-    both = measure(_forward_and_gradient(implementation), *arrays, runs=config.runs)
-    return {"implementation": implementation, "forward": asdict(forward), "both": asdict(both)}
+    config: KernelsConfig,
+    subject: Subject,
+    cotangent: tuple[Array, MDNState],
+    checked: tuple[Array, MDNState],
+    expected: Callable[[Rule, tuple[str, ...]], Results],
+    steps: int | None,
+) -> list[Row]:
+    """One row a pass; raises if it is wrong."""
+    both = compile_for(outputs_and_gradients(subject.rule), subject.inputs, cotangent)
+    # before the reference, which may need more memory
+    ((o, state), gradients), peak = call_and_peak(both, subject.inputs, checked)
+    right = expected(subject.reference, tuple(subject.inputs))
+    if steps is not None:
+        o, state = o[:, :steps], right[0][1]
+        gradients = {name: x[:, :steps] for name, x in gradients.items()}
+    errors = worst(((o, state), gradients), right)
+    del o, state, gradients
+    if not errors.within(subject.limits):
+        raise WrongResultsError(f"relative errors {errors} are above {subject.limits}")
+    rows = []
+    for part in config.parts:
+        if part == "both":
+            timing = measure_compiled(both, subject.inputs, cotangent, runs=config.runs)
+            timing = replace(timing, peak=peak)
+        else:
+            function = forward_keeping_states if part == "kept" else forward
+            timing = measure(function(subject.rule), subject.inputs, runs=config.runs)
+        rows.append(Row(subject.name, part, _cost(config, subject, part), timing, errors))
+    return rows
 
 
-def _report(config: KernelsConfig, rows: list[dict]) -> None:
-    device = jax.devices()[0]
-    print(f"{device.device_kind}; B,T,H,K,V = {config.shape}, {config.dtype}, {config.runs} runs")
-    first = rows[0]
-    table = []
-    for row in rows:
-        line = [row["implementation"]]
-        for part in ("forward", "both"):
-            timing = row[part]
-            line += [
-                f"{timing['median'] * 1e3:.2f} ± {timing['spread'] * 5e2:.2f}",
-                f"{first[part]['median'] / timing['median']:.2f}",
-                f"{timing['memory'] / 2**20:.0f}",
-                f"{timing['compile']:.1f}",
-            ]
-        table.append(line)
-    columns = ("ms", f"x {first['implementation']}", "MiB", "compile s")
-    headers = ["", *(f"forward {c}" for c in columns), *(f"forward+backward {c}" for c in columns)]
-    print(tabulate(table, headers=headers, tablefmt="github"))
-    if config.output:
-        record = {"device": device.device_kind, "config": asdict(config), "results": rows}
-        config.output.write_text(json.dumps(record, indent=1, default=str))
+def _cost(config: KernelsConfig, subject: Subject, part: Part) -> Cost:
+    batch, length, heads, key_dim = subject.inputs["k"].shape
+    sizes = Sizes(batch, length, heads, heads, heads, key_dim, subject.inputs["v"].shape[3])
+    backward = part == "both"
+    return operator_cost(sizes, config.dtype, backward=backward, momentum=subject.momentum)

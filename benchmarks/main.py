@@ -2,15 +2,23 @@
 
 import tyro
 
+from benchmarks.check import check
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.parity import parity
+from benchmarks.stages import stages
 
 
 def main() -> None:
     """Entry point of the console script."""
     tyro.extras.subcommand_cli_from_dict(
-        {"inspect": inspect, "kernels": kernels, "parity": parity},
+        {
+            "check": check,
+            "inspect": inspect,
+            "kernels": kernels,
+            "parity": parity,
+            "stages": stages,
+        },
         prog="mdn-bench",
         description="Benchmarks; each checks correctness before it times.",
     )

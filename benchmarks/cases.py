@@ -1,0 +1,161 @@
+"""The calls that `mdn-bench check` makes: every tile choice once, every feature several times."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from benchmarks.reference import Inputs
+from mdn_jax.testing import GATE_REGIMES, random_inputs
+from pallas_kernels.tiling import KEY_DIMS, Tiles, choose_tiles, unsupported
+
+VALUE_DIMS = (16, 32, 64, 128, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator.
+
+    Attributes:
+      key_dim: K.
+      value_dim: V.
+      dtype: of q, k, v.
+      explicit_p: with an erase key of its own.
+      regime: gates, one of `GATE_REGIMES`.
+      length: T.
+      heads: H.
+      groups: value heads a key head.
+      documents: packed documents a row.
+      keys: "random", "parallel" or "zero".
+      initial_state: with a random entering state.
+    """
+
+    key_dim: int
+    value_dim: int
+    dtype: str
+    explicit_p: bool = False
+    regime: str = "layer"
+    length: int = 130
+    heads: int = 1
+    groups: int = 1
+    documents: int = 1
+    keys: str = "random"
+    initial_state: bool = True
+
+    @property
+    def name(self) -> str:
+        """Everything that is not the default, readable."""
+        parts = [f"K{self.key_dim}", f"V{self.value_dim}", self.dtype]
+        parts += ["p"] * self.explicit_p + [self.regime, f"T{self.length}"]
+        parts += [f"H{self.heads}"] * (self.heads > 1)
+        parts += [f"groups{self.groups}"] * (self.groups > 1)
+        parts += [f"documents{self.documents}"] * (self.documents > 1)
+        parts += [f"{self.keys}-keys"] * (self.keys != "random")
+        parts += ["no-state"] * (not self.initial_state)
+        return "_".join(parts)
+
+    def inputs(self) -> Inputs:
+        """Arguments of `momentum_delta_rule`."""
+        return random_inputs(
+            seed=0,
+            batch=1,
+            length=self.length,
+            heads=self.heads,
+            value_heads=self.heads * self.groups,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            regime=self.regime,
+            keys=self.keys,
+            dtype=self.dtype,
+            explicit_p=self.explicit_p,
+            initial_state=self.initial_state,
+            documents=self.documents,
+        )
+
+
+CHOSEN = (
+    # the largest states, where sums of many products cancel
+    *(Case(256, 512, dtype, explicit_p=p) for dtype, p in (("bfloat16", True), ("float16", False))),
+    Case(256, 512, "bfloat16", regime="wide"),
+    Case(256, 512, "float32", regime="ballistic"),
+    # tiles of float32 that nothing else has run at full width
+    *(Case(size, 256, "float32", regime="wide", length=200) for size in (32, 64, 96)),
+    *(Case(size, 128, "float32", explicit_p=True, groups=2) for size in (32, 64, 96)),
+    # sizes that are padded
+    Case(24, 40, "bfloat16", explicit_p=True, documents=3, groups=2),
+    Case(24, 200, "float32", regime="momentum_lost"),
+    Case(96, 96, "bfloat16", regime="half_beta_zero", keys="zero"),
+    # one or two steps more than a chunk, less than one, many chunks
+    Case(64, 64, "bfloat16", length=20, initial_state=False),
+    Case(128, 128, "float32", length=65, documents=4),
+    Case(128, 256, "bfloat16", length=1024, regime="ballistic", documents=5, heads=2),
+    # the momentum forgets within a step, and its gradient is tiny
+    *(Case(128, 256, dtype, regime="momentum_lost") for dtype in ("bfloat16", "float32")),
+    # the inverse of nearly parallel keys
+    *(Case(128, 256, dtype, keys="parallel") for dtype in ("bfloat16", "float32")),
+)
+"""Cases with a reason of their own."""
+
+
+def shipped_cases(capability: tuple[int, int]) -> list[Case]:
+    """One case for each set of tiles that ships for the capability, then `CHOSEN`.
+
+    Regimes, keys, lengths and the rest are dealt out evenly, the same way at each call.
+    """
+    shapes = _tile_choices(capability)
+    dealt = random.Random(0)
+
+    def deal(options: Sequence) -> list:
+        values = [options[i % len(options)] for i in range(len(shapes))]
+        dealt.shuffle(values)
+        return values
+
+    features = zip(
+        deal(tuple(GATE_REGIMES)),
+        deal((130, 200)),
+        deal((1, 1, 2)),
+        deal((1, 2)),
+        deal((1, 1, 3)),
+        deal(("random", "random", "random", "parallel", "zero")),
+        deal((True, True, False)),
+        strict=True,
+    )
+    half = deal(("bfloat16", "bfloat16", "bfloat16", "float16"))
+    cases = []
+    for (key_dim, value_dim, itemsize, p), sixteen, chosen in zip(
+        shapes, half, features, strict=True
+    ):
+        # float16 holds no gradient that goes through a momentum of e^-30 (it ends at 6e-8), and
+        # none of a zero key, which the normalisation multiplies by 1,000 (it ends at 65,504)
+        beyond_float16 = chosen[0] == "momentum_lost" or chosen[5] == "zero"
+        narrow = "bfloat16" if beyond_float16 else sixteen
+        cases.append(Case(key_dim, value_dim, "float32" if itemsize == 4 else narrow, p, *chosen))
+    return list(dict.fromkeys((*cases, *(x for x in CHOSEN if _runs(x, capability)))))
+
+
+def _runs(case: Case, capability: tuple[int, int]) -> bool:
+    itemsize = jnp.dtype(case.dtype).itemsize
+    return not unsupported(
+        case.key_dim, case.value_dim, capability, itemsize=itemsize, explicit_p=case.explicit_p
+    )
+
+
+def _tile_choices(capability: tuple[int, int]) -> list[tuple[int, int, int, bool]]:
+    """K, V, bytes of an element, explicit p: one for each K and set of tiles, V in turn."""
+    chosen: list[tuple[int, int, int, bool]] = []
+    for itemsize in (2, 4):
+        for explicit_p in (False, True):
+            for key_dim in KEY_DIMS:
+                by_tiles: dict[Tiles, list[int]] = {}
+                for value_dim in VALUE_DIMS:
+                    if unsupported(
+                        key_dim, value_dim, capability, itemsize=itemsize, explicit_p=explicit_p
+                    ):
+                        continue
+                    tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p)
+                    by_tiles.setdefault(tiles, []).append(value_dim)
+                for value_dims in by_tiles.values():
+                    value_dim = value_dims[len(chosen) // 3 % len(value_dims)]
+                    chosen.append((key_dim, value_dim, itemsize, explicit_p))
+    return chosen

@@ -1,0 +1,236 @@
+"""The kernels with every tile choice that ships, on the present device, against the scan."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array
+
+from benchmarks.cases import Case, shipped_cases
+from benchmarks.reference import (
+    LIMITS,
+    Inputs,
+    Results,
+    Rule,
+    Worst,
+    cotangents,
+    outputs_and_gradients,
+    scan_outputs_and_gradients,
+    worst,
+)
+from benchmarks.timing import Compiled, compile_for
+from mdn_jax import MDNState, momentum_delta_rule
+from mdn_jax.ops import api
+from mdn_jax.ops.inputs import document_starts
+from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Outputs, final states and gradients of the kernels against the float32 scan.
+
+    Random inputs and random cotangents of outputs and final states. Also that a second run gives
+    the same bits.
+    """
+
+    only: str = ""
+    """A regular expression; cases whose name has it are run."""
+    limit_seconds: float | None = None
+    """Starts no case after this time; fails if that leaves some out."""
+    interpret: bool = False
+    """In the interpreter, on any device, with the tiles of compute capability 9.0."""
+    threads: int = min(12, os.cpu_count() or 1)
+    """Cases that compile at once."""
+    show: bool = False
+    """Only names the cases."""
+    output: Path | None = None
+    """Where to write the results as JSON."""
+
+
+class Ready(NamedTuple):
+    """A case, compiled.
+
+    Attributes:
+      inputs: of the operator.
+      cotangent: of its outputs and final states.
+      kernels: the kernels, outputs and gradients.
+      scan: the reference.
+    """
+
+    inputs: Inputs
+    cotangent: tuple[Array, MDNState]
+    kernels: Compiled
+    scan: Compiled
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case.
+
+    Attributes:
+      case: the call.
+      worst: largest errors; None if it did not run to the end.
+      identical: whether a second run gave the same bits.
+      failure: why it did not run to the end; None if it did.
+      compile: seconds to compile the kernels, others compiling beside them.
+    """
+
+    case: Case
+    worst: Worst | None = None
+    identical: bool = False
+    failure: str | None = None
+    compile: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is right."""
+        within = self.worst is not None and self.worst.within(LIMITS[self.case.dtype])
+        return within and self.identical
+
+    def __str__(self) -> str:
+        mark = "ok  " if self.passed else "FAIL"
+        if self.worst is None:
+            return f"{mark} {self.case.name}: {self.failure}"
+        limits = LIMITS[self.case.dtype]
+        return (
+            f"{mark} {self.case.name}: {self.worst}; limits {limits.outputs:.0e}, "
+            f"{limits.gradients:.0e}; {'' if self.identical else 'NOT '}the same bits again; "
+            f"compiled in {self.compile:.1f} s"
+        )
+
+
+def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
+    """Runs the cases; fails if one is wrong or was not run."""
+    start = time.perf_counter()
+    capability = (9, 0) if config.interpret else api._capability()
+    if capability is None:
+        raise SystemExit("the kernels expect a CUDA GPU; --interpret runs them anywhere, slowly")
+    cases = [x for x in shipped_cases(capability) if re.search(config.only, x.name)]
+    if not cases:
+        raise SystemExit(f"only: no case has {config.only!r} in its name")
+    if config.show:
+        print("\n".join(x.name for x in cases))
+        return
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}; {len(cases)} cases against the float32 scan")
+    rule = interpreted_rule if config.interpret else _kernel_rule
+    deadline = start + config.limit_seconds if config.limit_seconds is not None else None
+    outcomes = []
+    for outcome in run_cases(cases, rule, threads=config.threads, deadline=deadline):
+        print(outcome, flush=True)
+        outcomes.append(outcome)
+    done = {x.case for x in outcomes}
+    left = [x.name for x in cases if x not in done]
+    failed = [x.case.name for x in outcomes if not x.passed]
+    seconds = time.perf_counter() - start
+    summary = f"{len(outcomes) - len(failed)} of {len(cases)} cases right in {seconds:.0f} s"
+    print(
+        summary
+        + "".join(f"\nwrong: {x}" for x in failed)
+        + "".join(f"\nnot run: {x}" for x in left)
+    )
+    if config.output:
+        record = {
+            "device": device,
+            "jax": jax.__version__,
+            "seconds": seconds,
+            "not_run": left,
+            "results": [_record(x) for x in outcomes],
+        }
+        config.output.write_text(json.dumps(record, indent=1))
+    if failed or left:
+        raise SystemExit(f"{len(failed)} cases wrong, {len(left)} not run")
+
+
+def run_cases(
+    cases: Sequence[Case], rule: Rule, *, threads: int, deadline: float | None = None
+) -> Iterator[Outcome]:
+    """Compiles cases in threads and runs one after another, in order.
+
+    Args:
+      cases: what to run.
+      rule: the operator on the kernels.
+      threads: that compile at once.
+      deadline: of `time.perf_counter`; a case that would begin later is left out.
+    """
+
+    def ready(case: Case) -> Ready | None:
+        if deadline is not None and time.perf_counter() > deadline:
+            return None
+        inputs = case.inputs()
+        arguments = (inputs, cotangents(inputs))
+        kernels = compile_for(outputs_and_gradients(rule), *arguments)
+        return Ready(*arguments, kernels, compile_for(scan_outputs_and_gradients, *arguments))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for case, future in [(case, pool.submit(ready, case)) for case in cases]:
+            try:
+                compiled = future.result()
+                if compiled is not None:
+                    yield _run(case, compiled)
+            except Exception as error:  # of any kind: the other cases still count
+                lines = str(error).strip().splitlines() or [""]
+                yield Outcome(case, failure=f"{type(error).__name__}: {lines[0][:300]}")
+
+
+def _run(case: Case, ready: Ready) -> Outcome:
+    arguments = (ready.inputs, ready.cotangent)
+    first, again = (ready.kernels.call(*arguments) for _ in range(2))
+    return Outcome(
+        case,
+        worst=worst(first, ready.scan.call(*arguments), on_host=True),
+        identical=_same_bits(first, again),
+        compile=ready.kernels.seconds,
+    )
+
+
+def _same_bits(first: Results, again: Results) -> bool:
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+_kernel_rule: Rule = partial(momentum_delta_rule, implementation="pallas_triton")
+
+
+def interpreted_rule(
+    *, initial_state: MDNState | None = None, segment_ids: Array | None = None, **arrays: Any
+) -> tuple[Array, MDNState]:
+    """`momentum_delta_rule` on the kernels in the interpreter, with the tiles that ship."""
+    x = Tokens(**({"p": None} | arrays))
+    batch, length, _, key_dim = x.q.shape
+    if initial_state is None:
+        shape = (batch, x.v.shape[2], key_dim, x.v.shape[3])
+        initial_state = MDNState.zeros(*shape, jnp.float32)
+    o, (s, n) = momentum_delta(
+        x,
+        States(initial_state.s, -initial_state.m),
+        starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
+        scale=key_dim**-0.5,
+        normalize=True,
+        interpret=True,
+    )
+    return o, MDNState(s, -n)
+
+
+def _record(outcome: Outcome) -> dict[str, object]:
+    return {
+        "name": outcome.case.name,
+        "passed": outcome.passed,
+        "limits": LIMITS[outcome.case.dtype]._asdict(),
+        "worst": outcome.worst._asdict() if outcome.worst else None,
+        "identical": outcome.identical,
+        "failure": outcome.failure,
+        "compile": outcome.compile,
+        "case": asdict(outcome.case),
+    }

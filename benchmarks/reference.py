@@ -1,0 +1,167 @@
+"""The scan in float32 as the reference of every benchmark, and how far from it one may be."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from mdn_jax import MDNState, momentum_delta_rule
+from mdn_jax.testing import relative_error
+
+Inputs = dict[str, Any]
+Rule = Callable[..., tuple[Array, MDNState]]
+Results = tuple[tuple[Array, MDNState], Inputs]
+
+DIFFERENTIABLE = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta", "p", "initial_state")
+
+
+class Limits(NamedTuple):
+    """Largest relative errors (Frobenius norm) of what counts as right.
+
+    Attributes:
+      outputs: of outputs and final states.
+      gradients: of gradients.
+    """
+
+    outputs: float
+    gradients: float
+
+
+LIMITS = {
+    "float32": Limits(1e-4, 5e-4),
+    "bfloat16": Limits(5e-3, 1e-2),
+    "float16": Limits(5e-3, 1e-2),
+}
+"""By dtype of q, k, v."""
+
+
+def cotangents(inputs: Inputs, seed: int = 99) -> tuple[Array, MDNState]:
+    """Random cotangents of the outputs and the final states."""
+    rng = np.random.default_rng(seed)
+    v, key_dim = inputs["v"], inputs["k"].shape[-1]
+    state = (v.shape[0], v.shape[2], key_dim, v.shape[3])
+
+    def normal(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    final = MDNState(normal(state, jnp.float32), normal(state, jnp.float32))
+    return normal(v.shape, v.dtype), final
+
+
+def outputs_and_gradients(rule: Rule) -> Callable[[Inputs, tuple[Array, MDNState]], Results]:
+    """A function of inputs and cotangents: the rule's outputs, and gradients by name."""
+
+    def both(inputs: Inputs, cotangent: tuple[Array, MDNState]) -> Results:
+        arrays = {name: inputs[name] for name in DIFFERENTIABLE if name in inputs}
+        fixed = {name: x for name, x in inputs.items() if name not in arrays}
+        outputs, pullback = jax.vjp(lambda x: rule(**x, **fixed), arrays)
+        return outputs, pullback(cotangent)[0]
+
+    return both
+
+
+def forward(rule: Rule) -> Callable[[Inputs], object]:
+    """A function of inputs: the rule's outputs."""
+    return lambda inputs: rule(**inputs)
+
+
+def forward_keeping_states(rule: Rule) -> Callable[[Inputs], object]:
+    """A function of inputs: outputs, and what the backward pass needs beside the inputs."""
+
+    def run(inputs: Inputs) -> object:
+        outputs, pullback = jax.vjp(lambda x: rule(**x), inputs)
+        given = {id(x) for x in jax.tree.leaves(inputs)}
+        return outputs, [x for x in jax.tree.leaves(pullback) if id(x) not in given]
+
+    return run
+
+
+def float32_reference(rule: Rule) -> Callable[[Inputs, tuple[Array, MDNState]], Results]:
+    """The same in float32 at the highest precision, of the inputs as they are."""
+
+    def both(inputs: Inputs, cotangent: tuple[Array, MDNState]) -> Results:
+        with jax.default_matmul_precision("highest"):
+            return outputs_and_gradients(rule)(widen(inputs), widen(cotangent))
+
+    return both
+
+
+scan_outputs_and_gradients = float32_reference(partial(momentum_delta_rule, implementation="scan"))
+"""What counts as right, of inputs and cotangents."""
+
+
+def widen(tree: Any) -> Any:
+    """Float arrays as float32."""
+
+    def to_float32(x: Array) -> Array:
+        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(to_float32, tree)
+
+
+class Worst(NamedTuple):
+    """The largest errors of a call, with the names of what has them.
+
+    Attributes:
+      output: largest relative error of an output or final state.
+      output_name: "o", "s" or "m".
+      gradient: largest relative error of a gradient.
+      gradient_name: of the argument.
+    """
+
+    output: float
+    output_name: str
+    gradient: float
+    gradient_name: str
+
+    def within(self, limits: Limits) -> bool:
+        """Whether both are within the limits."""
+        return self.output <= limits.outputs and self.gradient <= limits.gradients
+
+    def __str__(self) -> str:
+        return (
+            f"{self.output:.1e} ({self.output_name}), "
+            f"gradients {self.gradient:.1e} ({self.gradient_name})"
+        )
+
+
+def worst(actual: Results, expected: Results, *, on_host: bool = False) -> Worst:
+    """The largest relative errors; inf where anything is nan.
+
+    Args:
+      actual: outputs and gradients.
+      expected: the same, right.
+      on_host: in float64, for small arrays: nothing is compiled. Otherwise on the device in
+        float32, for large ones: nothing is copied.
+    """
+    if on_host:
+        (o, state), gradients = jax.tree.map(relative_error, actual, expected)
+    else:
+        (o, state), gradients = jax.tree.map(float, _errors(actual, expected))
+    outputs = {"o": o, "s": state.s, "m": state.m}
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="."): error
+        for path, error in jax.tree_util.tree_leaves_with_path(gradients)
+    }
+    (output_name, output), (gradient_name, gradient) = (
+        max(part.items(), key=lambda item: item[1]) for part in (outputs, flat)
+    )
+    return Worst(output, output_name, gradient, gradient_name)
+
+
+@jax.jit
+def _errors(actual: Results, expected: Results) -> Results:
+    def error(x: Array, y: Array) -> Array:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        # scaled, as the squares of tiny gradients are zero in float32
+        largest = jnp.max(jnp.abs(y))
+        scale = jnp.where(largest > 0, largest, 1.0)
+        distance, size = jnp.linalg.norm((x - y) / scale), jnp.linalg.norm(y / scale)
+        relative = jnp.where(largest > 0, distance / size, jnp.where(distance > 0, jnp.inf, 0.0))
+        return jnp.where(jnp.isfinite(distance), relative, jnp.inf)
+
+    return jax.tree.map(error, actual, expected)

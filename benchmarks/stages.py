@@ -1,0 +1,218 @@
+"""Each GPU kernel of the operator by itself, on what the kernels before it give."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jaxtyping import Array
+from tabulate import tabulate
+
+from benchmarks.costs import STAGES, Cost, stage_costs
+from benchmarks.reference import (
+    LIMITS,
+    Inputs,
+    Results,
+    cotangents,
+    scan_outputs_and_gradients,
+    worst,
+)
+from benchmarks.timing import Compiled, Timing, compile_for, how_timed, measure_compiled
+from mdn_jax import MDNState
+from mdn_jax.ops import api
+from mdn_jax.testing import random_inputs
+from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
+from pallas_kernels.momentum_delta.forward import advance, output, prepare
+from pallas_kernels.momentum_delta.gates import gate_gradients
+from pallas_kernels.momentum_delta.layout import CHUNK, Options, States, Tokens
+from pallas_kernels.momentum_delta.scores import score_gradients
+from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
+
+FORWARD = STAGES[:3]
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """Times each kernel of the operator by itself; the sum is compared with no launch between."""
+
+    shape: tuple[int, int, int, int, int] = (8, 4096, 6, 128, 256)
+    """B T H K V, of sizes that need no padding."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of q, k, v."""
+    explicit_p: bool = False
+    """With an erase key of its own."""
+    runs: int = 20
+    """Timed groups of calls after the warm-up; the median is shown."""
+    interpret: bool = False
+    """In the interpreter, on any device: says that the command works, not how long kernels take."""
+    output: Path | None = None
+    """Where to write the results as JSON."""
+
+
+class Stage(NamedTuple):
+    """One kernel with what it is called on.
+
+    Attributes:
+      name: one of `STAGES`.
+      compiled: of the kernel alone.
+      arguments: of a call.
+    """
+
+    name: str
+    compiled: Compiled
+    arguments: tuple[Any, ...]
+
+
+def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
+    """Times each kernel by itself; refuses to time kernels that are wrong together."""
+    options, inputs = _options(config), _inputs(config)
+    cotangent = cotangents(inputs)
+    x = Tokens(**{name: inputs.get(name) for name in Tokens._fields})
+    chain, results = run_stages(x, inputs["initial_state"], cotangent, options)
+    errors = worst(results, jax.jit(scan_outputs_and_gradients)(inputs, cotangent))
+    if not errors.within(LIMITS[config.dtype]):
+        raise SystemExit(f"relative errors {errors} are above {LIMITS[config.dtype]}; not timed")
+    costs = stage_costs(x.sizes, config.dtype, options.tiles, explicit_p=config.explicit_p)
+    timings = {
+        name: measure_compiled(compiled, *arguments, runs=config.runs)
+        for name, compiled, arguments in chain
+    }
+    device = jax.devices()[0].device_kind
+    special = [", explicit p"] * config.explicit_p + [", interpreted"] * config.interpret
+    print(
+        f"{device}, jax {jax.__version__}; B,T,H,K,V = {config.shape}, {config.dtype}",
+        *special,
+        sep="",
+    )
+    print(f"{how_timed(config.runs)}; relative errors of the chain: {errors}")
+    print(table(costs, timings, device, config.dtype))
+    if config.output:
+        record = {
+            "device": device,
+            "jax": jax.__version__,
+            "config": asdict(config),
+            "tiles": options.tiles._asdict(),
+            "errors": errors._asdict(),
+            "results": {
+                name: costs[name]._asdict()
+                | {"floor": costs[name].floor(device, config.dtype)}
+                | asdict(timings[name])
+                for name in STAGES
+            },
+        }
+        config.output.write_text(json.dumps(record, indent=1, default=str))
+
+
+def _options(config: StagesConfig) -> Options:
+    """With the tiles that ship for the shape; exits where the kernels cannot run it."""
+    _, length, _, key_dim, value_dim = config.shape
+    padded = padded_key_dim(key_dim), padded_value_dim(value_dim)
+    if length % CHUNK or padded != (key_dim, value_dim):
+        raise SystemExit(
+            f"shape: expected T a multiple of {CHUNK} and K, V that need no padding, such as "
+            f"{padded}, got {config.shape}"
+        )
+    capability = (9, 0) if config.interpret else api._capability()
+    itemsize = jnp.dtype(config.dtype).itemsize
+    reason = unsupported(
+        key_dim, value_dim, capability, itemsize=itemsize, explicit_p=config.explicit_p
+    )
+    if capability is None or reason:
+        raise SystemExit(f"the kernels expect {reason}; --interpret runs them anywhere, slowly")
+    tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p=config.explicit_p)
+    return Options(key_dim**-0.5, True, tiles, config.interpret)
+
+
+def _inputs(config: StagesConfig) -> Inputs:
+    batch, length, heads, key_dim, value_dim = config.shape
+    return random_inputs(
+        seed=0,
+        batch=batch,
+        length=length,
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=config.dtype,
+        explicit_p=config.explicit_p,
+    )
+
+
+def run_stages(
+    x: Tokens, initial: MDNState, cotangent: tuple[Array, MDNState], options: Options
+) -> tuple[list[Stage], Results]:
+    """Runs the kernels one after another, each compiled by itself.
+
+    Args:
+      x: tokens and gates, as many key heads as value heads.
+      initial: entering states.
+      cotangent: of the outputs and the final states.
+      options: of the call.
+
+    Returns:
+      The kernels with their arguments, and what they give together: outputs and gradients.
+    """
+    chain: list[Stage] = []
+
+    def run(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
+        compiled = compile_for(lambda *arrays: kernel(*arrays, options), *arguments)
+        chain.append(Stage(name, compiled, arguments))
+        return compiled.call(*arguments)
+
+    d_o, d_state = cotangent
+    state, d_final = States(initial.s, -initial.m), States(d_state.s, -d_state.m)
+    prepared = run("prepare", prepare, x)
+    error, kept, final = run("advance", advance, x, prepared, state)
+    o = run("output", output, x, prepared, error, kept)
+
+    d_local = run("local", local_gradient, x, prepared, d_o)
+    d_v, d_kept, d_initial = run("retreat", retreat, x, prepared, d_o, d_local, d_final)
+    values = (d_o, d_v, error)
+    from_states = run("states", state_gradients, x, prepared, values, kept, d_kept)
+    scores = run("scores", score_gradients, x, prepared, values, from_states.keys)
+    d_gates = run("gates", gate_gradients, x, prepared, from_states.rows, scores)
+
+    gradients = scores.keys._asdict() | d_gates._asdict() | {"v": d_v}
+    gradients = {name: y for name, y in gradients.items() if y is not None}
+    gradients["initial_state"] = MDNState(d_initial.s, -d_initial.n)
+    return chain, ((o, MDNState(final.s, -final.n)), gradients)
+
+
+def table(costs: dict[str, Cost], timings: dict[str, Timing], device: str, dtype: str) -> str:
+    """One row a kernel, then the sums of the forward pass and of both."""
+    rows = [_row(name, [name], costs, timings, device, dtype) for name in STAGES]
+    for name, parts in (("forward", FORWARD), ("forward + backward", STAGES)):
+        rows.append(_row(name, parts, costs, timings, device, dtype))
+    headers = ["kernel", "GFLOP", "MB", "floor ms", "ms", "± ms", "x floor", "TFLOP/s", "GB/s"]
+    return tabulate(rows, headers=[*headers, "calls", "compile s"], tablefmt="github")
+
+
+def _row(
+    name: str,
+    parts: tuple[str, ...] | list[str],
+    costs: dict[str, Cost],
+    timings: dict[str, Timing],
+    device: str,
+    dtype: str,
+) -> list[object]:
+    flops, moved = (sum(costs[part][i] for part in parts) for i in range(2))
+    floors = [costs[part].floor(device, dtype) or 0.0 for part in parts]
+    seconds = sum(timings[part].median for part in parts)
+    spread = sum(timings[part].spread for part in parts) / 2
+    floor = sum(floors)
+    return [
+        name,
+        f"{flops / 1e9:.3g}",
+        f"{moved / 1e6:.4g}",
+        f"{floor * 1e3:.3f}" if floor else "-",
+        f"{seconds * 1e3:.3f}",
+        f"{spread * 1e3:.3f}",
+        f"{seconds / floor:.2f}" if floor else "-",
+        f"{flops / seconds / 1e12:.3g}",
+        f"{moved / seconds / 1e9:.4g}",
+        timings[name].calls if name in timings else "",
+        f"{sum(timings[part].compile for part in parts):.1f}",
+    ]

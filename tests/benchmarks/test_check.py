@@ -1,0 +1,135 @@
+"""`mdn-bench check` covers what ships and catches kernels that are wrong."""
+
+import json
+import time
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+
+import pallas_kernels.momentum_delta.vjp
+from benchmarks import check as command
+from benchmarks.cases import VALUE_DIMS, Case, shipped_cases
+from benchmarks.check import CheckConfig, interpreted_rule, run_cases
+from mdn_jax.testing import GATE_REGIMES
+from pallas_kernels.tiling import (
+    KEY_DIMS,
+    SHARED_MEMORY,
+    choose_tiles,
+    padded_key_dim,
+    padded_value_dim,
+    unsupported,
+)
+
+TINY = Case(16, 16, "float32", length=20)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_every_tile_choice_is_covered(capability):
+    def key(key_dim, value_dim, itemsize, explicit_p):
+        key_dim, value_dim = padded_key_dim(key_dim), padded_value_dim(value_dim)
+        tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p)
+        return key_dim, itemsize, explicit_p, tiles
+
+    cases = shipped_cases(capability)
+    sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
+    covered = {key(x.key_dim, x.value_dim, sizes[x.dtype], x.explicit_p) for x in cases}
+    shipped = {
+        key(key_dim, value_dim, itemsize, p)
+        for key_dim, value_dim, itemsize, p in product(KEY_DIMS, VALUE_DIMS, (2, 4), (False, True))
+        if not unsupported(key_dim, value_dim, capability, itemsize=itemsize, explicit_p=p)
+    }
+    assert shipped <= covered
+
+
+def test_every_feature_is_covered_several_times():
+    cases = shipped_cases((9, 0))
+    assert len({x.name for x in cases}) == len(cases) < 90
+    for name, values in {
+        "regime": GATE_REGIMES,
+        "dtype": ("bfloat16", "float16", "float32"),
+        "explicit_p": (False, True),
+        "groups": (1, 2),
+        "heads": (1, 2),
+        "keys": ("random", "parallel", "zero"),
+        "initial_state": (False, True),
+        "length": (130, 200),
+    }.items():
+        counts = Counter(getattr(x, name) for x in cases)
+        assert all(counts[value] >= 5 for value in values), (name, counts)
+    assert sum(x.documents > 1 for x in cases) >= 10
+    assert {24, 96} <= {x.key_dim for x in cases}
+    wide = {(x.key_dim, x.value_dim) for x in cases if x.dtype == "float32"}
+    assert {(256, 512), (32, 256), (64, 256), (96, 256)} <= wide
+    assert shipped_cases((9, 0)) == cases
+
+
+@pytest.mark.slow
+def test_right_kernels_pass_and_corrupted_ones_do_not(monkeypatch, tmp_path, capsys):
+    packed = Case(16, 16, "float32", length=20, documents=2, initial_state=False)
+    monkeypatch.setattr(command, "shipped_cases", lambda capability: [packed])
+    command.check(CheckConfig(interpret=True, threads=1))
+    out = capsys.readouterr().out
+    assert f"ok   {packed.name}: " in out
+    assert "1 of 1 cases right" in out
+
+    retreat = pallas_kernels.momentum_delta.vjp.retreat
+
+    def corrupted(*arguments):
+        result = retreat(*arguments)
+        return result._replace(d_v=result.d_v.at[:, 7].multiply(1.01))
+
+    monkeypatch.setattr(pallas_kernels.momentum_delta.vjp, "retreat", corrupted)
+    monkeypatch.setattr(command, "shipped_cases", lambda capability: [TINY])
+    output = tmp_path / "check.json"
+    with pytest.raises(SystemExit, match="1 cases wrong, 0 not run"):
+        command.check(CheckConfig(interpret=True, threads=1, output=output))
+    out = capsys.readouterr().out
+    assert f"FAIL {TINY.name}: " in out
+    assert f"wrong: {TINY.name}" in out
+    (result,) = json.loads(output.read_text())["results"]
+    assert not result["passed"]
+    assert result["worst"]["output"] <= 1e-5
+    assert result["worst"]["gradient"] > 5e-4
+
+
+def test_other_bits_are_wrong():
+    same = ((np.zeros(2), np.array([np.nan])), {"q": np.ones(1)})
+    other = ((np.array([0.0, -0.0]), np.array([np.nan])), {"q": np.ones(1)})
+    assert command._same_bits(same, same)
+    assert not command._same_bits(same, other)
+
+
+def test_a_case_that_breaks_leaves_the_others():
+    def broken(**arrays):
+        raise RuntimeError("RESOURCE_EXHAUSTED: shared memory\nmore")
+
+    outcomes = list(run_cases([TINY, TINY], broken, threads=2))
+    assert [x.failure for x in outcomes] == ["RuntimeError: RESOURCE_EXHAUSTED: shared memory"] * 2
+    assert not any(x.passed for x in outcomes)
+    assert "FAIL" in str(outcomes[0])
+
+
+def test_cases_left_out_for_time_are_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(command, "shipped_cases", lambda capability: [TINY])
+    with pytest.raises(SystemExit, match="0 cases wrong, 1 not run"):
+        command.check(CheckConfig(interpret=True, limit_seconds=-1.0))
+    assert f"not run: {TINY.name}" in capsys.readouterr().out
+    late = time.perf_counter() - 1
+    assert not list(run_cases([TINY], interpreted_rule, threads=1, deadline=late))
+
+
+def test_only_and_show(capsys):
+    command.check(CheckConfig(interpret=True, only="^K256_V512_.*_p_", show=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("K256_V512_") and "_p_" in line for line in lines)
+    with pytest.raises(SystemExit, match="no case has 'nothing'"):
+        command.check(CheckConfig(interpret=True, only="nothing"))
+
+
+def test_a_cpu_is_told_of_the_interpreter(monkeypatch):
+    monkeypatch.setattr(command.api, "_capability", lambda: None)
+    with pytest.raises(SystemExit, match="a CUDA GPU; --interpret"):
+        command.check(CheckConfig())

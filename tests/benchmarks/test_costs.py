@@ -1,0 +1,70 @@
+"""The counts of docs/kernels.md and of section 6 of docs/algorithm.md, from the shapes."""
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.costs import STAGES, Cost, operator_cost, stage_costs
+from pallas_kernels.momentum_delta.layout import Sizes
+from pallas_kernels.tiling import choose_tiles
+
+H100 = "NVIDIA H100 80GB HBM3"
+SIZES = Sizes(8, 4096, 6, 6, 6, 128, 256)
+# GFLOP, MB, floor in ms
+DOCUMENTED = {
+    "prepare": (24, 190, 0.06),
+    "advance": (58, 680, 0.23),
+    "output": (32, 680, 0.23),
+    "local": (13, 250, 0.08),
+    "retreat": (84, 830, 0.28),
+    "states": (77, 1310, 0.44),
+    "scores": (29, 680, 0.23),
+    "gates": (6, 100, 0.03),
+}
+
+
+def test_stages_as_documented():
+    """Which leaves the row factors and the states at a row's ends out of some bytes."""
+    costs = stage_costs(SIZES, "bfloat16", choose_tiles(128, 256, 2, (9, 0)))
+    assert tuple(costs) == STAGES
+    for name, (gflop, megabytes, floor) in DOCUMENTED.items():
+        cost = costs[name]
+        assert cost.flops / 1e9 == pytest.approx(gflop, abs=0.5), name
+        assert cost.bytes / 1e6 == pytest.approx(megabytes, rel=0.05), name
+        assert cost.floor(H100, "bfloat16") * 1e3 == pytest.approx(floor, abs=0.01), name
+
+
+def test_operator_as_documented():
+    forward = operator_cost(SIZES, "bfloat16")
+    both = operator_cost(SIZES, "bfloat16", backward=True)
+    assert forward.floor(H100, "bfloat16") == pytest.approx(0.14e-3, abs=0.01e-3)
+    assert both.floor(H100, "bfloat16") == pytest.approx(0.43e-3, abs=0.01e-3)
+    assert forward.bytes / 3.0e12 == pytest.approx(0.10e-3, abs=0.01e-3)
+    # the forward kernels do what the operator needs and nothing twice
+    costs = stage_costs(SIZES, "bfloat16", choose_tiles(128, 256, 2, (9, 0)))
+    assert sum(costs[name].flops for name in STAGES[:3]) == forward.flops
+
+
+def test_the_gated_delta_rule_is_half():
+    """In the states; the rest is the same but for gamma."""
+    momentum = operator_cost(SIZES, "bfloat16").flops
+    without = operator_cost(SIZES, "bfloat16", momentum=False).flops
+    tokens = 8 * 4096 * 6
+    assert momentum - without == tokens * (6 * 128 * 256 + 2 * 64 * 64)
+
+
+def test_erase_keys_cost_their_bytes():
+    tiles = choose_tiles(128, 256, 2, (9, 0), explicit_p=True)
+    without, given = (stage_costs(SIZES, "bfloat16", tiles, explicit_p=p) for p in (False, True))
+    keys = 8 * 4096 * 6 * 128 * 2
+    extra = {name: given[name].bytes - without[name].bytes for name in STAGES}
+    read, written = {"prepare", "advance", "retreat"}, {"states": 2 * keys}
+    assert {name for name in STAGES if extra[name] == keys} == read
+    assert extra["states"] == written["states"]
+    assert extra["scores"] == 3 * keys + 8 * 4096 * 6 * 4
+    whole = operator_cost(SIZES, "bfloat16", explicit_p=True).bytes
+    assert whole - operator_cost(SIZES, "bfloat16").bytes == keys
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "bfloat16"), (H100, "float32")])
+def test_no_floor_where_the_peak_is_unknown(device, dtype):
+    assert Cost(1, 1).floor(device, jnp.dtype(dtype)) is None

@@ -1,0 +1,61 @@
+"""`mdn-bench stages` in the interpreter: the chain is right, or is not timed."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import stages as command
+from benchmarks.costs import STAGES
+from benchmarks.reference import scan_outputs_and_gradients
+from benchmarks.stages import StagesConfig
+
+TINY = StagesConfig(shape=(1, 128, 1, 16, 16), dtype="float32", runs=2, interpret=True)
+
+
+def with_(**changes):
+    return StagesConfig(**(vars(TINY) | changes))
+
+
+@pytest.mark.slow
+def test_every_kernel_is_timed(tmp_path, capsys):
+    output = tmp_path / "stages.json"
+    command.stages(with_(output=output, explicit_p=True))
+    out = capsys.readouterr().out
+    for name in (*STAGES, "forward + backward", "GFLOP", "x floor"):
+        assert f"| {name} " in out or f" {name} |" in out, name
+    record = json.loads(output.read_text())
+    assert tuple(record["results"]) == STAGES
+    assert record["errors"]["gradient"] <= 1e-5
+    assert all(row["median"] > 0 for row in record["results"].values())
+
+
+def test_wrong_kernels_are_not_timed(monkeypatch):
+    def wrong(x, initial, cotangent, options):
+        inputs = x._asdict() | {"initial_state": initial}
+        (o, state), gradients = jax.jit(scan_outputs_and_gradients)(inputs, cotangent)
+        return [], ((o, state), gradients | {"v": 1.01 * gradients["v"]})
+
+    monkeypatch.setattr(command, "run_stages", wrong)
+    monkeypatch.setattr(command, "measure_compiled", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match=r"gradients 1.0e-02 \(v\) .* not timed"):
+        command.stages(with_(explicit_p=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": (1, 100, 1, 16, 16)}, "multiple of 64"),
+        ({"shape": (1, 128, 1, 24, 16)}, r"such as \(32, 16\)"),
+        ({"shape": (1, 64, 1, 256, 16), "explicit_p": True}, "K at most 128"),
+    ],
+)
+def test_shapes_that_kernels_cannot_run(change, words):
+    with pytest.raises(SystemExit, match=words):
+        command.stages(with_(**change))
+
+
+def test_a_cpu_is_told_of_the_interpreter(monkeypatch):
+    monkeypatch.setattr(command.api, "_capability", lambda: None)
+    with pytest.raises(SystemExit, match="a CUDA GPU, got none; --interpret"):
+        command.stages(with_(interpret=False))
