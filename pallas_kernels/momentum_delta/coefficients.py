@@ -23,7 +23,7 @@ from pallas_kernels.momentum_delta.layout import iotas, lanes
 class Sight(NamedTuple):
     """What step `t` sees of earlier writes and of the states entering: its row of coefficients."""
 
-    gamma: jax.Array | None  # [n, m] of the write of step j
+    gamma: jax.Array  # [n, m] of the write of step j
     total: jax.Array  # [n] of S
     lead: jax.Array  # [n] of N
 
@@ -122,24 +122,26 @@ def ends(half: Half) -> Ends:
     )
 
 
-def after(sight: Sight, first: Ends) -> Sight:
-    """What the second half sees of the first and of the states that entered the first."""
+def after(total: jax.Array, lead: jax.Array, first: Ends) -> Sight:
+    """What the second half, with `total` and `lead` of its own, sees of the first and before it."""
     return Sight(
-        gamma=sight.total[:, None] * first.gamma[None, :] + sight.lead[:, None] * first.w[None, :],
-        total=sight.total * first.total,
-        lead=sight.total * first.lead + sight.lead * first.momentum,
+        gamma=total[:, None] * first.gamma[None, :] + lead[:, None] * first.w[None, :],
+        total=total * first.total,
+        lead=total * first.lead + lead * first.momentum,
     )
 
 
 def halves(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`[C]` as two of `[C / 2]`."""
-    return tuple(jnp.split(steps, 2))
+    first, second = jnp.split(steps, 2)
+    return first, second
 
 
 def lower_quarters(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The blocks `11`, `21` and `22` of `[C, C]`."""
     top, bottom = jnp.split(matrix, 2)
-    return jnp.split(top, 2, axis=1)[0], *jnp.split(bottom, 2, axis=1)
+    left, right = jnp.split(bottom, 2, axis=1)
+    return jnp.split(top, 2, axis=1)[0], left, right
 
 
 def unit_lower_inverses(lowers: Sequence[jax.Array], precision: Precision) -> tuple[jax.Array, ...]:

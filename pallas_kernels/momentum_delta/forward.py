@@ -12,7 +12,6 @@ from pallas_kernels.lowering import coefficient_precision, dot, exact, kernel_ca
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.coefficients import (
     Ends,
-    Sight,
     after,
     ends,
     half_coefficients,
@@ -117,8 +116,8 @@ def _prepare(x, out, *, options):
     end_1, end_2 = half_1.ends, half_2.ends
 
     first, second = HALVES
-    read = after(Sight(None, half_2.read_total, half_2.read_lead), end_1)
-    query = after(Sight(None, half_2.out_total, half_2.out_lead), end_1)
+    read = after(half_2.read_total, half_2.read_lead, end_1)
+    query = after(half_2.out_total, half_2.out_lead, end_1)
     store(out.gamma, second, first, read.gamma)
     store(out.attention, second, first, score_21 * query.gamma)
     corner = overlap_21 * read.gamma
