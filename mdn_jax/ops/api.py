@@ -49,7 +49,8 @@ def momentum_delta_rule(
 
     (MDN, arXiv 2605.05838, section 3.) `mu = 0, eta = 1` is the gated delta rule. Differentiable in
     every array argument and through the returned state; works under `jit`, `vmap`, `grad`,
-    `jax.checkpoint` and `shard_map`. The length of the input never changes the arithmetic.
+    `jax.checkpoint` and `shard_map`. The length of the input never changes the arithmetic. Forward mode
+    (`jax.jvp`) is for `implementation="scan"` alone.
 
     Args:
       q: queries, float32, bfloat16, float16 or float64.

@@ -66,6 +66,89 @@ def test_shard_map_over_batch_and_heads(implementation):
 
 
 @IMPLEMENTATIONS
+def test_gradient_inside_shard_map(implementation):
+    """Also without an initial state, whose zeros are the same on every device."""
+    inputs = random_inputs(seed=2, length=20, initial_state=False)
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    per_step = PartitionSpec("data", None, "tensor")
+
+    def gradient(x):
+        rule = partial(momentum_delta_rule, implementation=implementation)
+        return jax.grad(lambda x: jnp.sum(rule(**x)[0] ** 2))(x)
+
+    sharded = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(per_step,), out_specs=per_step, check_vma=False
+    )
+    assert max(relative_errors(sharded(inputs), gradient(inputs)).values()) <= 1e-5
+
+
+def test_vmap_of_gradients_equals_a_loop():
+    stack = [random_inputs(seed=seed, length=20) for seed in range(2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *stack)
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(momentum_delta_rule(**x, implementation="xla")[0] ** 2))(
+            x
+        )
+
+    looped = jax.tree.map(lambda *x: jnp.stack(x), *(gradient(x) for x in stack))
+    assert max(relative_errors(jax.vmap(gradient)(stacked), looped).values()) <= 1e-5
+
+
+@pytest.mark.parametrize("explicit_p", [False, True])
+def test_gradient_of_gradient_matches_the_scan(explicit_p, x64):
+    """Reverse mode over reverse mode, over several chunks and blocks."""
+    inputs = random_inputs(
+        seed=4,
+        batch=1,
+        length=11,
+        heads=1,
+        value_heads=2,
+        key_dim=4,
+        value_dim=3,
+        dtype="float64",
+        explicit_p=explicit_p,
+    )
+
+    def loss(x, implementation):
+        o, state = momentum_delta_rule(**x, chunk_size=3, implementation=implementation)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state.s) + jnp.cos(state.m))
+
+    def steepness(x, implementation):
+        gradient = jax.grad(loss)(x, implementation)
+        return sum(jnp.sum(y**2) for y in jax.tree.leaves(gradient))
+
+    second = jax.jit(jax.grad(steepness), static_argnums=1)
+    errors = relative_errors(second(inputs, "xla"), second(inputs, "scan"))
+    assert max(errors.values()) <= 1e-10, errors
+
+
+def test_forward_mode_is_for_the_scan():
+    inputs = random_inputs(seed=5, length=8)
+
+    def derivative(implementation):
+        def outputs(v):
+            return momentum_delta_rule(**(inputs | {"v": v}), implementation=implementation)[0]
+
+        return jax.jvp(outputs, (inputs["v"],), (inputs["v"],))[1]
+
+    assert bool(jnp.isfinite(derivative("scan")).all())
+    with pytest.raises(TypeError, match="forward-mode"):
+        derivative("xla")
+
+
+def test_traced_scale_has_a_gradient():
+    inputs = random_inputs(seed=6, length=40)
+
+    def loss(scale, implementation):
+        o, _ = momentum_delta_rule(**inputs, scale=scale, implementation=implementation)
+        return jnp.sum(o**2)
+
+    expected, actual = (jax.grad(loss)(0.3, name) for name in ("scan", "xla"))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 5e-3), ("float16", 1e-3)])
 def test_low_precision(implementation, dtype, tolerance):
     """16-bit inputs: float32 arithmetic inside, so only inputs and outputs are rounded."""
@@ -95,7 +178,7 @@ def test_xla_residuals_are_linear_in_length():
     short = gradient_memory("xla", batch=1, length=2048, heads=2, key_dim=128, value_dim=128)
     long = gradient_memory("xla", batch=1, length=4096, heads=2, key_dim=128, value_dim=128)
     assert long <= 2.1 * short
-    assert long <= 400 * 2**20, long / 2**20
+    assert long <= 60 * 2**20, long / 2**20
 
 
 def gradient_memory(implementation, *, batch, length, heads, key_dim, value_dim):

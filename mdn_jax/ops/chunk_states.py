@@ -1,0 +1,190 @@
+"""The sequential part of the chunk algorithm, the states from chunk to chunk, and its gradient.
+
+Forward and backward, the two scans hold only the lines that need the states of the chunk before
+(docs/algorithm.md, sections 2 and 5); all else is done for many chunks at once.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+_exact_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+_UNROLLED = 4  # up to so many chunks without a loop: no zeroed buffers, less time on a CPU
+
+
+class Walk(NamedTuple):
+    """What the chunks need to advance the states; heads before time.
+
+    With the states as `Z = [S; N]` and `rows ⊙ factors` for `scale_rows`:
+
+        V' = (I + L)^-1 (V - (P ⊙ read) Z)
+        Z_C = keep Z + (K ⊙ write)^T V'
+    """
+
+    p: Float[Array, "NT B H P C K"]  # P = 1 (shared by a group) or G
+    k: Float[Array, "NT B H 1 C K"]
+    v: Float[Array, "NT B H G C V"]
+    lower: Float[Array, "NT B H G C C"]  # L, strictly lower triangular
+    read: Float[Array, "NT B H G C 2"]  # factors of P S, P N in the error
+    write: Float[Array, "NT B H G C 2"]  # factors of the error in S_C, N_C
+    keep: Float[Array, "NT B H G 3"]  # S_C = keep_0 S + keep_1 N + ...,  N_C = keep_2 N + ...
+
+
+def scale_rows(rows: Float[Array, "*#h C K"], factors: Float[Array, "*h C 2"]) -> Array:
+    """`[first factor * rows | second factor * rows]`, `[..., C, 2 K]`."""
+    scaled = factors[..., None] * rows[..., None, :]
+    return scaled.reshape(*scaled.shape[:-2], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def walk(
+    states: Float[Array, "B H G 2*K V"], x: Walk, precision: lax.Precision
+) -> tuple[Array, Array, Array]:
+    """Takes the states through the chunks.
+
+    Args:
+      states: `[S; N]` before the first chunk.
+      x: the chunks.
+      precision: of the products with K- and V-sized operands.
+
+    Returns:
+      `[S; N]` after the last chunk, `[S; N]` before each `[NT, B, H, G, 2 K, V]`, and the errors
+      `V'`, `[NT, B, H, G, C, V]`.
+    """
+    return _walk(states, x, unit_lower_inverse(x.lower), precision)
+
+
+def _walk(
+    states: Array, x: Walk, inverse: Array, precision: lax.Precision
+) -> tuple[Array, Array, Array]:
+    matmul = partial(jnp.matmul, precision=precision)
+
+    def step(states: Array, chunk: tuple[Walk, Array]) -> tuple[Array, tuple[Array, Array]]:
+        x, inverse = chunk
+        error = matmul(inverse, x.v - matmul(scale_rows(x.p, x.read), states))
+        written = matmul(jnp.swapaxes(scale_rows(x.k, x.write), -1, -2), error)
+        s, n = jnp.split(states, 2, axis=-2)
+        ss, ns, nn = _keeps(x)
+        kept = jnp.concatenate([ss * s + ns * n, nn * n], axis=-2)
+        return kept + written, (states, error)
+
+    unroll = inverse.shape[0] <= _UNROLLED
+    states, (entering, error) = lax.scan(step, states, (x, inverse), unroll=unroll)
+    return states, entering, error
+
+
+def _keeps(x: Walk) -> tuple[Array, Array, Array]:
+    ss, ns, nn = (x.keep[..., i, None, None] for i in range(3))
+    return ss, ns, nn
+
+
+def _walk_forward(
+    states: Array, x: Walk, precision: lax.Precision
+) -> tuple[tuple[Array, Array, Array], tuple[Walk, Array, Array, Array]]:
+    inverse = unit_lower_inverse(x.lower)
+    states, entering, error = _walk(states, x, inverse, precision)
+    return (states, entering, error), (x, inverse, entering, error)
+
+
+def _walk_backward(
+    precision: lax.Precision,
+    residuals: tuple[Walk, Array, Array, Array],
+    cotangents: tuple[Array, Array, Array],
+) -> tuple[Array, Walk]:
+    matmul = partial(jnp.matmul, precision=precision)
+    x, inverse, entering, error = residuals
+    d_states, d_entering, d_error = cotangents
+
+    def step(
+        d_states: Array, chunk: tuple[Walk, Array, Array, Array]
+    ) -> tuple[Array, tuple[Array, Array]]:
+        x, inverse, d_entering, d_error = chunk
+        d_error = d_error + matmul(scale_rows(x.k, x.write), d_states)
+        d_residual = matmul(jnp.swapaxes(inverse, -1, -2), d_error)
+        read = matmul(jnp.swapaxes(scale_rows(x.p, x.read), -1, -2), d_residual)
+        d_s, d_n = jnp.split(d_states, 2, axis=-2)
+        ss, ns, nn = _keeps(x)
+        kept = jnp.concatenate([ss * d_s, ns * d_s + nn * d_n], axis=-2)
+        return kept + d_entering - read, (d_states, d_residual)
+
+    d_first, (d_leaving, d_residual) = lax.scan(
+        step,
+        d_states,
+        (x, inverse, d_entering, d_error),
+        reverse=True,
+        unroll=inverse.shape[0] <= _UNROLLED,
+    )
+    d_k, d_write = _scale_rows_gradient(
+        matmul(error, jnp.swapaxes(d_leaving, -1, -2)), x.k, x.write
+    )
+    d_p, d_read = _scale_rows_gradient(
+        -matmul(d_residual, jnp.swapaxes(entering, -1, -2)), x.p, x.read
+    )
+    s, n = jnp.split(entering, 2, axis=-2)
+    d_s, d_n = jnp.split(d_leaving, 2, axis=-2)
+    d_keep = [jnp.sum(d * y, axis=(-2, -1)) for d, y in ((d_s, s), (d_s, n), (d_n, n))]
+    return d_first, Walk(
+        p=d_p,
+        k=d_k,
+        v=d_residual,
+        lower=-matmul(d_residual, jnp.swapaxes(error, -1, -2)),
+        read=d_read,
+        write=d_write,
+        keep=jnp.stack(d_keep, axis=-1),
+    )
+
+
+def _scale_rows_gradient(d_scaled: Array, rows: Array, factors: Array) -> tuple[Array, Array]:
+    """Gradients of `scale_rows` in `rows` (summed over the heads that share them) and `factors`."""
+    first, second = jnp.split(d_scaled, 2, axis=-1)
+    d_factors = jnp.stack([jnp.sum(first * rows, -1), jnp.sum(second * rows, -1)], axis=-1)
+    d_rows = factors[..., :1] * first + factors[..., 1:] * second
+    if rows.shape[-3] != d_rows.shape[-3]:
+        d_rows = jnp.sum(d_rows, axis=-3, keepdims=True)
+    return d_rows, d_factors
+
+
+walk.defvjp(_walk_forward, _walk_backward)
+
+
+@jax.custom_jvp
+def unit_lower_inverse(lower: Float[Array, "*h C C"]) -> Float[Array, "*h C C"]:
+    """`(I + L)^-1` for strictly lower triangular `L`, as stable as forward substitution.
+
+    (Sums of powers of `L` would cancel when keys are nearly parallel.)
+    """
+    return _unit_lower_inverse(lower)
+
+
+@unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    inverse = unit_lower_inverse(primals[0])
+    change = _exact_einsum("...ij,...jk->...ik", tangents[0], inverse)
+    return inverse, -_exact_einsum("...ij,...jk->...ik", inverse, change)
+
+
+def _unit_lower_inverse(lower: Array, base: int = 16) -> Array:
+    """Halves are inverted together and joined, `[[X1, 0], [-X2 L21 X1, X2]]`."""
+    size = lower.shape[-1]
+    if size <= base:
+        eye = jnp.eye(size, dtype=lower.dtype)
+        rows = [jnp.broadcast_to(eye[0], lower.shape[:-1])]
+        for i in range(1, size):
+            above = jnp.stack(rows, axis=-2)
+            rows.append(eye[i] - _exact_einsum("...j,...jk->...k", lower[..., i, :i], above))
+        return jnp.stack(rows, axis=-2)
+    if size % 2:  # a row and column of zeros make the halves equal
+        padded = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, 1), (0, 1)])
+        return _unit_lower_inverse(padded, base)[..., :-1, :-1]
+    half = size // 2
+    halves = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]])
+    first, second = _unit_lower_inverse(halves, base)
+    corner = _exact_einsum("...ij,...jk->...ik", lower[..., half:, :half], first)
+    corner = -_exact_einsum("...ij,...jk->...ik", second, corner)
+    top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
