@@ -49,8 +49,8 @@ def momentum_delta_rule(
 
     (MDN, arXiv 2605.05838, section 3.) `mu = 0, eta = 1` is the gated delta rule. Differentiable in
     every array argument and through the returned state; works under `jit`, `vmap`, `grad`,
-    `jax.checkpoint` and `shard_map`. The length of the input never changes the arithmetic. Forward mode
-    (`jax.jvp`) is for `implementation="scan"` alone.
+    `jax.checkpoint` and `shard_map`; forward mode (`jax.jvp`) with `implementation="scan"` alone.
+    The length of the input never changes the arithmetic.
 
     Args:
       q: queries, float32, bfloat16, float16 or float64.
@@ -91,6 +91,9 @@ def momentum_delta_rule(
     gates = [jnp.asarray(x, compute) for x in (log_alpha, log_mu, beta, eta)]
     if initial_state is None:
         state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
+        # inside shard_map the states differ over the mesh axes that the inputs differ over
+        axes = tuple(jax.typeof(v).manual_axis_type.varying)
+        state = jax.tree.map(lambda y: jax.lax.pcast(y, axes, to="varying"), state)
     else:
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
     scale = key_dim**-0.5 if scale is None else scale

@@ -76,9 +76,7 @@ def test_gradient_inside_shard_map(implementation):
         rule = partial(momentum_delta_rule, implementation=implementation)
         return jax.grad(lambda x: jnp.sum(rule(**x)[0] ** 2))(x)
 
-    sharded = jax.shard_map(
-        gradient, mesh=mesh, in_specs=(per_step,), out_specs=per_step, check_vma=False
-    )
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(per_step,), out_specs=per_step)
     assert max(relative_errors(sharded(inputs), gradient(inputs)).values()) <= 1e-5
 
 
