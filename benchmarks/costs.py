@@ -10,13 +10,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.momentum_delta.layout import CHUNK, FACTORS, ROW_GRADIENTS, Sizes
+from pallas_kernels.momentum_delta.layout import CHUNK, FACTORS, HALF, ROW_GRADIENTS, Sizes
 from pallas_kernels.tiling import Tiles
 
 # of float32 gates, row factors and the states at a row's ends
 _WIDE = 4
-# X joins diagonal blocks of 2, 4, ... steps by two products each
-_INVERSE_PRODUCTS = 2 * ((CHUNK // 2).bit_length() - 1)
+# the operator is counted with whole matrices: X joins blocks of 2, 4, ... steps by two products
+_WHOLE_INVERSE_PRODUCTS = 2 * ((CHUNK // 2).bit_length() - 1)
+# the kernels' products inside a chunk are of halves, an eighth of the operations of whole ones:
+# one for gamma in each half; for X, joins of blocks of 2, 4, ... steps by two each, and the corner
+_EIGHTH = 1 / 8
+_GAMMA_PRODUCTS = 2 * _EIGHTH
+_INVERSE_PRODUCTS = (2 * 2 * ((HALF // 2).bit_length() - 1) + 2) * _EIGHTH
+# gamma again and three more for its gradient, in each half
+_GATE_PRODUCTS = 2 * 4 * _EIGHTH
 
 
 class Peak(NamedTuple):
@@ -78,7 +85,7 @@ def operator_cost(
     b, t, heads, p_heads, value_heads, key_dim, value_dim = sizes
     tokens = b * t * value_heads
     states = 2 if momentum else 1
-    matrices = _INVERSE_PRODUCTS + (1 if momentum else 0)
+    matrices = _WHOLE_INVERSE_PRODUCTS + (1 if momentum else 0)
     flops = tokens * (
         6 * states * key_dim * value_dim
         + 2 * CHUNK * (2 * key_dim + 2 * value_dim)
@@ -128,7 +135,7 @@ def stage_costs(
     d_keys = (3 if explicit_p else 2) * per_head
     per_chunk = {
         "prepare": (
-            2 * in_k + (1 + _INVERSE_PRODUCTS) * square,
+            2 * in_k + (_GAMMA_PRODUCTS + _INVERSE_PRODUCTS) * square,
             q + k + p + 4 * gate + 3 * matrix + factors,
         ),
         "advance": (4 * state + in_v, k + p + v + matrix + factors + ends + v + kept + ends),
@@ -143,6 +150,6 @@ def stage_costs(
             2 * in_v + (6 if explicit_p else 5) * in_k,
             q + k + p + (4 if explicit_p else 3) * gate + 3 * v + factors + 3 * matrix + 2 * d_keys,
         ),
-        "gates": (4 * square, 3 * matrix + rows + factors + 8 * gate),
+        "gates": (_GATE_PRODUCTS * square, 2 * matrix + rows + factors + 8 * gate),
     }
     return {name: Cost(chunks * flops, moved) for name, (flops, moved) in per_chunk.items()}
