@@ -152,4 +152,4 @@ def stage_costs(
         ),
         "gates": (_GATE_PRODUCTS * square, 2 * matrix + rows + factors + 8 * gate),
     }
-    return {name: Cost(chunks * flops, moved) for name, (flops, moved) in per_chunk.items()}
+    return {name: Cost(round(chunks * flops), moved) for name, (flops, moved) in per_chunk.items()}
