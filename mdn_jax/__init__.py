@@ -1,7 +1,7 @@
 """Momentum DeltaNet in JAX."""
 
 from mdn_jax.layers import MomentumDeltaNet
-from mdn_jax.models import MDNConfig, MDNForCausalLM
+from mdn_jax.models import MDNConfig, MDNForCausalLM, Sampling, generate
 from mdn_jax.ops import MDNState, momentum_delta_rule
 
 __all__ = [
@@ -9,5 +9,7 @@ __all__ = [
     "MDNForCausalLM",
     "MDNState",
     "MomentumDeltaNet",
+    "Sampling",
+    "generate",
     "momentum_delta_rule",
 ]

@@ -1,5 +1,6 @@
 """Checkpoints of a run: written in the background, complete or absent, never overwritten."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -8,11 +9,11 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from mdn_jax import MDNConfig
 from train.config import TrainConfig, resume_conflicts, to_dict
 from train.errors import RunError
+from train.saved_model import DIRECTORY, read_params
 from train.step import TrainState
-
-DIRECTORY = "checkpoints"
 
 
 class Checkpoints:
@@ -83,6 +84,8 @@ class Checkpoints:
         """
         step = self._manager.latest_step()
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        if run["corpus"] is None:
+            return self._restore_model_only(step, run, like)
         self._check(step, run, corpus)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(
@@ -91,14 +94,28 @@ class Checkpoints:
         state: TrainState = restored.state
         return state
 
-    def _check(self, step: int, run: Mapping[str, Any], corpus: str) -> None:
-        where = f"the checkpoint of step {step} in {self._directory}"
-        conflicts = resume_conflicts(run["config"], to_dict(self._config))
+    def _restore_model_only(
+        self, step: int, run: Mapping[str, Any], like: TrainState
+    ) -> TrainState:
+        """The parameters of a checkpoint of `save_model`, and the rest of `like`."""
+        saved = MDNConfig.from_dict(run["config"]["model"])
+        configs = (dataclasses.replace(c, extras=()) for c in (saved, self._config.model))
+        old, new = ({"model": config.to_dict()} for config in configs)
+        self._raise_conflicts(step, resume_conflicts(old, new))
+        params = read_params(self._directory / str(step), saved)
+        params = jax.tree.map(lambda x, y: x.astype(y.dtype), params, like.params)
+        return like._replace(params=params)
+
+    def _raise_conflicts(self, step: int, conflicts: list[str]) -> None:
         if conflicts:
             raise RunError(
-                f"resume: expected the configuration of {where}, got another:\n  "
-                + "\n  ".join(conflicts)
+                f"resume: expected the configuration of the checkpoint of step {step} in "
+                f"{self._directory}, got another:\n  " + "\n  ".join(conflicts)
             )
+
+    def _check(self, step: int, run: Mapping[str, Any], corpus: str) -> None:
+        where = f"the checkpoint of step {step} in {self._directory}"
+        self._raise_conflicts(step, resume_conflicts(run["config"], to_dict(self._config)))
         if run["corpus"] != corpus:
             raise RunError(
                 f"data.files: expected the documents of {where} (digest {run['corpus'][:12]}), "

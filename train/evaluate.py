@@ -1,10 +1,18 @@
-"""The held-out loss."""
+"""The held-out loss of a run; the losses of single tokens for everything that scores text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from numpy.typing import NDArray
 
+from mdn_jax import MDNForCausalLM
 from train.data.packing import IGNORED, Batch
 from train.optimizer import Params
 from train.step import Forward, summed_loss
@@ -31,3 +39,123 @@ def make_evaluate(forward: Forward, batches: Sequence[Batch]) -> Callable[[Param
         return sum(float(loss(params, batch)) for batch in batches) / count
 
     return evaluate
+
+
+class Row(NamedTuple):
+    """Tokens of one row, at most as many as its batch is wide.
+
+    Attributes:
+      tokens: inputs, `[T]`.
+      targets: next tokens, `[T]`; -100 where none is scored.
+      documents: document of each token, non-decreasing; None: one.
+    """
+
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    documents: NDArray[np.int32] | None = None
+
+
+def token_losses(
+    model: MDNForCausalLM, rows: Iterable[Row], *, batch_size: int, width: int
+) -> Iterator[NDArray[np.float32]]:
+    """Losses of the targets of rows, in nats; 0 where there is none.
+
+    Args:
+      model: the model.
+      rows: of at most `width` tokens; they are padded to it.
+      batch_size: rows in one call.
+      width: tokens of a row, so that one shape is compiled.
+
+    Yields:
+      The losses of each row, `[T]`, in the order of the rows.
+    """
+    graph, weights = nnx.split(model)
+
+    def losses(batch: list[Row]) -> Iterator[NDArray[np.float32]]:
+        tokens = np.zeros((batch_size, width), np.int32)
+        documents = np.zeros((batch_size, width), np.int32)
+        targets = np.full((batch_size, width), IGNORED, np.int32)
+        for i, row in enumerate(batch):
+            count = len(row.tokens)
+            tokens[i, :count], targets[i, :count] = row.tokens, row.targets
+            if row.documents is not None:
+                documents[i, :count] = row.documents
+                documents[i, count:] = row.documents[-1]
+        out = np.asarray(_losses(graph, weights, tokens, documents, targets))
+        for i, row in enumerate(batch):
+            yield out[i, : len(row.tokens)]
+
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == batch_size:
+            yield from losses(batch)
+            batch = []
+    if batch:
+        yield from losses(batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(
+    graph: Any,
+    weights: Any,
+    tokens: Int[Array, "B T"],
+    documents: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+    model = nnx.merge(graph, weights)
+    h, _ = model.hidden(tokens, segment_ids=documents)
+
+    def of_step(inputs: tuple[Array, Array]) -> Array:
+        h, targets = inputs
+        logits = model.logits(h)
+        counted = targets != IGNORED
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), jnp.where(counted, targets, 0)
+        )
+        return jnp.where(counted, loss, 0.0)
+
+    # some steps at a time: the logits of all of them together would be the largest array by far
+    steps = (jnp.moveaxis(h, 1, 0), jnp.moveaxis(targets, 1, 0))
+    return jnp.moveaxis(jax.lax.map(of_step, steps, batch_size=64), 0, 1)
+
+
+def packed_rows(documents: Sequence[Sequence[int]], *, width: int) -> list[Row]:
+    """Rows cut from the concatenated documents, which never see each other.
+
+    Every token but a document's first is a target once; the first of a row that continues a
+    document is the last target of the row before.
+    """
+    tokens = np.concatenate([np.asarray(document, np.int32) for document in documents])
+    numbers = np.repeat(np.arange(len(documents), dtype=np.int32), list(map(len, documents)))
+    targets = np.where(numbers[1:] == numbers[:-1], tokens[1:], IGNORED)
+    return [
+        Row(
+            tokens[i : min(i + width, len(targets))],
+            targets[i : i + width],
+            numbers[i : min(i + width, len(targets))],
+        )
+        for i in range(0, len(targets), width)
+    ]
+
+
+def strided_rows(documents: Sequence[Sequence[int]], *, width: int, stride: int) -> Iterator[Row]:
+    """Windows over each document: every target once, after the first window with context.
+
+    Args:
+      documents: their tokens.
+      width: of a window.
+      stride: targets in a window after the first, so that each has at least `width - stride`
+        tokens of context before it.
+    """
+    for document in documents:
+        tokens = np.asarray(document, np.int32)
+        inputs, targets = tokens[:-1], tokens[1:]
+        scored = 0
+        for start in range(0, len(inputs), stride):
+            stop = min(start + width, len(inputs))
+            window = np.where(np.arange(start, stop) >= scored, targets[start:stop], IGNORED)
+            yield Row(inputs[start:stop], window.astype(np.int32))
+            scored = stop
+            if stop == len(inputs):
+                break

@@ -1,17 +1,10 @@
 """A short sample at the end of a run."""
 
-from functools import partial
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int
 
-from mdn_jax import MDNForCausalLM
+from mdn_jax import MDNForCausalLM, Sampling, generate
 from train.optimizer import Params
-from train.tokenizer import DOCUMENT_START, VOCAB_SIZE, decode, encode
+from train.tokenizer import DOCUMENT_START, decode, encode
 
 
 def sample(
@@ -36,28 +29,14 @@ def sample(
     Returns:
       The prompt and its continuation.
     """
+    if not length:
+        return prompt
     graph, _, *rest = nnx.split(model, nnx.Param, ...)
-    tokens = encode(prompt.encode()).astype("int32")[None]
-
-    def pick(logits: Float[Array, "1 vocab"], key: Array) -> Int[Array, "1"]:
-        bytes_only = logits[:, :VOCAB_SIZE].at[:, DOCUMENT_START].set(-jnp.inf)
-        if temperature == 0:
-            return jnp.argmax(bytes_only, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(key, bytes_only / temperature).astype(jnp.int32)
-
-    @partial(jax.jit, static_argnums=2)
-    def generate(params: Params, tokens: Int[Array, "1 T"], length: int) -> Int[Array, " N"]:
-        run = nnx.merge(graph, params, *rest)
-        logits, cache = run(tokens, cache=run.init_cache(1, max_length=tokens.shape[1] + length))
-
-        def step(carry: tuple[Array, Any], key: Array) -> tuple[tuple[Array, Any], Array]:
-            logits, cache = carry
-            token = pick(logits, key)
-            following, cache = run(token[:, None], cache=cache)
-            return (following[:, -1], cache), token[0]
-
-        return lax.scan(
-            step, (logits[:, -1], cache), jax.random.split(jax.random.key(seed), length)
-        )[1]
-
-    return prompt + decode(generate(params, tokens, length)) if length else prompt
+    piece = generate(
+        nnx.merge(graph, params, *rest),
+        [encode(prompt.encode()).tolist()],
+        max_new_tokens=length,
+        sampling=Sampling(vocab_limit=DOCUMENT_START, temperature=temperature),
+        seed=seed,
+    )
+    return prompt + decode(piece.tokens[0])

@@ -1,6 +1,6 @@
 """Parameters of the published PyTorch implementation, in memory, both ways."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,22 @@ class _Published(NamedTuple):
 
 
 class _Layout(NamedTuple):
+    ours: Callable[[Any], Any]
+    published: Callable[[Any], Any]
+
+
+class PublishedTensor(NamedTuple):
+    """The published form of a parameter.
+
+    Attributes:
+      name: published.
+      shape: in the published layout.
+      ours: function from the published layout to ours.
+      published: the inverse.
+    """
+
+    name: str
+    shape: tuple[int, ...]
     ours: Callable[[Any], Any]
     published: Callable[[Any], Any]
 
@@ -137,13 +153,7 @@ def model_from_official(
         tensors, all of them listed.
     """
     read = MDNConfig.from_dict(config)
-    if read.tie_word_embeddings and {_EMBEDDINGS, _LM_HEAD} <= tensors.keys():
-        if not np.array_equal(tensors[_EMBEDDINGS], tensors[_LM_HEAD]):
-            raise ValueError(
-                f"{_LM_HEAD}: expected the tensor of {_EMBEDDINGS} (tie_word_embeddings is true), "
-                "got another one"
-            )
-        tensors = {name: x for name, x in tensors.items() if name != _LM_HEAD}
+    tensors = without_tied_head(read, tensors)
     return load_official(
         lambda: MDNForCausalLM(
             read,
@@ -154,6 +164,22 @@ def model_from_official(
         ),
         tensors,
     )
+
+
+def without_tied_head[T](config: MDNConfig, tensors: Mapping[str, T]) -> Mapping[str, T]:
+    """The tensors without `lm_head.weight`, if the embeddings are tied and it equals them.
+
+    Raises:
+      ValueError: tied embeddings and another `lm_head.weight`.
+    """
+    if not config.tie_word_embeddings or not {_EMBEDDINGS, _LM_HEAD} <= tensors.keys():
+        return tensors
+    if not np.array_equal(np.asarray(tensors[_EMBEDDINGS]), np.asarray(tensors[_LM_HEAD])):
+        raise ValueError(
+            f"{_LM_HEAD}: expected the tensor of {_EMBEDDINGS} (tie_word_embeddings is true), "
+            "got another one"
+        )
+    return {name: x for name, x in tensors.items() if name != _LM_HEAD}
 
 
 def official_state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
@@ -193,18 +219,31 @@ def load_official[M: nnx.Module](make: Callable[[], M], tensors: Mapping[str, np
       TypeError: a kind of module that `official_state_dict` does not know.
     """
     abstract = nnx.eval_shape(make)
-    table = _table(abstract)
     graph, state = nnx.split(abstract)
-    flat = {table[_join(path)]: (path, x) for path, x in nnx.to_flat_state(state)}
-    _check_tensors(tensors, {p.name: _published_shape(p, x) for p, (_, x) in flat.items()})
+    published = published_tensors(abstract)
+    check_tensors(tensors, published.values())
     filled = [
-        (
-            path,
-            x.replace(jnp.asarray(_LAYOUTS[p.layout].ours(np.asarray(tensors[p.name])), x.dtype)),
-        )
-        for p, (path, x) in flat.items()
+        (path, x.replace(jnp.asarray(p.ours(np.asarray(tensors[p.name])), x.dtype)))
+        for path, x in nnx.to_flat_state(state)
+        for p in (published[path],)
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def published_tensors(module: nnx.Module) -> dict[tuple[Any, ...], PublishedTensor]:
+    """The published form of every parameter of `module` (shapes are enough), by its path.
+
+    Raises:
+      TypeError: a kind of module that `official_state_dict` does not know.
+    """
+    table = _table(module)
+    tensors = {}
+    for path, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        name, layout = table[_join(path)]
+        shape = jax.ShapeDtypeStruct(parameter.shape, parameter.dtype)
+        back = _LAYOUTS[layout].published
+        tensors[path] = PublishedTensor(name, jax.eval_shape(back, shape).shape, *_LAYOUTS[layout])
+    return tensors
 
 
 def _table(module: nnx.Module) -> dict[str, _Published]:
@@ -228,15 +267,9 @@ def _join(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def _published_shape(published: _Published, parameter: Any) -> tuple[int, ...]:
-    back = _LAYOUTS[published.layout].published
-    return jax.eval_shape(back, jax.ShapeDtypeStruct(parameter.shape, parameter.dtype)).shape
-
-
-def _check_tensors(
-    tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises with every tensor that does not fit."""
+def check_tensors(tensors: Mapping[str, Any], published: Iterable[PublishedTensor]) -> None:
+    """Raises ValueError with every tensor that is missing, unexpected or mis-shaped."""
+    expected = {tensor.name: tensor.shape for tensor in published}
     got = {name: tuple(np.shape(x)) for name, x in tensors.items()}
     problems = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in got]
     problems += [f"unexpected {n} {list(s)}" for n, s in got.items() if n not in expected]

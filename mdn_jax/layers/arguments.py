@@ -4,14 +4,18 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from mdn_jax.ops.api import check_segment_ids
 
 
-def check_activations(x: Array, hidden_size: int, segment_ids: Array | None) -> None:
-    """Raises unless `x` is `[B, T, hidden_size]` of a float dtype and `segment_ids` fits."""
+def check_activations(
+    x: Array, hidden_size: int, segment_ids: Array | None, lengths: Array | None
+) -> None:
+    """Raises unless `x` is `[B, T, hidden_size]` of a float dtype and the others fit it."""
     expected = f"expected [B, T, hidden_size = {hidden_size}] with B, T >= 1"
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise TypeError(f"x: {expected}, got {type(x).__name__}")
@@ -21,6 +25,31 @@ def check_activations(x: Array, hidden_size: int, segment_ids: Array | None) -> 
         raise ValueError(f"x: {expected}, got {list(x.shape)}")
     if segment_ids is not None:
         check_segment_ids(segment_ids, (x.shape[0], x.shape[1]))
+    check_lengths(lengths, segment_ids, (x.shape[0], x.shape[1]))
+
+
+def check_lengths(lengths: Array | None, segment_ids: Array | None, shape: tuple[int, int]) -> None:
+    """Raises unless `lengths` is None, or `[B]`, integer and (where known) from 0 to `T`."""
+    if lengths is None:
+        return
+    expected = f"expected integers [B] = [{shape[0]}] from 0 to T = {shape[1]}"
+    if segment_ids is not None:
+        raise ValueError("lengths: expected None with segment_ids, got both")
+    if not hasattr(lengths, "dtype") or not hasattr(lengths, "shape"):
+        raise TypeError(f"lengths: {expected}, got {type(lengths).__name__}")
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths: {expected}, got {lengths.dtype.name}")
+    if lengths.shape != shape[:1]:
+        raise ValueError(f"lengths: {expected}, got shape {list(lengths.shape)}")
+    if not isinstance(lengths, jax.core.Tracer):
+        outside = [n for n in np.asarray(lengths).tolist() if not 0 <= n <= shape[1]]
+        if outside:
+            raise ValueError(f"lengths: {expected}, got {outside[0]}")
+
+
+def counted(lengths: Int[Array, " B"], length: int) -> Bool[Array, "B T"]:
+    """Which steps of a padded row are its own."""
+    return jnp.arange(length) < lengths[:, None]
 
 
 def check_cache(cache: Any, kind: type, shapes: Mapping[str, tuple[int | None, ...]]) -> None:

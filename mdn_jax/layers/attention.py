@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mdn_jax.layers.arguments import check_activations, check_cache
+from mdn_jax.layers.arguments import check_activations, check_cache, counted
 from mdn_jax.layers.rotary import rotate
 from mdn_jax.ops.inputs import document_starts
 
@@ -36,6 +36,23 @@ class AttentionCache:
     positions: Int[Array, "B L"]
     next_position: Int[Array, " B"]
     capacity: int | None
+
+    def resized(self, capacity: int) -> "AttentionCache":
+        """The newest `capacity` entries, behind empty ones where there are fewer."""
+        drop = max(0, self.k.shape[1] - capacity)
+        add = max(0, capacity - self.k.shape[1])
+
+        def resize(x: Array, empty: int) -> Array:
+            pad = ((0, 0), (add, 0)) + ((0, 0),) * (x.ndim - 2)
+            return jnp.pad(x[:, drop:], pad, constant_values=empty)
+
+        return AttentionCache(
+            k=resize(self.k, 0),
+            v=resize(self.v, 0),
+            positions=resize(self.positions, -1),
+            next_position=self.next_position,
+            capacity=capacity,
+        )
 
 
 class SoftmaxAttention(nnx.Module):
@@ -132,6 +149,7 @@ class SoftmaxAttention(nnx.Module):
         x: Float[Array, "B T hidden"],
         segment_ids: Int[Array, "B T"] | None = None,
         cache: AttentionCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], AttentionCache]:
         """Mixes the tokens of each document.
 
@@ -140,6 +158,8 @@ class SoftmaxAttention(nnx.Module):
           segment_ids: document of each token, non-decreasing along `T`; positions restart and
             nothing before is seen where it changes.
           cache: continues the row's first document; None means it starts here.
+          lengths: tokens of each row that count, 0 included; the padding after them has
+            meaningless outputs and leaves no trace in the cache. None: all. Not with `segment_ids`.
 
         Returns:
           The outputs in the compute dtype, and the cache of the row's last document.
@@ -148,7 +168,7 @@ class SoftmaxAttention(nnx.Module):
           TypeError: a dtype or type that does not fit.
           ValueError: a shape that does not fit.
         """
-        check_activations(x, self.hidden_size, segment_ids)
+        check_activations(x, self.hidden_size, segment_ids, lengths)
         batch, length, _ = x.shape
         if cache is None:
             cache = self.init_cache(batch)
@@ -169,20 +189,34 @@ class SoftmaxAttention(nnx.Module):
         keys = _Tokens(*(jnp.concatenate(x, axis=1) for x in zip(before, queries, strict=True)))
         y = self.o_proj(_attend(q, k, v, queries, keys, self.window_size).reshape(x.shape))
 
+        kept = keys.documents == queries.documents[:, -1:]
+        next_position = queries.positions[:, -1] + 1
+        if lengths is not None:
+            kept = jnp.pad(
+                counted(lengths, length), ((0, 0), (cache.k.shape[1], 0)), constant_values=True
+            )
+            next_position = cache.next_position + lengths
+        positions = jnp.where(kept, keys.positions, -1)
+        if segment_ids is not None or lengths is not None:
+            k, v = (jnp.where(kept[:, :, None, None], z, 0.0) for z in (k, v))
+        if lengths is not None:
+            k, v, positions = (_padding_first(z, lengths - length) for z in (k, v, positions))
         entries = k.shape[1] if cache.capacity is None else min(k.shape[1], cache.capacity)
         last = slice(k.shape[1] - entries, None)
-        k, v = k[:, last], v[:, last]
-        kept = (keys.documents == queries.documents[:, -1:])[:, last]
-        if segment_ids is not None:
-            k, v = (jnp.where(kept[:, :, None, None], z, 0.0) for z in (k, v))
         cache = AttentionCache(
-            k=k,
-            v=v,
-            positions=jnp.where(kept, keys.positions[:, last], -1),
-            next_position=queries.positions[:, -1] + 1,
+            k=k[:, last],
+            v=v[:, last],
+            positions=positions[:, last],
+            next_position=next_position,
             capacity=cache.capacity,
         )
         return y, cache
+
+
+def _padding_first(x: Array, shift: Int[Array, " B"]) -> Array:
+    """Rolls each row along its entries, so that the last `-shift` of them come first."""
+    order = (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1]
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 class _Tokens(NamedTuple):

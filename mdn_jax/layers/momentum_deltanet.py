@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mdn_jax.layers.arguments import check_activations, check_cache
+from mdn_jax.layers.arguments import check_activations, check_cache, counted
 from mdn_jax.layers.gates import MomentumGates
 from mdn_jax.layers.initializers import log_uniform
 from mdn_jax.layers.norm import RMSNorm
@@ -140,6 +140,7 @@ class MomentumDeltaNet(nnx.Module):
         x: Float[Array, "B T hidden"],
         segment_ids: Int[Array, "B T"] | None = None,
         cache: MDNCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], MDNCache]:
         """Mixes the tokens of each document.
 
@@ -148,6 +149,8 @@ class MomentumDeltaNet(nnx.Module):
           segment_ids: document of each token, non-decreasing along `T`; a change resets
             everything that carries information between tokens.
           cache: continues the row's first document; None means it starts here.
+          lengths: tokens of each row that count, 0 included; the padding after them has
+            meaningless outputs and leaves no trace in the cache. None: all. Not with `segment_ids`.
 
         Returns:
           The outputs in the compute dtype, and the cache of the row's last document.
@@ -157,14 +160,17 @@ class MomentumDeltaNet(nnx.Module):
           ValueError: a shape that does not fit.
         """
         config = self.config
-        check_activations(x, config.hidden_size, segment_ids)
+        check_activations(x, config.hidden_size, segment_ids, lengths)
         batch, length, _ = x.shape
         if cache is None:
             cache = self.init_cache(batch)
         self._check_cache(cache, batch)
         x = x.astype(self.dtype)
-        q, k, v, tails = self.qkv(x, segment_ids, cache)
+        q, k, v, tails = self.qkv(x, segment_ids, cache, lengths)
         gates = self.gates(x)
+        if lengths is not None:  # alpha = mu = 1, beta = eta = 0: the states stay as they are
+            own = counted(lengths, length)[:, :, None]
+            gates = jax.tree.map(lambda gate: jnp.where(own, gate, 0.0), gates)
         p = None
         if not config.use_p_times_alpha:
             p = l2_normalize(k.astype(gates.eta.dtype)).astype(k.dtype)
@@ -199,7 +205,11 @@ class MomentumDeltaNet(nnx.Module):
         check_cache(cache, MDNCache, shapes)
 
     def qkv(
-        self, x: Float[Array, "B T hidden"], segment_ids: Int[Array, "B T"] | None, cache: MDNCache
+        self,
+        x: Float[Array, "B T hidden"],
+        segment_ids: Int[Array, "B T"] | None,
+        cache: MDNCache,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Array, Array, Array, tuple[Array | None, ...]]:
         """Queries, keys and values as the rule takes them, and the new tails of the convolutions.
 
@@ -219,7 +229,7 @@ class MomentumDeltaNet(nnx.Module):
             if conv is None or tail is None:
                 y = jax.nn.silu(y)
             else:
-                y, tail = conv(y, tail, segment_ids=segment_ids)
+                y, tail = conv(y, tail, segment_ids=segment_ids, lengths=lengths)
             outputs.append(y)
             tails.append(tail)
         heads = (config.num_heads, config.num_heads, config.value_heads)

@@ -48,6 +48,7 @@ class ShortConv(nnx.Module):
         tail: Float[Array, "B W channels"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T channels"], Float[Array, "B W channels"]]:
         """Convolves `x`.
 
@@ -55,6 +56,7 @@ class ShortConv(nnx.Module):
           x: inputs.
           tail: the last `W` inputs before `x`, oldest first, of the row's first document.
           segment_ids: document of each step, non-decreasing along `T`.
+          lengths: steps of each row that count, those before its padding; None: all.
 
         Returns:
           The outputs, and the last `W` inputs of the row's last document, zeros on the left.
@@ -63,6 +65,10 @@ class ShortConv(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         y = _convolve(x, tail, self.kernel[...], bias, segment_ids)
 
+        if lengths is not None:  # the W inputs up to step `lengths` of tail and inputs
+            steps = lengths[:, None] + jnp.arange(self.size)
+            inputs = jnp.concatenate([tail, x], axis=1)
+            return y, jnp.take_along_axis(inputs, steps[:, :, None], axis=1)
         tail = jnp.concatenate([tail, x[:, -self.size :]], axis=1)[:, -self.size :]
         if segment_ids is not None:
             ids = _with_tail(segment_ids, self.size)[:, -self.size :, None]

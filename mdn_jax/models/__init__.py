@@ -2,5 +2,20 @@
 
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.config import AttentionConfig, MDNConfig
+from mdn_jax.models.generate import GenerationState, generate, initial_state, prefill, stream
+from mdn_jax.models.sampling import Sampling
+from mdn_jax.models.state_file import load_state, save_state
 
-__all__ = ["AttentionConfig", "MDNConfig", "MDNForCausalLM"]
+__all__ = [
+    "AttentionConfig",
+    "GenerationState",
+    "MDNConfig",
+    "MDNForCausalLM",
+    "Sampling",
+    "generate",
+    "initial_state",
+    "load_state",
+    "prefill",
+    "save_state",
+    "stream",
+]

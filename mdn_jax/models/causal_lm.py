@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mdn_jax.layers.arguments import check_lengths
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
 from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
@@ -65,9 +66,10 @@ class Block(nnx.Module):
         h: Float[Array, "B T hidden"],
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Any = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], MDNCache | AttentionCache]:
-        """Applies the block; `cache` as for its mixer."""
-        y, cache = self.mixer(self.mixer_norm(h), segment_ids, cache)
+        """Applies the block; the arguments are those of its mixer."""
+        y, cache = self.mixer(self.mixer_norm(h), segment_ids, cache, lengths)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), cache
 
@@ -141,6 +143,7 @@ class MDNForCausalLM(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         cache: ModelCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T vocab"], ModelCache]:
         """Logits of the next token.
 
@@ -149,6 +152,9 @@ class MDNForCausalLM(nnx.Module):
           segment_ids: document of each token, non-decreasing along `T`: packed documents never
             see each other.
           cache: continues the row's first document; None means it starts here.
+          lengths: tokens of each row that count, 0 included; the padding after them, any token
+            ids, has meaningless logits and leaves no trace in the cache. None: all. Not with
+            `segment_ids`.
 
         Returns:
           The logits, float32 (float64 for float64), and the cache of the row's last document.
@@ -157,7 +163,7 @@ class MDNForCausalLM(nnx.Module):
           TypeError: a dtype or type that does not fit.
           ValueError: a shape that does not fit.
         """
-        h, cache = self.hidden(tokens, segment_ids, cache)
+        h, cache = self.hidden(tokens, segment_ids, cache, lengths)
         return self.logits(h), cache
 
     def hidden(
@@ -165,6 +171,7 @@ class MDNForCausalLM(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         cache: ModelCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], ModelCache]:
         """Everything before the output projection, in the compute dtype; arguments as the call's.
 
@@ -172,14 +179,14 @@ class MDNForCausalLM(nnx.Module):
           TypeError: a dtype or type that does not fit.
           ValueError: a shape that does not fit.
         """
-        self._check(tokens, segment_ids, cache)
+        self._check(tokens, segment_ids, cache, lengths)
         apply = _apply_and_recompute if self.remat else Block.__call__
         # The cast comes after the lookup: the gradients of one token's occurrences add up in the
         # parameter's dtype. A token outside the vocabulary gives nan.
         h = jnp.take(self.embeddings[...], tokens, axis=0).astype(self.dtype)
         caches = []
         for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            h, after = apply(layer, h, segment_ids, before)
+            h, after = apply(layer, h, segment_ids, before, lengths)
             caches.append(after)
         return self.norm(h), tuple(caches)
 
@@ -189,7 +196,13 @@ class MDNForCausalLM(nnx.Module):
             return wide_projection(h, self.embeddings[...].T)
         return wide_projection(h, self.lm_head[...])
 
-    def _check(self, tokens: Array, segment_ids: Array | None, cache: ModelCache | None) -> None:
+    def _check(
+        self,
+        tokens: Array,
+        segment_ids: Array | None,
+        cache: ModelCache | None,
+        lengths: Array | None,
+    ) -> None:
         if not hasattr(tokens, "dtype") or not hasattr(tokens, "shape"):
             raise TypeError(f"tokens: expected an array [B, T], got {type(tokens).__name__}")
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -198,6 +211,7 @@ class MDNForCausalLM(nnx.Module):
             raise ValueError(f"tokens: expected [B, T] with B, T >= 1, got {list(tokens.shape)}")
         if segment_ids is not None:
             check_segment_ids(segment_ids, (tokens.shape[0], tokens.shape[1]))
+        check_lengths(lengths, segment_ids, (tokens.shape[0], tokens.shape[1]))
         if cache is not None:
             if not isinstance(cache, tuple | list):
                 raise TypeError(f"cache: expected a tuple or None, got {type(cache).__name__}")

@@ -1,0 +1,182 @@
+"""Generation: every row as if it were alone, however it is cut."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mdn_jax import MDNForCausalLM, Sampling, generate
+from mdn_jax.models import initial_state, prefill, stream
+from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
+
+FULL_ATTENTION = dataclasses.replace(TINY_ATTENTION, window_size=None)
+CONFIGS = {
+    "mdn": dataclasses.replace(TINY, num_hidden_layers=1),
+    "windowed": dataclasses.replace(TINY, attn=TINY_ATTENTION),
+    "full": dataclasses.replace(TINY, attn=FULL_ATTENTION),
+}
+MODELS = {
+    name: MDNForCausalLM(config, implementation="scan", rngs=nnx.Rngs(0))
+    for name, config in CONFIGS.items()
+}
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3, 3, 3, 3]]
+HYBRID_FIRST = ["windowed", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mdn", "full"))]
+GREEDY = Sampling(temperature=0.0)
+# with these, 8 tokens a call, few programs are compiled
+FEW = {"max_new_tokens": 9, "block": 8}
+
+
+def rows(tree, *picked):
+    return jax.tree.map(lambda x: x[jnp.asarray(picked)], tree)
+
+
+@pytest.mark.parametrize("name", ["full", pytest.param("windowed", marks=pytest.mark.slow)])
+def test_greedy_tokens_are_the_choices_of_the_whole_sequence(name):
+    model = MODELS[name]
+    piece = generate(model, [PROMPTS[0]], sampling=GREEDY, **FEW)
+    assert len(piece.tokens[0]) == 9
+    whole = jnp.asarray([PROMPTS[0] + piece.tokens[0]])
+    logits, cache = call(model, whole)
+    assert jnp.argmax(logits[0, 2:-1], axis=-1).tolist() == piece.tokens[0]
+    assert_close(piece.state.logits, logits[:, -1])
+    assert_close(piece.state.cache[0], cache[0])
+    assert piece.state.position.tolist() == [12]
+    assert np.flatnonzero(piece.state.seen[0]).tolist() == sorted(set(whole[0].tolist()))
+
+
+@pytest.mark.parametrize("name", ["mdn", "windowed", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_prompt_in_a_batch_is_the_prompt_alone(name):
+    model = MODELS[name]
+    stop = (24, 25)
+    together = generate(model, PROMPTS, stop_tokens=stop, seed=4, **FEW)
+    assert len(set(map(len, together.tokens))) > 1  # some end, some do not
+    for row in (0, 1, 2):
+        alone = generate(model, [PROMPTS[row]], stop_tokens=stop, seed=4 + row, **FEW)
+        assert alone.tokens[0] == together.tokens[row]
+        assert alone.ended[0] == together.ended[row]
+        assert_close(rows(together.state, row), alone.state)
+
+
+def test_pieces_and_continued_states_are_one_run():
+    model = MODELS["windowed"]
+    state = prefill(model, PROMPTS)
+    options = {"stop_tokens": (5,), "seed": 1}
+    pieces = list(stream(model, state, **FEW, **options))
+    assert [len(piece.tokens[0]) for piece in pieces] == [1, 8]
+    first = generate(model, PROMPTS, max_new_tokens=4, block=8, **options)
+    assert not any(first.ended)
+    second = generate(model, [[], [], []], max_new_tokens=5, block=8, state=first.state, **options)
+    joined = [a + b for a, b in zip(first.tokens, second.tokens, strict=True)]
+    assert joined == [[token for p in pieces for token in p.tokens[row]] for row in range(3)]
+    assert_close(second.state, pieces[-1].state)
+
+
+@pytest.mark.parametrize("name", HYBRID_FIRST)
+def test_prompts_that_continue_a_state(name):
+    model = MODELS[name]
+    state = prefill(model, PROMPTS)
+    continued = prefill(model, [[7, 7], [], [1]], state=state)
+    whole = prefill(model, [[*PROMPTS[0], 7, 7], PROMPTS[1], [*PROMPTS[2], 1]])
+    assert_close(continued.logits, whole.logits)
+    assert continued.position.tolist() == whole.position.tolist() == [5, 7, 5]
+    after = [
+        generate(model, [[], [], []], state=s, sampling=GREEDY, **FEW) for s in (continued, whole)
+    ]
+    assert after[0].tokens == after[1].tokens
+    assert_close(after[0].state, after[1].state)
+
+
+def test_decoding_from_an_empty_cache():
+    model, tokens = MODELS["mdn"], jnp.asarray([[3, 1, 4, 1, 5]])
+    state = initial_state(model, 1)
+    cache, logits = state.cache, []
+    for t in range(5):
+        one, cache = call(model, tokens[:, t : t + 1], None, cache)
+        logits.append(one)
+    expected, last = call(model, tokens)
+    assert_close((jnp.concatenate(logits, axis=1), cache), (expected, last))
+
+
+def test_a_stop_token_is_the_last_of_its_row():
+    model = MODELS["mdn"]
+    free = generate(model, [PROMPTS[0]], seed=2, **FEW).tokens[0]
+    stop = free[3]
+    expected = free[: free.index(stop) + 1]
+    piece = generate(model, [PROMPTS[0]], seed=2, stop_tokens=(stop,), **FEW)
+    assert piece.tokens == [expected]
+    assert piece.ended == [True]
+    assert piece.state.position.tolist() == [3 + len(expected)]
+
+
+def test_seeds():
+    model = MODELS["mdn"]
+    prompts = [PROMPTS[0]] * 3
+    first, again, other = (generate(model, prompts, seed=s, **FEW).tokens for s in (0, 0, 7))
+    assert first == again != other
+    assert first[0] != first[1] != first[2]
+    assert generate(model, prompts, seed=1, **FEW).tokens[:2] == first[1:]
+    assert generate(model, prompts, seed=[2, 0, 1], **FEW).tokens == [first[2], *first[:2]]
+
+
+def test_sampling_options_apply_in_the_loop():
+    model = MODELS["mdn"]
+    assert max(generate(model, PROMPTS, sampling=Sampling(vocab_limit=4), **FEW).tokens[0]) < 4
+    distinct = Sampling(temperature=0.0, repetition_penalty=1e9)
+    (tokens,) = generate(model, [[1]], sampling=distinct, **FEW).tokens
+    positive = len(set(tokens))
+    greedy = len(set(generate(model, [[1]], sampling=GREEDY, **FEW).tokens[0]))
+    assert positive >= greedy
+
+
+@pytest.mark.parametrize("name", ["mdn", "windowed"])
+def test_memory_does_not_grow_with_the_position(name):
+    model = MODELS[name]
+    short = generate(model, [PROMPTS[0]], max_new_tokens=3, block=8)
+    long = generate(model, [PROMPTS[0]], max_new_tokens=200, block=8)
+
+    def size(state):
+        return sum(x.nbytes for x in jax.tree.leaves(state))
+
+    assert size(short.state) == size(long.state)
+    assert long.state.position.tolist() == [203]
+
+
+def test_attention_to_everything_has_a_limit():
+    message = r"max_length: expected at least 12 \(3 tokens so far and max_new_tokens = 9: layer 1"
+    with pytest.raises(ValueError, match=message):
+        generate(MODELS["full"], [PROMPTS[0]], max_length=11, **FEW)
+    piece = generate(MODELS["full"], [PROMPTS[0]], max_length=12, **FEW)
+    assert piece.state.cache[1].capacity == 64
+    generate(MODELS["windowed"], [PROMPTS[0]], max_length=11, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompts": []}, ["prompts", "at least one row"]),
+        ({"prompts": [[1], []]}, ["prompts[1]", "at least one token"]),
+        ({"prompts": [[31]]}, ["prompts[0]", "from 0 to 30", "31"]),
+        ({"prompts": [[-1]]}, ["prompts[0]", "-1"]),
+        ({"prompts": [[1.5]]}, ["prompts[0]", "token ids", "float64"]),
+        ({"max_new_tokens": 0}, ["max_new_tokens", ">= 1", "0"]),
+        ({"block": 0}, ["block", ">= 1", "0"]),
+        ({"stop_tokens": (99,)}, ["stop_tokens", "from 0 to 30", "99"]),
+        ({"seed": -1}, ["seed", "0 to 2^32", "-1"]),
+        ({"seed": [1, 2]}, ["seed", "1 of them", "got 2"]),
+    ],
+)
+def test_bad_arguments(options, words):
+    options = {"prompts": [[1]], "max_new_tokens": 1} | options
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        generate(MODELS["mdn"], options.pop("prompts"), **options)
+    for word in words:
+        assert word in str(raised.value), str(raised.value)
+
+
+def test_a_state_of_other_rows():
+    state = initial_state(MODELS["mdn"], 2)
+    with pytest.raises(ValueError, match=r"prompts: expected 2 rows \(as state\), got 1"):
+        prefill(MODELS["mdn"], [[1]], state=state)

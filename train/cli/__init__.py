@@ -1,0 +1,1 @@
+"""What a checkpoint is used for: `mdn-generate`, `mdn-eval`, `mdn-convert`."""

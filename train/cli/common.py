@@ -1,0 +1,138 @@
+"""What the commands share: exit statuses, messages, the checkpoint to use."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+
+from mdn_jax import MDNForCausalLM
+from mdn_jax.ops.api import Implementation
+from train.errors import RunError
+from train.saved_model import find_checkpoint, load_model
+from train.text import Text, load_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which model, and how it computes."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Output directory of mdn-train or mdn-convert."""
+
+    step: int | None = None
+    """Checkpoint of this step; None: the latest."""
+
+    tokenizer: Path | Literal["bytes"] | None = None
+    """A tokenizer.json, or "bytes"; None: the one in the checkpoint's directory, else bytes."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of activations; None: that of the training, or of the converted parameters."""
+
+    implementation: Implementation | None = None
+    """Implementation of the momentum delta rule; None: the best that supports the call."""
+
+
+def open_checkpoint(config: CheckpointConfig) -> tuple[MDNForCausalLM, Text]:
+    """The model and its tokens.
+
+    Raises:
+      RunError: no such checkpoint, or one that cannot be read.
+    """
+    saved = find_checkpoint(config.checkpoint, config.step)
+    text = load_text(config.tokenizer, config.checkpoint, saved)
+    return load_model(saved, dtype=config.dtype, implementation=config.implementation), text
+
+
+def parse[C](
+    program: str, description: str | None, kind: type[C], arguments: Sequence[str] | None
+) -> C:
+    """The command line as a configuration.
+
+    Raises:
+      SystemExit: an unknown flag or a value that does not fit (after a message), or a request for
+        help.
+    """
+    try:
+        return tyro.cli(kind, prog=program, description=description, args=arguments)
+    except ValueError as error:  # of a field that is not under a prefix
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse_command(
+    program: str,
+    description: str | None,
+    commands: Mapping[str, Callable[[Any], int]],
+    arguments: Sequence[str] | None,
+) -> Callable[[], int]:
+    """The command line as one of several commands with its configuration.
+
+    Args:
+      program: name in messages.
+      description: for the help.
+      commands: functions of one configuration, which is annotated.
+      arguments: without the program's name; None means `sys.argv`.
+
+    Raises:
+      SystemExit: as of `parse`.
+    """
+
+    def bind(command: Callable[[Any], int]) -> Callable[..., Callable[[], int]]:
+        kind = get_type_hints(command)["config"]
+
+        def bound(config: Annotated[kind, tyro.conf.arg(name="")]) -> Callable[[], int]:  # type: ignore[valid-type]
+            return partial(command, config)
+
+        bound.__doc__ = command.__doc__
+        return bound
+
+    try:
+        chosen: Callable[[], int] = tyro.extras.subcommand_cli_from_dict(
+            {name: bind(command) for name, command in commands.items()},
+            prog=program,
+            description=description,
+            args=arguments,
+        )
+        return chosen
+    except ValueError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _unraisable(unraisable: Any) -> None:
+    # after a damaged file, Orbax leaves reads behind that end later than their event loop
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def run(program: str, command: Callable[[], int]) -> int:
+    """Runs a command with an error in what the user asked for as one line.
+
+    Args:
+      program: name in messages.
+      command: returns the exit status.
+
+    Returns:
+      The exit status: the command's, 1 after an error, 128 + n after signal n.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+    try:
+        return command()
+    except (RunError, ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
