@@ -144,21 +144,26 @@ class FileText(Text):
 class _FileDecoder(Decoder):
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0
+        self._shown: list[int] = []  # the last ones only: what a token's text may depend on
+        self._waiting: list[int] = []
 
     @override
     def add(self, tokens: list[int]) -> str:
-        self._tokens += tokens
-        text: str = self._tokenizer.decode(self._tokens)
-        return "" if text.endswith("\ufffd") else self._new(text)
+        self._waiting += tokens
+        new = self._new()
+        return "" if new.endswith("\ufffd") else self._show(new)
 
     @override
     def finish(self) -> str:
-        return self._new(self._tokenizer.decode(self._tokens))
+        return self._show(self._new())
 
-    def _new(self, text: str) -> str:
-        new, self._shown = text[self._shown :], len(text)
+    def _new(self) -> str:
+        shown: str = self._tokenizer.decode(self._shown)
+        text: str = self._tokenizer.decode(self._shown + self._waiting)
+        return text[len(shown) :]
+
+    def _show(self, new: str) -> str:
+        self._shown, self._waiting = (self._shown + self._waiting)[-4:], []
         return new
 
 

@@ -184,7 +184,7 @@ def stream(
     stop[check_stop_tokens(stop_tokens, model.config.vocab_size)] = True
     state = _with_room(model, state, max_new_tokens, max_length)
     graph, weights = nnx.split(model)
-    ended = jnp.zeros((rows,), bool)
+    ended = state.position < 0  # False, and on the state's devices, as after a block
     made, limit = 0, 1
     while made < max_new_tokens and not np.asarray(ended).all():
         carry = _decode(

@@ -73,6 +73,9 @@ def load_state(path: str | os.PathLike[str], model: MDNForCausalLM) -> Generatio
       OSError: the file cannot be read.
     """
     expected = f"state: expected a file of save_state, got {path}"
+    with open(path, "rb") as opened:
+        if not zipfile.is_zipfile(opened):
+            raise ValueError(f"{expected}: no npz file, or one cut short")
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -10,6 +10,7 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM, Sampling, generate
 from mdn_jax.models import initial_state, prefill, stream
+from mdn_jax.models.generate import _decode
 from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
 
 FULL_ATTENTION = dataclasses.replace(TINY_ATTENTION, window_size=None)
@@ -89,15 +90,23 @@ def test_prompts_that_continue_a_state(name):
     assert_close(after[0].state, after[1].state)
 
 
-def test_decoding_from_an_empty_cache():
-    model, tokens = MODELS["mdn"], jnp.asarray([[3, 1, 4, 1, 5]])
-    state = initial_state(model, 1)
-    cache, logits = state.cache, []
-    for t in range(5):
-        one, cache = call(model, tokens[:, t : t + 1], None, cache)
-        logits.append(one)
-    expected, last = call(model, tokens)
-    assert_close((jnp.concatenate(logits, axis=1), cache), (expected, last))
+@nnx.jit
+def padded_call(model, tokens, cache, lengths):
+    return model(tokens, None, cache, lengths)
+
+
+@pytest.mark.parametrize("name", ["mdn", "windowed"])
+def test_prefill_and_decoding_are_one_call_at_every_split(name):
+    model, tokens = MODELS[name], jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6]])
+    start = model.init_cache(1, 8)
+    expected = call(model, tokens, None, start)
+    for split in range(9):  # 0: decoding from an empty cache
+        logits, cache = padded_call(model, tokens, start, jnp.asarray([split]))
+        logits = logits[:, :split]
+        for t in range(split, 8):
+            one, cache = call(model, tokens[:, t : t + 1], None, cache)
+            logits = jnp.concatenate([logits, one], axis=1)
+        assert_close((logits, cache), expected)
 
 
 def test_a_stop_token_is_the_last_of_its_row():
@@ -180,3 +189,14 @@ def test_a_state_of_other_rows():
     state = initial_state(MODELS["mdn"], 2)
     with pytest.raises(ValueError, match=r"prompts: expected 2 rows \(as state\), got 1"):
         prefill(MODELS["mdn"], [[1]], state=state)
+
+
+def test_the_loop_is_compiled_once():
+    # parameters on a device by name, as those of a checkpoint are
+    graph, weights = nnx.split(MODELS["mdn"])
+    model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
+    state = prefill(model, [PROMPTS[0]])
+    before = _decode._cache_size()
+    for _ in stream(model, state, max_new_tokens=20, block=6):
+        pass
+    assert _decode._cache_size() == before + 1

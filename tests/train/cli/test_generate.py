@@ -11,7 +11,6 @@ import pytest
 from mdn_jax import Sampling, generate
 from train.cli.generate import main
 from train.saved_model import find_checkpoint, load_model
-from train.text import ByteText
 from train.tokenizer import decode, encode
 
 SCAN = ["--implementation", "scan", "--block", "8"]
@@ -84,23 +83,6 @@ def test_prompt_files(checkpoint, tmp_path, capsys, monkeypatch):
     assert captured.out.startswith("ab\ufffd")
     assert main([str(checkpoint), *SCAN, "--prompt", "a", "--prompt-file", "b"]) == 1
     assert "prompt: expected none with prompt_file" in capsys.readouterr().err
-
-
-def test_incomplete_characters_wait():
-    decoder = ByteText().decoder()
-    text = "aé€🙂z"
-    pieces = [decoder.add([byte]) for byte in text.encode()]
-    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "🙂", "z"]
-    assert decoder.finish() == ""
-    assert decoder.add([0xE2, 0x82]) == ""
-    assert decoder.finish() == "\ufffd"
-    assert ByteText().decoder().add([0xFF, 65]) == "\ufffdA"
-
-
-def test_bytes_that_are_no_text_survive_the_way_in():
-    text = bytes([65, 255, 66]).decode(errors="surrogateescape")
-    assert ByteText().encode(text) == [256, 65, 255, 66]
-    assert ByteText().pair("é", "x") == ([256, 195, 169, 120], 3)
 
 
 @pytest.mark.parametrize(
