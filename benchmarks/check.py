@@ -33,7 +33,7 @@ from benchmarks.timing import Compiled, compile_for
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api
 from mdn_jax.ops.inputs import document_starts
-from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 
 
 @dataclass(frozen=True)
@@ -212,15 +212,15 @@ def interpreted_rule(
     if initial_state is None:
         shape = (batch, x.v.shape[2], key_dim, x.v.shape[3])
         initial_state = MDNState.zeros(*shape, jnp.float32)
-    o, (s, n) = momentum_delta(
+    o, memory = momentum_delta(
         x,
-        States(initial_state.s, -initial_state.m),
+        Memory(*initial_state),
         starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
         scale=key_dim**-0.5,
         normalize=True,
         interpret=True,
     )
-    return o, MDNState(s, -n)
+    return o, MDNState(*memory)
 
 
 def _record(outcome: Outcome) -> dict[str, object]:

@@ -3,6 +3,8 @@
 import tyro
 
 from benchmarks.check import check
+from benchmarks.decode import decode
+from benchmarks.generation import generation
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.parity import parity
@@ -14,6 +16,8 @@ def main() -> None:
     tyro.extras.subcommand_cli_from_dict(
         {
             "check": check,
+            "decode": decode,
+            "generation": generation,
             "inspect": inspect,
             "kernels": kernels,
             "parity": parity,

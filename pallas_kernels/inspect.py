@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import product
@@ -24,13 +24,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
-from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 from pallas_kernels.tiling import KEY_DIMS, SHARED_MEMORY, Tiles, unsupported
 
 DEVICES = {(8, 0): ("NVIDIA A100-SXM4-80GB", 108), (9, 0): ("NVIDIA H100 80GB HBM3", 132)}
 """Device kind and number of cores by compute capability."""
 
-_BATCH, _LENGTH, _HEADS = 8, 4096, 6
+_BATCH, _LENGTH, _HEADS, _DECODE_BATCH = 8, 4096, 6, 64
 
 
 class Case(NamedTuple):
@@ -165,7 +165,7 @@ def lower(
     *,
     tiles: Tiles | None = None,
 ) -> list[Kernel]:
-    """The kernels of one forward and backward pass, in the order of the program.
+    """The kernels of one forward and backward pass, in the order of the program, and of decoding.
 
     Args:
       key_dim: K.
@@ -175,17 +175,21 @@ def lower(
       explicit_p: with an erase key of its own.
       tiles: None: those that ship.
     """
-    gate = jax.ShapeDtypeStruct((_BATCH, _LENGTH, _HEADS), jnp.float32)
-    state = jax.ShapeDtypeStruct((_BATCH, _HEADS, key_dim, value_dim), jnp.float32)
-    keys = jax.ShapeDtypeStruct((*gate.shape, key_dim), dtype)
-    values = jax.ShapeDtypeStruct((*gate.shape, value_dim), dtype)
-    x = Tokens(keys, keys, values, keys if explicit_p else None, gate, gate, gate, gate)
-    states = States(state, state)
 
-    def rule(x: Tokens, states: States) -> tuple[jax.Array, States]:
+    def tokens(batch: int, length: int) -> Tokens:
+        gate = jax.ShapeDtypeStruct((batch, length, _HEADS), jnp.float32)
+        keys = jax.ShapeDtypeStruct((*gate.shape, key_dim), dtype)
+        values = jax.ShapeDtypeStruct((*gate.shape, value_dim), dtype)
+        return Tokens(keys, keys, values, keys if explicit_p else None, gate, gate, gate, gate)
+
+    def entering(batch: int) -> Memory:
+        state = jax.ShapeDtypeStruct((batch, _HEADS, key_dim, value_dim), jnp.float32)
+        return Memory(state, state)
+
+    def rule(x: Tokens, memory: Memory) -> tuple[jax.Array, Memory]:
         return momentum_delta(
             x,
-            states,
+            memory,
             starts=None,
             scale=key_dim**-0.5,
             normalize=True,
@@ -193,13 +197,21 @@ def lower(
             capability=capability,
         )
 
-    @jax.jit
-    def both(x: Tokens, states: States, cotangents: tuple[jax.Array, States]) -> Any:
-        outputs, pullback = jax.vjp(rule, x, states)
+    def both(x: Tokens, memory: Memory, cotangents: tuple[jax.Array, Memory]) -> Any:
+        outputs, pullback = jax.vjp(rule, x, memory)
         return outputs, pullback(cotangents)
 
+    x, memory = tokens(_BATCH, _LENGTH), entering(_BATCH)
+    chunks = _lowered(both, capability, x, memory, (x.v, memory))
+    steps = _lowered(rule, capability, tokens(_DECODE_BATCH, 1), entering(_DECODE_BATCH))
+    return [*chunks, *steps]
+
+
+def _lowered(
+    function: Callable[..., Any], capability: tuple[int, int], *arguments: Any
+) -> list[Kernel]:
     with abstract_gpu(capability):
-        traced = both.trace(x, states, (values, states))
+        traced = jax.jit(function).trace(*arguments)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     with module.context as context:
         dialect.register_dialect(context)
@@ -291,7 +303,7 @@ def report(
     capability: tuple[int, int],
     explicit_p: bool = False,
 ) -> list[KernelReport]:
-    """Compiles the kernels of one forward and backward pass with the tiles that ship.
+    """Compiles the kernels of one forward and backward pass, and of decoding, as they ship.
 
     Args:
       key_dim: K.

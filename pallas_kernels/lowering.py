@@ -1,7 +1,8 @@
 """The one place that calls `pallas_call`: compiler parameters, names, precision, interpret mode."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -48,11 +49,13 @@ def kernel_call(
     warps: int,
     stages: int,
     interpret: bool,
+    aliases: Mapping[int, int] = MappingProxyType({}),
 ) -> Any:
     """Runs a kernel through the Triton backend of Pallas (or the interpreter, on any device).
 
     Operands, specifications and results are pytrees; the body gets one of references for each
-    operand, then one for the result. None stands for an array that is not there.
+    operand, then one for the result. None stands for an array that is not there. `aliases` names
+    the operands whose memory becomes a result's, both by their places among the arrays.
     """
     # inside shard_map a result varies over every mesh axis that an operand varies over
     axes = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
@@ -66,6 +69,7 @@ def kernel_call(
         in_specs=in_specs,
         out_specs=[out_specs],
         out_shape=[out_shape],
+        input_output_aliases=dict(aliases),
         compiler_params=pl_triton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name=name,

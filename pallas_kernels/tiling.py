@@ -42,6 +42,27 @@ class Tiles(NamedTuple):
     gates_warps: int = 2
 
 
+class DecodeTiles(NamedTuple):
+    """Block of V in elements and warps of the decode kernel."""
+
+    block_v: int
+    warps: int
+
+
+def decode_tiles(key_dim: int, value_dim: int, heads: int) -> DecodeTiles:
+    """The tiles of the decode kernel for padded dims.
+
+    Args:
+      key_dim: K, one of `KEY_DIMS`.
+      value_dim: V, as `padded_value_dim` gives it.
+      heads: value heads of all rows, `B * HV`.
+    """
+    # 128 bytes of a row of the state, unless the device would be left with idle cores
+    block_v = 32 if value_dim >= 32 and heads * value_dim // 32 >= 512 else 16
+    # 32 elements of each state to a thread
+    return DecodeTiles(block_v, max(1, key_dim * block_v // 1024))
+
+
 def padded_key_dim(key_dim: int) -> int:
     """The key dim that kernels run at."""
     return next(size for size in KEY_DIMS if size >= key_dim)

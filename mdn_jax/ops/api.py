@@ -1,5 +1,6 @@
 """`momentum_delta_rule`: checks its arguments and picks the implementation."""
 
+import importlib.util
 import math
 from typing import Any, Literal, get_args
 
@@ -14,9 +15,9 @@ from mdn_jax.ops.inputs import RuleInputs, document_starts, l2_normalize
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
 
-Implementation = Literal["scan", "xla", "pallas_triton"]
+Implementation = Literal["scan", "xla", "pallas_triton", "triton"]
 
-_KERNELS: Implementation = "pallas_triton"
+_KERNELS: tuple[Implementation, ...] = ("pallas_triton", "triton")
 
 _VALUE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -73,7 +74,9 @@ def momentum_delta_rule(
         implementation.
       implementation: "scan" (the definition, slow), "xla" (chunkwise, everywhere),
         "pallas_triton" (kernels for CUDA GPUs, compute capability 8.0 and above, K <= 256,
-        V <= 512, chunks of 64), or None: the best one that supports the call.
+        V <= 512, chunks of 64; up to 16 steps are one kernel that updates the states in place),
+        "triton" (that last kernel in native Triton, where jax-triton is installed; up to 16 steps),
+        or None: the best one that supports the call.
 
     Returns:
       The outputs in `v`'s dtype, and the final state, float32 (float64 for float64 inputs).
@@ -98,17 +101,23 @@ def momentum_delta_rule(
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
     scale = key_dim**-0.5 if scale is None else scale
     if implementation is None:
-        implementation = "xla" if _unsupported_by_kernels(q, v, p, scale, chunk_size) else _KERNELS
-    elif implementation == _KERNELS:
-        reason = _unsupported_by_kernels(q, v, p, scale, chunk_size)
-        if reason:
+        lacking = _lacking("pallas_triton", q, v, p, scale, chunk_size)
+        implementation = "xla" if lacking else "pallas_triton"
+    elif implementation in _KERNELS:
+        lacking = _lacking(implementation, q, v, p, scale, chunk_size)
+        if lacking:
             raise ValueError(
-                f'implementation: "{_KERNELS}" expects {reason}; '
+                f'implementation: "{implementation}" expects {lacking}; '
                 'use implementation="xla", or None for the best one that supports the call'
             )
-    if implementation == _KERNELS:
+    if implementation in _KERNELS:
         return _on_kernels(
-            (q, k, v, p, *gates), state, segment_ids, scale=float(scale), normalize=normalize_qk
+            (q, k, v, p, *gates),
+            state,
+            segment_ids,
+            scale=float(scale),
+            normalize=normalize_qk,
+            native=implementation == "triton",
         )
 
     def grouped(x: Array) -> Array:  # [B, T, HV, ...] -> [B, T, H, G, ...]
@@ -149,14 +158,19 @@ def _capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
-def _unsupported_by_kernels(
-    q: Array, v: Array, p: Array | None, scale: float | Array, chunk_size: int | None
+def _lacking(
+    implementation: Implementation,
+    q: Array,
+    v: Array,
+    p: Array | None,
+    scale: float | Array,
+    chunk_size: int | None,
 ) -> str | None:
     """What the GPU kernels would need that this call lacks; None if they can run it."""
     capability = _capability()
     if capability is None:
         return "a CUDA GPU as the default device, got none"
-    from pallas_kernels.momentum_delta import CHUNK
+    from pallas_kernels.momentum_delta import CHUNK, MAX_STEPS
     from pallas_kernels.tiling import unsupported
 
     if q.dtype == jnp.float64:
@@ -165,6 +179,11 @@ def _unsupported_by_kernels(
         return f"chunk_size {CHUNK} or None, got {chunk_size}"
     if isinstance(scale, jax.core.Tracer):
         return "a scale known when the call is traced, got a traced value"
+    if implementation == "triton":
+        if q.shape[1] > MAX_STEPS:
+            return f"at most {MAX_STEPS} steps, got T = {q.shape[1]}"
+        if importlib.util.find_spec("jax_triton") is None:
+            return 'jax-triton, which is not installed (pip install "mdn-jax[triton]")'
     return unsupported(
         q.shape[-1],
         v.shape[-1],
@@ -181,22 +200,24 @@ def _on_kernels(
     *,
     scale: float,
     normalize: bool,
+    native: bool,
 ) -> tuple[Array, MDNState]:
-    from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+    from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 
     x = Tokens(*(None if y is None else jnp.asarray(y) for y in arrays))
     starts = (
         None if segment_ids is None else document_starts(segment_ids, (x.q.shape[0], x.q.shape[1]))
     )
-    o, (s, n) = momentum_delta(
+    o, memory = momentum_delta(
         x,
-        States(state.s, -state.m),
+        Memory(*state),
         starts=starts,
         scale=scale,
         normalize=normalize,
         capability=_capability() or (9, 0),
+        native=native,
     )
-    return o, MDNState(s, -n)
+    return o, MDNState(*memory)
 
 
 def _describe(x: object) -> str:

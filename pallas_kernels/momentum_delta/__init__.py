@@ -1,6 +1,7 @@
 """The momentum delta rule on the GPU (docs/kernels.md)."""
 
 from pallas_kernels.momentum_delta.call import momentum_delta
-from pallas_kernels.momentum_delta.layout import CHUNK, Options, States, Tokens
+from pallas_kernels.momentum_delta.decode import MAX_STEPS
+from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, States, Tokens
 
-__all__ = ["CHUNK", "Options", "States", "Tokens", "momentum_delta"]
+__all__ = ["CHUNK", "MAX_STEPS", "Memory", "Options", "States", "Tokens", "momentum_delta"]

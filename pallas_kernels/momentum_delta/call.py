@@ -1,53 +1,112 @@
 """Any shape on the kernels: padding, resets at document starts, tile choice."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.momentum_delta.layout import CHUNK, Options, States, Tokens
+from pallas_kernels.momentum_delta.decode import MAX_STEPS, DecodeOptions, decode
+from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Sizes, States, Tokens
 from pallas_kernels.momentum_delta.vjp import rule
-from pallas_kernels.tiling import Tiles, choose_tiles, padded_key_dim, padded_value_dim
+from pallas_kernels.tiling import (
+    Tiles,
+    choose_tiles,
+    decode_tiles,
+    padded_key_dim,
+    padded_value_dim,
+)
 
 # exp of this is zero in float32; small enough in size that sums over a chunk stay precise
 _LOG_ZERO = -110.0
 
 
+class _Call(NamedTuple):
+    """What is fixed when a call is traced."""
+
+    scale: float
+    normalize: bool
+    tiles: Tiles | None
+    capability: tuple[int, int]
+    native: bool
+    interpret: bool
+
+
 def momentum_delta(
     x: Tokens,
-    state: States,
+    memory: Memory,
     *,
     starts: jax.Array | None,
     scale: float,
     normalize: bool,
     tiles: Tiles | None = None,
     capability: tuple[int, int] = (9, 0),
+    native: bool = False,
     interpret: bool = False,
-) -> tuple[jax.Array, States]:
+) -> tuple[jax.Array, Memory]:
     """The momentum delta rule on the Pallas kernels, differentiable in every array.
+
+    Up to `MAX_STEPS` steps are one call of the decode kernel, unless they are differentiated.
 
     Args:
       x: tokens and gates, any `T`, `K <= 256`, `V <= 512`.
-      state: entering states, float32, with the momentum negated.
+      memory: entering states.
       starts: `[B, T]` bool, the first step of each document but a row's first; or None.
       scale: factor on the output.
       normalize: l2-normalise q and k.
-      tiles: None: chosen for the shape.
+      tiles: of the chunk kernels; None: chosen for the shape.
       capability: compute capability of the device.
-      interpret: run the kernels in the interpreter.
+      native: the decode kernel in Triton's own language (jax-triton) instead of Pallas.
+      interpret: run the Pallas kernels in the interpreter.
 
     Returns:
-      Outputs `[B, T, HV, V]` in v's dtype and the final states, float32, momentum negated.
+      Outputs `[B, T, HV, V]` in v's dtype and the final states.
     """
+    call = _Call(scale, normalize, tiles, capability, native, interpret)
+    run = _steps if x.sizes.length <= MAX_STEPS else _chunks
+    return run(call, _reset(x, starts), memory)
+
+
+def _chunks(call: _Call, x: Tokens, memory: Memory) -> tuple[jax.Array, Memory]:
+    """On the chunk kernels."""
     z = x.sizes
     key_dim, value_dim = padded_key_dim(z.key_dim), padded_value_dim(z.value_dim)
-    tiles = tiles or choose_tiles(
-        key_dim, value_dim, x.q.dtype.itemsize, capability, explicit_p=x.p is not None
+    tiles = call.tiles or choose_tiles(
+        key_dim, value_dim, x.q.dtype.itemsize, call.capability, explicit_p=x.p is not None
     )
-    x = _pad(_reset(x, starts), -z.length % CHUNK, key_dim - z.key_dim, value_dim - z.value_dim)
-    margin = ((0, 0), (0, 0), (0, key_dim - z.key_dim), (0, value_dim - z.value_dim))
-    state = jax.tree.map(lambda y: jnp.pad(y, margin), state)
-    o, final = rule(Options(scale, normalize, tiles, interpret), x, state)
-    final = jax.tree.map(lambda y: y[:, :, : z.key_dim, : z.value_dim], final)
-    return o[:, : z.length, :, : z.value_dim], final
+    x, memory = _pad(x, memory, -z.length % CHUNK)
+    options = Options(call.scale, call.normalize, tiles, call.interpret)
+    o, final = rule(options, x, States(memory.s, -memory.m))
+    return _cut(o, Memory(final.s, -final.n), z)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _steps(call: _Call, x: Tokens, memory: Memory) -> tuple[jax.Array, Memory]:
+    """On the decode kernel; the chunk kernels take over where a gradient is asked for."""
+    z = x.sizes
+    x, memory = _pad(x, memory, 0)
+    padded = x.sizes
+    tiles = decode_tiles(padded.key_dim, padded.value_dim, z.batch * z.value_heads)
+    options = DecodeOptions(call.scale, call.normalize, tiles, call.interpret)
+    if call.native:
+        from pallas_kernels.momentum_delta import decode_triton
+
+        return _cut(*decode_triton.decode(x, memory, options), z)
+    return _cut(*decode(x, memory, options), z)
+
+
+def _steps_forward(call: _Call, x: Tokens, memory: Memory) -> tuple[tuple[jax.Array, Memory], Any]:
+    return jax.vjp(partial(_chunks, call), x, memory)
+
+
+def _steps_backward(
+    call: _Call, pullback: Any, cotangents: tuple[jax.Array, Memory]
+) -> tuple[Tokens, Memory]:
+    gradients: tuple[Tokens, Memory] = pullback(cotangents)
+    return gradients
+
+
+_steps.defvjp(_steps_forward, _steps_backward)
 
 
 def _reset(x: Tokens, starts: jax.Array | None) -> Tokens:
@@ -66,8 +125,11 @@ def _reset(x: Tokens, starts: jax.Array | None) -> Tokens:
     return x._replace(p=p, **gates)
 
 
-def _pad(x: Tokens, steps: int, key_dim: int, value_dim: int) -> Tokens:
-    """Appends steps that leave the states as they are, and zeros to keys and values."""
+def _pad(x: Tokens, memory: Memory, steps: int) -> tuple[Tokens, Memory]:
+    """Appends steps that leave the states as they are, and zeros to keys, values and states."""
+    z = x.sizes
+    key_dim = padded_key_dim(z.key_dim) - z.key_dim
+    value_dim = padded_value_dim(z.value_dim) - z.value_dim
 
     def pad(y: jax.Array, width: int = 0) -> jax.Array:
         if not steps and not width:
@@ -75,10 +137,19 @@ def _pad(x: Tokens, steps: int, key_dim: int, value_dim: int) -> Tokens:
         margin = [(0, 0), (0, steps), (0, 0), (0, width)][: y.ndim]
         return jnp.pad(y, margin)
 
+    if key_dim or value_dim:
+        margin = ((0, 0), (0, 0), (0, key_dim), (0, value_dim))
+        memory = Memory(*(jnp.pad(y, margin) for y in memory))
     return Tokens(
         pad(x.q, key_dim),
         pad(x.k, key_dim),
         pad(x.v, value_dim),
         None if x.p is None else pad(x.p, key_dim),
         *(pad(gate) for gate in x[4:]),
-    )
+    ), memory
+
+
+def _cut(o: jax.Array, memory: Memory, z: Sizes) -> tuple[jax.Array, Memory]:
+    """Without what `_pad` appended."""
+    memory = Memory(*(y[:, :, : z.key_dim, : z.value_dim] for y in memory))
+    return o[:, : z.length, :, : z.value_dim], memory

@@ -90,6 +90,13 @@ class Tokens(NamedTuple):
         return Sizes(batch, length, heads, p_heads, self.v.shape[2], key_dim, self.v.shape[3])
 
 
+class Memory(NamedTuple):
+    """Memory and momentum as callers have them, `[B, HV, K, V]` float32."""
+
+    s: Leaf
+    m: Leaf
+
+
 class States(NamedTuple):
     """Memory and negated momentum: `[B, HV, K, V]`, or one pair a chunk `[B, HV, NT, K, V]`."""
 

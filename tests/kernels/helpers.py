@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mdn_jax import MDNState
 from mdn_jax.ops.inputs import document_starts
-from pallas_kernels.momentum_delta import States, Tokens, momentum_delta
+from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 from pallas_kernels.tiling import Tiles
 from tests.ops.helpers import DIFFERENTIABLE, cotangents
 
@@ -38,16 +38,16 @@ def kernel_rule(
     key_dim = q.shape[-1]
     if initial_state is None:
         initial_state = MDNState.zeros(batch, value_heads, key_dim, value_dim, jnp.float32)
-    o, (s, n) = momentum_delta(
+    o, memory = momentum_delta(
         Tokens(q, k, v, p, log_alpha, log_mu, beta, eta),
-        States(initial_state.s, -initial_state.m),
+        Memory(*initial_state),
         starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
         scale=key_dim**-0.5 if scale is None else scale,
         normalize=normalize_qk,
         tiles=SMALL,
         interpret=True,
     )
-    return o, MDNState(s, -n)
+    return o, MDNState(*memory)
 
 
 @cache

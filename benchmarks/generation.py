@@ -1,0 +1,181 @@
+"""`mdn-bench generation`: tokens a second and memory of decoding, early and late in a text."""
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from tabulate import tabulate
+
+from configs import CONFIGS
+from mdn_jax import MDNForCausalLM
+from mdn_jax.models import GenerationState, prefill, stream
+from mdn_jax.ops.api import Implementation
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Decodes with random weights after prompts of several lengths."""
+
+    model: str = "mdn_400m"
+    """Name of a configuration, as for `mdn-train`."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of parameters and computation."""
+    implementation: Implementation | None = None
+    """Of the momentum delta rule; None: the best one."""
+    batch_sizes: tuple[int, ...] = (1, 64)
+    """Rows decoded at once."""
+    positions: tuple[int, ...] = (1_000, 100_000)
+    """Tokens before those that are timed."""
+    tokens: int = 256
+    """Tokens to time."""
+    block: int = 64
+    """Tokens in one call of the compiled loop."""
+    piece: int = 8192
+    """Tokens of the prompts in one call of the model, over all rows."""
+    output: Path | None = None
+    """Where to write the results as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.model not in CONFIGS:
+            raise ValueError(f"model: expected one of {', '.join(CONFIGS)}, got {self.model!r}")
+        if self.block < 2 or self.tokens < 2 * self.block:
+            raise ValueError(
+                f"tokens: expected at least two blocks (block >= 2), got {self.tokens} and "
+                f"block = {self.block}"
+            )
+
+
+class Row(NamedTuple):
+    """Decoding at one position.
+
+    Attributes:
+      batch_size: rows.
+      position: tokens before.
+      prefill: tokens a second of the prompts, over all rows; None if they are one piece.
+      step: seconds a token of every row, median over the blocks.
+      memory: most bytes in use while decoding.
+      state: bytes of the caches.
+    """
+
+    batch_size: int
+    position: int
+    prefill: float | None
+    step: float
+    memory: int
+    state: int
+
+
+def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> None:
+    """Times decoding and watches its memory, at each batch size and position."""
+    device = jax.devices()[0].device_kind
+    model = MDNForCausalLM(
+        CONFIGS[config.model]().model,
+        implementation=config.implementation,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.dtype),
+        rngs=nnx.Rngs(0),
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    print(
+        f"{device}, jax {jax.__version__}, {config.model}: {parameters:,} parameters, "
+        f"{config.dtype}; {config.tokens} tokens of each row in blocks of {config.block}, the "
+        "first block not counted; memory: the most in use while decoding"
+    )
+    rows = [
+        _run(config, model, batch_size, position)
+        for batch_size in config.batch_sizes
+        for position in config.positions
+    ]
+    headers = ["batch", "position", "prefill tokens/s", "ms a token", "tokens/s", "MB", "MB states"]
+    lines = [
+        [
+            row.batch_size,
+            f"{row.position:,}",
+            f"{row.prefill:,.0f}" if row.prefill else "-",
+            f"{row.step * 1e3:.3f}",
+            f"{row.batch_size / row.step:,.0f}",
+            f"{row.memory / 1e6:,.1f}",
+            f"{row.state / 1e6:,.1f}",
+        ]
+        for row in rows
+    ]
+    print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
+    if config.output:
+        report = {
+            "device": device,
+            "jax": jax.__version__,
+            "config": asdict(config),
+            "results": [row._asdict() for row in rows],
+        }
+        config.output.write_text(json.dumps(report, indent=1, default=str))
+
+
+def _run(config: GenerationConfig, model: MDNForCausalLM, batch_size: int, position: int) -> Row:
+    state, prompt_speed = _read(config, model, batch_size, position)
+    times = []
+    with _most_bytes_in_use() as memory:
+        began = time.perf_counter()
+        for piece in stream(model, state, max_new_tokens=config.tokens + 1, block=config.block):
+            state = jax.block_until_ready(piece.state)
+            now = time.perf_counter()
+            if len(piece.tokens[0]) == config.block:  # not the first token, nor a short last block
+                times.append((now - began) / config.block)
+            began = now
+    cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    step = statistics.median(times[1:])
+    return Row(batch_size, position, prompt_speed, step, max(memory), cache)
+
+
+def _read(
+    config: GenerationConfig, model: MDNForCausalLM, batch_size: int, position: int
+) -> tuple[GenerationState, float | None]:
+    """The state after random prompts, and tokens a second, the first piece not counted."""
+    rng = np.random.default_rng(position)
+    piece = max(1, config.piece // batch_size)
+    state, seconds, read = None, 0.0, 0
+    for start in range(0, position, piece):
+        count = min(piece, position - start)
+        prompts = rng.integers(model.config.vocab_size, size=(batch_size, count)).tolist()
+        began = time.perf_counter()
+        state = jax.block_until_ready(prefill(model, prompts, state=state))
+        if start:
+            seconds, read = seconds + time.perf_counter() - began, read + batch_size * count
+    assert state is not None
+    return state, read / seconds if seconds else None
+
+
+@contextmanager
+def _most_bytes_in_use() -> Iterator[list[int]]:
+    """A list of bytes in use, which grows while the context lasts."""
+    seen = [_bytes_in_use()]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(_bytes_in_use())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def _bytes_in_use() -> int:
+    counted = jax.devices()[0].memory_stats()
+    if counted:
+        return int(counted["bytes_in_use"])
+    return sum(x.nbytes for x in jax.live_arrays())

@@ -1,0 +1,120 @@
+"""A few steps at once, for decoding: each state is read once and written once, in place.
+
+One program holds `[K, block]` of a head's memory and momentum in registers and takes the steps one
+after another, as the recurrence is written. Nothing but the states is large, so that the floor is
+their 4 K V floats a head at the device's bandwidth.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lowering import kernel_call
+from pallas_kernels.momentum_delta.layout import Leaf, Memory, Tokens
+from pallas_kernels.tiling import DecodeTiles
+
+MAX_STEPS = 16
+"""Most steps in one call."""
+
+
+class Decoded(NamedTuple):
+    """Results of the kernel.
+
+    Attributes:
+      o: outputs `[B, T, HV, V]` in v's dtype.
+      memory: `[B, HV, K, V]`, in the place of the entering one.
+    """
+
+    o: Leaf
+    memory: Memory
+
+
+class DecodeOptions(NamedTuple):
+    """What is fixed when the kernel is traced.
+
+    Attributes:
+      scale: factor on the output.
+      normalize: l2-normalise q and k.
+      tiles: block of V and warps.
+      interpret: run the kernel in the interpreter, on any device.
+    """
+
+    scale: float
+    normalize: bool
+    tiles: DecodeTiles
+    interpret: bool
+
+
+def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
+    """The kernel on padded arrays.
+
+    Args:
+      x: tokens and gates, `T` at most `MAX_STEPS`, `K` a power of two, `V` a multiple of the block.
+      memory: entering states, float32.
+      options: static.
+    """
+    z, block_v = x.sizes, options.tiles.block_v
+    blocks = z.value_dim // block_v
+
+    def spec(shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        def indices(program: jax.Array) -> tuple:
+            rest, block = lax.div(program, blocks), lax.rem(program, blocks)
+            return index(lax.div(rest, z.value_heads), lax.rem(rest, z.value_heads), block)
+
+        return pl.BlockSpec(shape, indices)
+
+    def keys(heads: int) -> pl.BlockSpec:
+        share = z.value_heads // heads
+        return spec((None, z.length, None, z.key_dim), lambda b, h, i: (b, 0, lax.div(h, share), 0))
+
+    values = spec((None, z.length, None, block_v), lambda b, h, i: (b, 0, h, i))
+    gate = spec((None, z.length, None), lambda b, h, i: (b, 0, h))
+    state = spec((None, None, z.key_dim, block_v), lambda b, h, i: (b, h, 0, i))
+    p = None if x.p is None else keys(z.p_heads)
+    entering = len(jax.tree.leaves(x))
+    return kernel_call(
+        partial(_decode, options=options),
+        x,
+        memory,
+        name="mdn_decode",
+        # flat, for CUDA allows 65,535 programs along the other dimensions
+        grid=(z.batch * z.value_heads * blocks,),
+        in_specs=[
+            Tokens(keys(z.heads), keys(z.heads), values, p, gate, gate, gate, gate),
+            Memory(state, state),
+        ],
+        out_specs=Decoded(values, Memory(state, state)),
+        out_shape=Decoded(z.per_head(z.value_dim, x.v.dtype), Memory(z.state, z.state)),
+        aliases={entering: 1, entering + 1: 2},
+        warps=options.tiles.warps,
+        stages=1,
+        interpret=options.interpret,
+    )
+
+
+def _decode(x, memory, out, *, options):
+    def normalized(y: jax.Array) -> jax.Array:
+        y = y.astype(jnp.float32)
+        return y * lax.rsqrt(jnp.sum(y * y) + 1e-6) if options.normalize else y
+
+    def step(t: jax.Array | int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        s, m = carry
+        q, k = normalized(x.q[t, :]), normalized(x.k[t, :])
+        alpha, mu = jnp.exp(x.log_alpha[t]), jnp.exp(x.log_mu[t])
+        p = alpha * k if x.p is None else x.p[t, :].astype(jnp.float32)
+        w = jnp.sum(s * p[:, None], axis=0) - x.v[t, :].astype(jnp.float32)
+        m = mu * m + (x.eta[t] * k)[:, None] * w[None, :]
+        s = alpha * s - x.beta[t] * m
+        o = options.scale * jnp.sum(s * q[:, None], axis=0)
+        out.o[t, :] = o.astype(out.o.dtype)
+        return s, m
+
+    carry = memory.s[...], memory.m[...]
+    steps = x.q.shape[0]
+    s, m = step(0, carry) if steps == 1 else lax.fori_loop(0, steps, step, carry)
+    out.memory.s[...], out.memory.m[...] = s, m

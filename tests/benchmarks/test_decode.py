@@ -1,0 +1,70 @@
+"""`mdn-bench decode` at a tiny size: right implementations are timed, others are not."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import decode as command
+from benchmarks.decode import DecodeConfig
+
+TINY = {"shapes": ("2,1,16,16",), "implementations": ("xla",), "loop": 3, "runs": 2}
+
+
+def test_rows_and_json(tmp_path, capsys):
+    output = tmp_path / "decode.json"
+    command.decode(DecodeConfig(**TINY, tokens=2, dtype="float32", output=output))
+    table = capsys.readouterr().out
+    assert "| 2,1,16,16 | xla " in table
+    assert "| copy " in table
+    rows = json.loads(output.read_text())["results"]
+    assert [row["name"] for row in rows] == ["xla", "copy"]
+    moved = 2 * 2 * 4 * 2 * 16 * 16  # both states, read and written, float32, two heads
+    for row in rows:
+        assert row["bandwidth"] * row["median"] == pytest.approx(moved)
+    assert rows[0]["error"] <= 1e-5
+
+
+def test_wrong_steps_are_not_timed(monkeypatch, capsys):
+    def wrong(*, implementation, **inputs):
+        o, state = right(**inputs, implementation=implementation)
+        return o if implementation == "scan" else 1.02 * o, state
+
+    right = command.momentum_delta_rule
+    monkeypatch.setattr(command, "momentum_delta_rule", wrong)
+    with pytest.raises(SystemExit):
+        command.decode(DecodeConfig(**TINY, dtype="float32"))
+    out = capsys.readouterr().out
+    assert "xla at 2,1,16,16 is not timed: ValueError: relative error 2.0e-02" in out
+    assert "| xla" not in out
+
+
+def test_what_cannot_run_is_said_and_the_rest_is_timed(capsys):
+    with pytest.raises(SystemExit):
+        command.decode(DecodeConfig(**(TINY | {"implementations": ("pallas_triton", "xla")})))
+    out = capsys.readouterr().out
+    assert "pallas_triton at 2,1,16,16 is not timed" in out
+    assert "a CUDA GPU" in out
+    assert "| xla " in out
+
+
+def test_states_are_donated_not_lost():
+    """The loop runs on its own copy: the next implementation starts from the same states."""
+    state = command.MDNState(jnp.ones((1, 1, 2, 2)), jnp.ones((1, 1, 2, 2)))
+    config = DecodeConfig(**TINY)
+    command._time(config, lambda state: (jnp.zeros(()), state), state)
+    assert float(state.s.sum()) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"tokens": 17}, "tokens: expected 1 to 16, got 17"), ({"runs": 1}, "runs: expected")],
+)
+def test_bad_options(change, words):
+    with pytest.raises(ValueError, match=words):
+        DecodeConfig(**change)
+
+
+def test_bad_shape():
+    with pytest.raises(SystemExit, match="expected B,H,K,V such as 64,6,128,256: 1,2"):
+        command.decode(DecodeConfig(shapes=("1,2",)))
