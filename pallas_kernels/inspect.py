@@ -51,6 +51,7 @@ class Case(NamedTuple):
     explicit_p: bool = False
 
 
+ALIASES = "output_operand_aliases"
 _DTYPES = ("bfloat16", "float32")
 
 SHIPPED = tuple(
@@ -89,12 +90,14 @@ class Kernel(NamedTuple):
       source: Triton IR.
       warps: warps of a program.
       stages: pipeline stages of its loops.
+      in_place: results that take the memory of an operand.
     """
 
     name: str
     source: str
     warps: int
     stages: int
+    in_place: int = 0
 
 
 class KernelReport(NamedTuple):
@@ -233,6 +236,7 @@ def _kernels(operation: Any) -> Iterator[Kernel]:
                             source=str(ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)),
                             warps=ir.IntegerAttr(config["num_warps"]).value,
                             stages=ir.IntegerAttr(config["num_stages"]).value,
+                            in_place=len(ir.ArrayAttr(inner.attributes[ALIASES])),
                         )
                 yield from _kernels(inner)
 

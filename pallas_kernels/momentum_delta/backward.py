@@ -77,8 +77,13 @@ def retreat(
     d_local: jax.Array,
     d_final: States,
     options: Options,
+    *,
+    in_place: bool = True,
 ) -> Retreated:
-    """The fifth kernel, sequential over chunks from the last. Grid (V / block, B, HV)."""
+    """The fifth kernel, sequential over chunks from the last. Grid (V / block, B, HV).
+
+    `d_v` takes the memory of `d_local`, if `in_place`: a tile is read before it is written.
+    """
     z = x.sizes
     block = options.tiles.retreat_block_v
     specs = WalkSpecs(z, block)
@@ -100,6 +105,7 @@ def retreat(
         out_shape=Retreated(
             z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), States(z.state, z.state)
         ),
+        aliases={(3 if x.p is None else 4): 0} if in_place else {},
         warps=options.tiles.retreat_warps,
         stages=options.tiles.retreat_stages,
         interpret=options.interpret,

@@ -37,7 +37,9 @@ def test_kernels_lower(case):
     kernels = inspect.lower(*case)
     assert {kernel.name for kernel in kernels} == KERNELS | WITHOUT_PRODUCTS
     assert len(kernels) == len(KERNELS) + 1
+    in_place = {"mdn_retreat": 1, "mdn_decode": 2}
     for kernel in kernels:
+        assert kernel.in_place == in_place.get(kernel.name, 0), kernel.name
         assert "tt.func" in kernel.source, kernel.name
         assert ("tt.dot" in kernel.source) == (kernel.name in KERNELS), kernel.name
 

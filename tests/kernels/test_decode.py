@@ -154,3 +154,23 @@ def test_vmap_of_the_pallas_kernel(decode):
     mapped = jax.vmap(lambda x: decode(**x))(jax.tree.map(lambda *x: jnp.stack(x), *stack))
     looped = jax.tree.map(lambda *x: jnp.stack(x), *(decode(**x) for x in stack))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), mapped, looped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [0, 1, 17])
+def test_prefill_and_decoding_are_one_call(decode, split):
+    """The first steps by the decode kernel too if they are few, else by the chunk kernels."""
+    inputs = random_inputs(seed=13, batch=1, length=19, heads=1, key_dim=16, value_dim=16)
+    state = inputs.pop("initial_state")
+    expected = momentum_delta_rule(**inputs, initial_state=state, implementation="scan")
+    outputs = []
+    if split:
+        first = {name: x[:, :split] for name, x in inputs.items()}
+        o, state = momentum_delta_rule(**first, initial_state=state)
+        outputs.append(o)
+    for t in range(split, 19):
+        one = {name: x[:, t : t + 1] for name, x in inputs.items()}
+        o, state = decode(**one, initial_state=state)
+        outputs.append(o)
+    errors = relative_errors((jnp.concatenate(outputs, axis=1), state), expected)
+    assert max(errors.values()) <= 1e-5, errors
