@@ -67,7 +67,9 @@ def _losses(config: ParityConfig, implementation: Implementation) -> np.ndarray:
     from train.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as directory:
-        train(_run(config, implementation, directory))
+        result = train(_run(config, implementation, directory))
+        if result.signal is not None:
+            raise SystemExit(f"stopped by a signal in the run on {implementation}")
         records = read_metrics(Path(directory) / METRICS_FILE)
     return np.array([r["loss"] for r in records if "loss" in r], float)
 

@@ -1,5 +1,7 @@
 """`mdn-bench parity` compares each implementation with the first."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -48,3 +50,10 @@ def test_the_run_has_the_learning_rate(tmp_path):
     run = command._run(ParityConfig(learning_rate=2e-3, dtype="float32"), "scan", str(tmp_path))
     assert run.optimizer.learning_rate == 2e-3
     assert (run.implementation, run.dtype) == ("scan", "float32")
+
+
+def test_a_run_that_a_signal_ended_is_not_compared(monkeypatch):
+    ended = types.SimpleNamespace(signal=2)
+    monkeypatch.setattr("train.loop.train", lambda config: ended)
+    with pytest.raises(SystemExit, match="stopped by a signal in the run on xla"):
+        parity(ParityConfig(implementations=("xla", "scan")))
