@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mdn_jax.layers.attention import AttentionCache
@@ -96,7 +97,18 @@ def load_state(path: str | os.PathLike[str], model: MDNForCausalLM) -> Generatio
             f"state: expected one made with this model's parameters, got {path}, "
             "made with others of the same configuration (another checkpoint?)"
         )
-    return _filled(_template(model, arrays, path), arrays, path)
+    return _beside(model, _filled(_template(model, arrays, path), arrays, path))
+
+
+def _beside(model: MDNForCausalLM, state: GenerationState) -> GenerationState:
+    """The state on the model's devices, so that its first block compiles for what follows."""
+    parameter = model.embeddings[...]
+    if not parameter.committed:
+        return state
+    sharding = parameter.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(state, sharding)
 
 
 def _named(tree: Any) -> dict[str, NDArray[Any]]:

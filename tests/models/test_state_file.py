@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from mdn_jax import MDNForCausalLM, generate
-from mdn_jax.models import load_state, prefill, save_state
+from mdn_jax.models import load_state, prefill, save_state, stream
+from mdn_jax.models.generate import _decode
 from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close
 
 CONFIG = dataclasses.replace(TINY, attn=dataclasses.replace(TINY_ATTENTION, window_size=None))
@@ -41,6 +43,18 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_happened(file):
     assert again.cache[1].k.shape[1] == 10
     assert_close(again.cache[0], after[0].state.cache[0], 0)
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_loaded_state_compiles_the_loop_once(tmp_path):
+    # parameters on a device by name, as those of a checkpoint are
+    graph, weights = nnx.split(make(dataclasses.replace(TINY, num_hidden_layers=1), seed=1))
+    model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
+    save_state(tmp_path / "s", prefill(model, [[1, 2, 3]]), model)
+    loaded = load_state(tmp_path / "s", model)
+    before = _decode._cache_size()
+    for _ in stream(model, loaded, max_new_tokens=9, block=3):
+        pass
+    assert _decode._cache_size() == before + 1
 
 
 def test_bfloat16(tmp_path):
