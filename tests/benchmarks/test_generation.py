@@ -50,7 +50,8 @@ def test_memory_does_not_grow_with_the_position(tmp_path, monkeypatch, capsys):
 def test_the_most_bytes_in_use_are_seen():
     with command._most_bytes_in_use() as seen:
         wide = jnp.zeros((1 << 20,), jnp.float32)
-        while len(seen) < 20:
+        enough = len(seen) + 2  # compiling may have taken any number of samples
+        while len(seen) < enough:
             wide.block_until_ready()
     assert max(seen) - seen[0] >= 0.9 * wide.nbytes
 
