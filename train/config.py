@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from mdn_jax.models.config import MDNConfig
 from mdn_jax.ops.api import Implementation
@@ -20,6 +22,14 @@ CHANGEABLE_ON_RESUME = frozenset(
         "name",
         "output_dir",
         "resume",
+        "resume_step",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "distributed.enabled",
+        "distributed.coordinator",
+        "distributed.processes",
+        "distributed.index",
         "steps",
         "data.files",
         "implementation",
@@ -104,6 +114,52 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices share the work; one of the sizes may be -1, the rest of the devices."""
+
+    data: int = -1
+    """Copies of the parameters; each takes its rows of the batch."""
+
+    fsdp: int = 1
+    """Devices that share parameters, gradients and moments, and take rows of the batch."""
+
+    tensor: int = 1
+    """Devices that share the heads and the MLP of the same rows."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
+            _check(f"mesh.{name}", size, "an int >= 1 or -1", size >= 1 or size == -1)
+        _check("mesh", sizes, "-1 in one axis at most", sizes.count(-1) <= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Several processes as one run, started with the same flags (but `index`) on every host."""
+
+    enabled: Annotated[bool, tyro.conf.arg(name="")] = False
+    """Meet the other processes, found from the environment (Slurm, Open MPI, Kubernetes, TPU)."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the process with index 0; with it no environment is needed."""
+
+    processes: int | None = None
+    """Number of processes; with `coordinator`."""
+
+    index: int | None = None
+    """This process's number, from 0; with `coordinator`."""
+
+    def __post_init__(self) -> None:
+        together = (self.coordinator, self.processes, self.index)
+        fits = together.count(None) in (0, 3)
+        _check("distributed", together, "coordinator, processes and index, or none of them", fits)
+        if self.processes is not None and self.index is not None:
+            _check("distributed.processes", self.processes, "an int >= 1", self.processes >= 1)
+            expected = f"from 0 to {self.processes - 1}"
+            _check("distributed.index", self.index, expected, 0 <= self.index < self.processes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
@@ -111,10 +167,14 @@ class TrainConfig:
     """Name of the run."""
 
     output_dir: str | None = None
-    """Directory of checkpoints, metrics, plot and sample; None: runs/<name>."""
+    """Directory of checkpoints, metrics, plot and sample, the same for all processes; None:
+    runs/<name>."""
 
     resume: bool = False
     """Continue from the last checkpoint in the output directory."""
+
+    resume_step: int | None = None
+    """With `resume`: continue from the checkpoint of this step; later ones are set aside."""
 
     model: MDNConfig = field(default_factory=MDNConfig)
     """The model."""
@@ -124,6 +184,12 @@ class TrainConfig:
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
+
+    mesh: MeshConfig = MeshConfig()
+    """The devices."""
+
+    distributed: DistributedConfig = DistributedConfig()
+    """The processes."""
 
     steps: int = 30_720
     """Optimizer steps."""
@@ -159,10 +225,11 @@ class TrainConfig:
     """Most held-out rows to measure on, always the same; out of more rows, at even distances."""
 
     checkpoint_every: int = 1000
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints; one is always written at the end. Those at a multiple of
+    `eval_every` as well have a held-out loss to be the best by."""
 
     keep_checkpoints: int = 3
-    """Latest checkpoints to keep."""
+    """Latest checkpoints to keep; that with the lowest held-out loss is kept besides."""
 
     sample_tokens: int = 256
     """Tokens to generate at the end."""
@@ -186,6 +253,12 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             _check(name, value, "an int >= 1", value >= 1)
+        _check(
+            "resume_step",
+            self.resume_step,
+            "None without resume",
+            self.resume or self.resume_step is None,
+        )
         _check("name", self.name, "a name without '/'", bool(self.name) and "/" not in self.name)
         _check("seed", self.seed, "an int >= 0", self.seed >= 0)
         _check("sample_tokens", self.sample_tokens, "an int >= 0", self.sample_tokens >= 0)
@@ -250,6 +323,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     parts = dict(values)
     parts["model"] = MDNConfig.from_dict(parts["model"])
     parts["data"] = _build(DataConfig, parts["data"], "data.")
+    parts["mesh"] = _build(MeshConfig, parts["mesh"], "mesh.")
+    parts["distributed"] = _build(DistributedConfig, parts["distributed"], "distributed.")
     parts["optimizer"] = _build(OptimizerConfig, parts["optimizer"], "optimizer.")
     return _build(TrainConfig, parts, "")
 

@@ -18,12 +18,18 @@ from train.optimizer import Params
 from train.step import Forward, summed_loss
 
 
-def make_evaluate(forward: Forward, batches: Sequence[Batch]) -> Callable[[Params], float]:
+def make_evaluate(
+    forward: Forward,
+    batches: Sequence[Batch],
+    *,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Callable[[Params], float]:
     """Builds the measurement of the mean loss over fixed batches.
 
     Args:
       forward: logits of the model.
       batches: what to measure on, all of one shape.
+      place: puts a batch onto the devices.
 
     Returns:
       Function from parameters to nats per target (per byte, with byte-level tokens).
@@ -36,7 +42,7 @@ def make_evaluate(forward: Forward, batches: Sequence[Batch]) -> Callable[[Param
         return summed_loss(logits, batch["targets"])
 
     def evaluate(params: Params) -> float:
-        return sum(float(loss(params, batch)) for batch in batches) / count
+        return sum(float(loss(params, place(batch))) for batch in batches) / count
 
     return evaluate
 

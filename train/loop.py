@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,15 +15,27 @@ from flax import nnx
 from mdn_jax import MDNForCausalLM
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import TrainConfig, flatten, to_dict
-from train.data import PackedRows, held_out_batches, load_corpus, unigram_entropy
+from train.data import Batch, PackedRows, held_out_batches, load_corpus, unigram_entropy
+from train.distributed import Agreement, is_first
 from train.errors import RunError
 from train.evaluate import make_evaluate
+from train.initialize import abstract_state, initial_params, place_state
 from train.interrupt import Interrupt
 from train.metrics import MetricsLog, Progress
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import Params, make_optimizer, make_schedule
 from train.plot import plot_losses
 from train.sample import sample
-from train.step import TrainState, init_state, make_train_step, split_model
+from train.sharding import (
+    batch_sharding,
+    check_divisible,
+    from_global,
+    from_local,
+    make_mesh,
+    on_mesh,
+    process_share,
+    replicated,
+)
+from train.step import TrainState, make_train_step, split_model
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 PLOT_FILE, SAMPLE_FILE = "loss.png", "sample.txt"
@@ -47,11 +61,15 @@ class Result:
 class Trainer:
     """The documents, the model and the compiled functions of one resolved configuration."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Reads the documents and builds the model.
+    def __init__(self, config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -> None:
+        """Reads the documents and builds the model's functions.
+
+        Args:
+          config: resolved configuration.
+          devices: to run on; None: all of all processes.
 
         Raises:
-          RunError: a corpus that cannot be used.
+          RunError: a corpus that cannot be used, or a mesh that does not fit.
         """
         self.config = config
         corpus = load_corpus(config.data)
@@ -69,35 +87,69 @@ class Trainer:
             max_rows=config.eval_rows,
         )
         self.unigram = unigram_entropy(held_out)
-        self.model = MDNForCausalLM(
-            config.model,
-            implementation=config.implementation,
-            remat=config.remat,
-            dtype=jnp.dtype(config.dtype),
-            rngs=nnx.Rngs(config.seed),
-        )
-        self.forward, self.params = split_model(self.model)
         self.schedule = make_schedule(config.optimizer, config.decay_steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.train_step = make_train_step(
-            self.forward, self.optimizer, self.schedule, accumulation=config.accumulation
+        self.mesh = make_mesh(config.mesh, devices)
+        self.share = process_share(self.mesh)
+        self.model = nnx.eval_shape(
+            lambda: MDNForCausalLM(
+                config.model,
+                implementation=config.implementation,
+                remat=config.remat,
+                dtype=jnp.dtype(config.dtype),
+                rngs=nnx.Rngs(0),
+            )
         )
-        self.evaluate = make_evaluate(self.forward, held_out)
+        self.forward, params = split_model(self.model)
+        check_divisible(config, self.mesh, params)
+        self.like = abstract_state(params, self.optimizer, self.mesh)
+        step = make_train_step(
+            self.forward,
+            self.optimizer,
+            self.schedule,
+            accumulation=config.accumulation,
+            state_sharding=jax.tree.map(lambda x: x.sharding, self.like),
+            batch_sharding=batch_sharding(self.mesh),
+            metrics_sharding=replicated(self.mesh),
+        )
+        evaluate = make_evaluate(self.forward, held_out, place=partial(from_global, self.mesh))
+        self.train_step = on_mesh(self.mesh, step)
+        self.evaluate = on_mesh(self.mesh, evaluate)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        config = self.config
+        return self.begin(initial_params(config.model, seed=config.seed, like=self.like.params))
+
+    def begin(self, params: Params) -> TrainState:
+        """The state before the first step with these parameters, whose buffers it takes over."""
+        return place_state(params, self.optimizer, self.like)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step (from 0) on the devices."""
+        rows = self.share.rows(self.config.batch_size)
+        batch = self.rows.batch(step)
+        return from_local(self.mesh, jax.tree.map(lambda x: x[rows], batch))
 
     def describe(self) -> str:
         """One line on the size of the run."""
-        parameters = sum(x.size for x in jax.tree.leaves(self.params))
+        parameters = sum(x.size for x in jax.tree.leaves(self.like.params))
+        devices = self.mesh.devices
         return (
             f"{parameters:,} parameters, {self.rows.tokens:,} tokens to train on, "
-            f"{self.config.tokens_per_step:,} tokens a step, on {jax.devices()[0].device_kind}"
+            f"{self.config.tokens_per_step:,} tokens a step, on {devices.size} x "
+            f"{devices.flat[0].device_kind} in {jax.process_count()} process(es)"
         )
 
 
-def train(config: TrainConfig) -> Result:
+def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -> Result:
     """Runs the training that a configuration describes.
+
+    With several processes (`jax.distributed`) each makes the same call, and the first writes.
 
     Args:
       config: the run. Its directory gets the configuration, checkpoints, metrics, plot and sample.
+      devices: to run on; None: all of all processes.
 
     Returns:
       The state at the end and the losses.
@@ -109,21 +161,26 @@ def train(config: TrainConfig) -> Result:
     config = _with_saved_schedule(config).resolved()
     directory = config.directory
     print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
-    trainer = Trainer(config)
+    trainer = Trainer(config, devices=devices)
     print(trainer.describe(), flush=True)
     _make_directory(directory)
     with Checkpoints(config) as checkpoints:
-        state = init_state(trainer.params, trainer.optimizer)
-        if config.resume:
-            state = checkpoints.restore(state, corpus=trainer.corpus_digest)
+        if not config.resume:
+            state = trainer.initial_state()
+        else:
+            state, _ = checkpoints.restore(
+                trainer.like, corpus=trainer.corpus_digest, begin=trainer.begin
+            )
             print(f"resumed after step {int(state.step)} of {config.steps}", flush=True)
             if int(state.step) >= config.steps:
                 print(f"no steps left; to train on, add for example --steps {2 * config.steps}")
-        (directory / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        with MetricsLog(directory / METRICS_FILE, resume_step=int(state.step)) as log:
+        if is_first():
+            _write(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+        path = directory / METRICS_FILE
+        with MetricsLog(path, resume_step=int(state.step), writes=is_first()) as log:
             with Interrupt() as interrupt:
                 result = _run_steps(trainer, state, checkpoints, log, interrupt)
-            checkpoints.save(result.state, corpus=trainer.corpus_digest)
+            _save(trainer, checkpoints, result.state, result.held_out_loss)
             checkpoints.wait()
             if result.signal is None:
                 _finish(trainer, result, log)
@@ -163,6 +220,24 @@ def _make_directory(directory: Path) -> None:
         ) from None
 
 
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _save(
+    trainer: Trainer, checkpoints: Checkpoints, state: TrainState, held_out_loss: float | None
+) -> None:
+    checkpoints.save(
+        state,
+        data={"step": int(state.step)},
+        corpus=trainer.corpus_digest,
+        held_out_loss=held_out_loss,
+    )
+
+
 def _run_steps(
     trainer: Trainer,
     state: TrainState,
@@ -177,11 +252,12 @@ def _run_steps(
     config = trainer.config
     start, last = int(state.step), config.steps
     held_out, pending = None, None
+    agreed = Agreement()  # processes stop after the same step
     seconds, counted = 0.0, 0  # since the last line of metrics, checkpoints and evaluations apart
-    with Progress(start=start, steps=last) as progress:
+    with Progress(start=start, steps=last, shown=is_first()) as progress:
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
-            state, metrics = trainer.train_step(state, trainer.rows.batch(step - 1))
+            state, metrics = trainer.train_step(state, trainer.batch(step - 1))
             jax.block_until_ready(pending)  # one step ahead of the device, no more
             pending = metrics.loss
             logged = step % config.log_every == 0 or step in (start + 1, last)
@@ -194,14 +270,16 @@ def _run_steps(
                 scalars = {name: value.item() for name, value in values.items()}
                 log.write(step=step, **scalars, tokens_per_second=round(speed))
                 progress.report(step, scalars["loss"], speed)
-            if step % config.checkpoint_every == 0 or step == last:
-                checkpoints.save(state, corpus=trainer.corpus_digest)
+            held_out = None
             if step % config.eval_every == 0 or step == last:
                 held_out = trainer.evaluate(state.params)
                 log.write(step=step, held_out_loss=held_out)
                 progress.say(f"step {step}: held-out loss {held_out:.4f} nats/byte")
-            if interrupt.signal is not None and step < last:
-                return Result(state, trainer.unigram, None, interrupt.signal)
+            if step % config.checkpoint_every == 0 or step == last:
+                _save(trainer, checkpoints, state, held_out)
+            stop = agreed(interrupt.signal or 0)
+            if stop and step < last:
+                return Result(state, trainer.unigram, None, stop)
     if held_out is None:  # resumed after the last step
         held_out = trainer.evaluate(state.params)
     return Result(state, trainer.unigram, held_out)
@@ -210,10 +288,7 @@ def _run_steps(
 def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
     """Draws the curve, writes and prints the sample."""
     config, directory = trainer.config, trainer.config.directory
-    plot_losses(
-        log.records, unigram=result.unigram_entropy, title=config.name, path=directory / PLOT_FILE
-    )
-    text = sample(
+    text = on_mesh(trainer.mesh, sample)(
         trainer.model,
         result.state.params,
         prompt=config.sample_prompt,
@@ -221,5 +296,10 @@ def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
         temperature=config.sample_temperature,
         seed=config.seed,
     )
-    (directory / SAMPLE_FILE).write_text(text, encoding="utf-8")
+    if not is_first():  # all of them had to compute
+        return
+    plot_losses(
+        log.records, unigram=result.unigram_entropy, title=config.name, path=directory / PLOT_FILE
+    )
+    _write(directory / SAMPLE_FILE, text)
     print(f"sample at temperature {config.sample_temperature}:\n{text}\n{'-' * 80}", flush=True)

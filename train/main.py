@@ -12,6 +12,7 @@ import tyro
 from configs import CONFIGS, describe
 from mdn_jax.models import AttentionConfig
 from train.config import TrainConfig
+from train.distributed import only_first_prints, start
 from train.errors import RunError
 from train.loop import METRICS_FILE, PLOT_FILE, SAMPLE_FILE, Result, train
 
@@ -30,14 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     config = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = train(config)
+        start(config.distributed)
+        with only_first_prints():
+            result = train(config)
+            _report(config, result)
     except RunError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    _report(config, result)
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from tqdm import tqdm
 
@@ -24,13 +24,18 @@ class MetricsLog:
     step is there once.
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    def __init__(self, path: Path, *, resume_step: int, writes: bool = True) -> None:
         """Opens the file.
 
         Args:
           path: file to write.
           resume_step: last step to keep lines of; 0 starts an empty file.
+          writes: False for all processes of a run but one; what they are given goes nowhere.
         """
+        self._file: IO[str] | None = None
+        if not writes:
+            self.records: list[Record] = []
+            return
         self.records = [r for r in read_metrics(path) if (r["step"] or 0) <= resume_step]
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -41,8 +46,9 @@ class MetricsLog:
         """Appends a line; a number that is not finite becomes null."""
         record: Record = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -53,7 +59,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -70,14 +77,16 @@ def read_metrics(path: Path) -> list[Record]:
 class Progress:
     """A bar with loss, tokens/s and time left; sparse plain lines where there is no terminal."""
 
-    def __init__(self, *, start: int, steps: int) -> None:
+    def __init__(self, *, start: int, steps: int, shown: bool = True) -> None:
         """Shows the bar.
 
         Args:
           start: steps taken before.
           steps: steps at the end.
+          shown: False for all processes of a run but one.
         """
-        self._terminal = sys.stderr.isatty()
+        self._shown = shown
+        self._terminal = shown and sys.stderr.isatty()
         columns, lines = shutil.get_terminal_size()  # 80 by 24 where the terminal names no size
         self._bar = tqdm(
             total=steps,
@@ -122,4 +131,5 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints a line without disturbing the bar."""
-        self._bar.write(line, file=sys.stderr)
+        if self._shown:
+            self._bar.write(line, file=sys.stderr)

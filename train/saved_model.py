@@ -36,6 +36,11 @@ class Saved(NamedTuple):
     dtype: str | None
 
 
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run's directory of checkpoints, ascending."""
+    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+
+
 def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
     """A checkpoint of a run or of `save_model`.
 
@@ -46,9 +51,7 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
     Raises:
       RunError: there is none, or it cannot be read.
     """
-    steps = sorted(
-        int(path.name) for path in (directory / DIRECTORY).glob("*") if path.name.isdigit()
-    )
+    steps = complete_steps(directory / DIRECTORY)
     if not steps:
         raise RunError(
             f"checkpoint: expected the output directory of a run or of a conversion, "
@@ -66,18 +69,21 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
         raise RunError(f"checkpoint: expected a complete one in {path}: {error}") from None
 
 
-def read_params(path: Path, config: MDNConfig) -> Params:
-    """The parameters of a checkpoint in the dtypes that they have there, and nothing else of it.
+def read_params(path: Path, config: MDNConfig, *, like: Params | None = None) -> Params:
+    """The parameters of a checkpoint, and nothing else of it.
 
     Args:
       path: the checkpoint (`Saved.path`).
       config: its model's configuration.
+      like: dtypes and shardings to restore to; None: the dtypes that they have there, on the first
+        device.
 
     Raises:
       RunError: not the parameters of such a model, or files that cannot be read.
     """
     with _reading(path) as checkpointer:
-        return _restore(checkpointer, path, _saved_shapes(checkpointer, path, config))
+        shapes = _saved_shapes(checkpointer, path, config)
+        return _restore(checkpointer, path, shapes if like is None else like)
 
 
 def iterate_params(path: Path, config: MDNConfig) -> Iterator[tuple[tuple[Any, ...], NDArray[Any]]]:

@@ -87,6 +87,9 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     accumulation: int = 1,
+    state_sharding: Any = None,
+    batch_sharding: Any = None,
+    metrics_sharding: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds the compiled step.
 
@@ -99,6 +102,9 @@ def make_train_step(
       optimizer: update rule.
       schedule: its learning rate, for the metrics.
       accumulation: micro-batches to cut the batch into, along its rows.
+      state_sharding: where the state lies before and after; None: as it comes.
+      batch_sharding: where every array of a batch lies.
+      metrics_sharding: where the metrics go.
 
     Returns:
       Function `(state, batch) -> (state, metrics)`; the buffers of `state` are reused.
@@ -118,7 +124,10 @@ def make_train_step(
         def add(carry: Any, micro: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, gradient(params, micro)), None
 
-        micros = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        # every device's rows go into every micro-batch
+        micros = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch
+        )
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         return lax.scan(add, zeros, micros)[0]
 
@@ -138,4 +147,9 @@ def make_train_step(
             StepMetrics(loss, norm, rate, skipped),
         )
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(
+        train_step,
+        in_shardings=(state_sharding, batch_sharding),
+        out_shardings=(state_sharding, metrics_sharding),
+        donate_argnums=0,
+    )

@@ -11,8 +11,9 @@ from mdn_jax.layers.arguments import check_activations, check_cache, counted
 from mdn_jax.layers.gates import MomentumGates
 from mdn_jax.layers.initializers import log_uniform
 from mdn_jax.layers.norm import RMSNorm
+from mdn_jax.layers.sharding import sharded_momentum_delta_rule
 from mdn_jax.layers.short_conv import ShortConv
-from mdn_jax.ops.api import Implementation, momentum_delta_rule
+from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.inputs import l2_normalize
 from mdn_jax.ops.state import MDNState
 
@@ -174,7 +175,7 @@ class MomentumDeltaNet(nnx.Module):
         p = None
         if not config.use_p_times_alpha:
             p = l2_normalize(k.astype(gates.eta.dtype)).astype(k.dtype)
-        o, state = momentum_delta_rule(
+        o, state = sharded_momentum_delta_rule(
             q,
             k,
             v,

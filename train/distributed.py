@@ -1,0 +1,76 @@
+"""Several processes as one run: who they are, who speaks, and what they agree on."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from train.config import DistributedConfig
+from train.errors import RunError
+
+
+def start(config: DistributedConfig) -> None:
+    """Meets the other processes, where the configuration says that there are some.
+
+    To be called before anything else uses JAX.
+
+    Raises:
+      RunError: no cluster that JAX recognises, or processes that do not come.
+    """
+    if not config.enabled and config.coordinator is None:
+        return
+    try:
+        jax.distributed.initialize(config.coordinator, config.processes, config.index)
+    except (RuntimeError, ValueError) as error:
+        hint = (
+            "; name them with --distributed.coordinator HOST:PORT --distributed.processes N "
+            "--distributed.index I"
+            if config.coordinator is None
+            else ""
+        )
+        raise RunError(f"distributed: expected processes to meet, got: {error}{hint}") from None
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes files (checkpoints: all do)."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def only_first_prints() -> Iterator[None]:
+    """Standard output of the other processes goes nowhere; errors of all are seen."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+class Agreement:
+    """The largest number that any process brought to a call, the same on all of them.
+
+    With one process it is that of the call itself. With several it is that of the call before, so
+    that no device waits for it: the numbers travel behind the step's own work.
+    """
+
+    def __init__(self) -> None:
+        self._before: jax.Array | None = None
+        self._alone = jax.process_count() == 1
+        if not self._alone:
+            mesh = jax.make_mesh((jax.device_count(),), ("all",), (AxisType.Auto,))
+            self._each = NamedSharding(mesh, PartitionSpec("all"))
+            self._largest = jax.jit(
+                lambda numbers: numbers.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
+            )
+
+    def __call__(self, number: int) -> int:
+        """Brings a number, at least 0; every process makes the same calls."""
+        if self._alone:
+            return number
+        mine = np.full(jax.local_device_count(), number, np.int32)
+        before = self._before
+        self._before = self._largest(jax.make_array_from_process_local_data(self._each, mine))
+        return 0 if before is None else int(before)

@@ -1,0 +1,79 @@
+"""The state before the first step, made where it will lie."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.models.causal_lm import Block
+from train.optimizer import Params
+from train.sharding import with_shardings
+from train.step import TrainState, init_state
+
+
+def abstract_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the training state with such parameters (or shapes)."""
+    state: TrainState = with_shardings(
+        jax.eval_shape(partial(init_state, optimizer=optimizer), params), mesh
+    )
+    return state
+
+
+def initial_params(config: MDNConfig, *, seed: int, like: Params) -> Params:
+    """The parameters of `MDNForCausalLM(config, rngs=nnx.Rngs(seed))`, each device its part.
+
+    One block at a time, so that the program for a block is compiled once, not once a layer.
+
+    Args:
+      config: of the model.
+      seed: of the random numbers.
+      like: shapes and shardings of the parameters.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+
+    def outside() -> Params:  # the blocks in between are traced for their draws, not computed
+        params = _params(MDNForCausalLM(config, rngs=nnx.Rngs(seed)))
+        return {name: x for name, x in params.items() if name != "layers"}
+
+    def block(layer: int, draws: Int[Array, ""]) -> tuple[Params, Int[Array, ""]]:
+        rngs = nnx.Rngs(seed)
+        rngs.params.count[...] = draws
+        return _params(Block(config, layer, rngs=rngs)), rngs.params.count[...]
+
+    places = {name: x for name, x in shardings.items() if name != "layers"}
+    params: Params = jax.jit(outside, out_shardings=places)()
+    first: dict[bool, Any] = {}  # a function for each kind of block
+    draws = 1  # the embedding's is the first
+    params["layers"] = {}
+    for layer in range(config.num_hidden_layers):
+        make = first.setdefault(
+            config.is_attention(layer),
+            jax.jit(partial(block, layer), out_shardings=(shardings["layers"][layer], None)),
+        )
+        params["layers"][layer], after = make(np.uint32(draws))
+        draws = int(after)
+    return params
+
+
+def place_state(
+    params: Params, optimizer: optax.GradientTransformation, like: TrainState
+) -> TrainState:
+    """The state before the first step with these parameters, whose buffers it takes over."""
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    make = jax.jit(
+        partial(init_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0
+    )
+    state: TrainState = make(params)
+    return state
+
+
+def _params(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
