@@ -1,12 +1,14 @@
 """The calls that `mdn-bench check` makes: every tile choice once, every feature several times."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import jax.numpy as jnp
 
 from benchmarks.reference import Inputs
+from mdn_jax.ops.api import Implementation
 from mdn_jax.testing import GATE_REGIMES, random_inputs
 from pallas_kernels.tiling import KEY_DIMS, Tiles, choose_tiles, unsupported
 
@@ -29,6 +31,8 @@ class Case:
       documents: packed documents a row.
       keys: "random", "parallel" or "zero".
       initial_state: with a random entering state.
+      backward: whether gradients are asked for.
+      implementation: of the operator.
     """
 
     key_dim: int
@@ -42,6 +46,8 @@ class Case:
     documents: int = 1
     keys: str = "random"
     initial_state: bool = True
+    backward: bool = True
+    implementation: Implementation = "pallas_triton"
 
     @property
     def name(self) -> str:
@@ -53,6 +59,8 @@ class Case:
         parts += [f"documents{self.documents}"] * (self.documents > 1)
         parts += [f"{self.keys}-keys"] * (self.keys != "random")
         parts += ["no-state"] * (not self.initial_state)
+        parts += ["forward"] * (not self.backward)
+        parts += [self.implementation] * (self.implementation != "pallas_triton")
         return "_".join(parts)
 
     def inputs(self) -> Inputs:
@@ -98,10 +106,34 @@ CHOSEN = (
 """Cases with a reason of their own."""
 
 
+def _decode_cases() -> Iterator[Case]:
+    """Up to 16 steps without gradients: each set of tiles of the decode kernel."""
+    regimes = tuple(GATE_REGIMES)
+    for i, (key_dim, many_heads) in enumerate(product(KEY_DIMS, (False, True))):
+        length = (1, 16, 2, 7)[i % 4]
+        one = Case(
+            key_dim,
+            256 if many_heads else (512, 40, 16, 128, 256)[i // 2],
+            ("bfloat16", "float32", "float16")[i % 3],
+            explicit_p=i % 3 == 1,
+            regime=regimes[i % len(regimes)],
+            length=length,
+            heads=32 if many_heads else 1,
+            groups=2,
+            documents=min(3, length) if i % 5 > 2 else 1,
+            keys=("random", "parallel", "random", "zero")[i // 2 % 4],
+            initial_state=i % 4 != 3,
+            backward=False,
+        )
+        yield one
+        yield replace(one, implementation="triton")
+
+
 def shipped_cases(capability: tuple[int, int]) -> list[Case]:
     """One case for each set of tiles that ships for the capability, then `CHOSEN`.
 
-    Regimes, keys, lengths and the rest are dealt out evenly, the same way at each call.
+    Regimes, keys, lengths and the rest are dealt out evenly, the same way at each call. The decode
+    kernel comes last, each case in both of its languages.
     """
     shapes = _tile_choices(capability)
     dealt = random.Random(0)
@@ -131,7 +163,8 @@ def shipped_cases(capability: tuple[int, int]) -> list[Case]:
         beyond_float16 = chosen[0] == "momentum_lost" or chosen[5] == "zero"
         narrow = "bfloat16" if beyond_float16 else sixteen
         cases.append(Case(key_dim, value_dim, "float32" if itemsize == 4 else narrow, p, *chosen))
-    return list(dict.fromkeys((*cases, *(x for x in CHOSEN if _runs(x, capability)))))
+    cases += [x for x in CHOSEN if _runs(x, capability)]
+    return list(dict.fromkeys((*cases, *_decode_cases())))
 
 
 def _runs(case: Case, capability: tuple[int, int]) -> bool:

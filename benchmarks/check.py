@@ -1,5 +1,6 @@
 """The kernels with every tile choice that ships, on the present device, against the scan."""
 
+import importlib.util
 import json
 import os
 import re
@@ -26,12 +27,14 @@ from benchmarks.reference import (
     Worst,
     cotangents,
     outputs_and_gradients,
+    scan_outputs,
     scan_outputs_and_gradients,
     worst,
 )
 from benchmarks.timing import Compiled, compile_for
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api
+from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.inputs import document_starts
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 
@@ -124,10 +127,18 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         return
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}; {len(cases)} cases against the float32 scan")
-    rule = interpreted_rule if config.interpret else _kernel_rule
+    lacking = _why_no_triton(config)
+    if lacking:
+        print(f"without those in native Triton: {lacking}")
+        cases = [x for x in cases if x.implementation != "triton"]
     deadline = start + config.limit_seconds if config.limit_seconds is not None else None
     outcomes = []
-    for outcome in run_cases(cases, rule, threads=config.threads, deadline=deadline):
+    for outcome in run_cases(
+        cases,
+        interpreted_rule if config.interpret else momentum_delta_rule,
+        threads=config.threads,
+        deadline=deadline,
+    ):
         print(outcome, flush=True)
         outcomes.append(outcome)
     done = {x.case for x in outcomes}
@@ -160,7 +171,7 @@ def run_cases(
 
     Args:
       cases: what to run.
-      rule: the operator on the kernels.
+      rule: the operator; also gets the implementation.
       threads: that compile at once.
       deadline: of `time.perf_counter`; a case that would begin later is left out.
     """
@@ -170,8 +181,11 @@ def run_cases(
             return None
         inputs = case.inputs()
         arguments = (inputs, cotangents(inputs))
-        kernels = compile_for(outputs_and_gradients(rule), *arguments)
-        return Ready(*arguments, kernels, compile_for(scan_outputs_and_gradients, *arguments))
+        chosen = partial(rule, implementation=case.implementation)
+        on_kernels = outputs_and_gradients(chosen, gradients=case.backward)
+        scan = scan_outputs_and_gradients if case.backward else scan_outputs
+        kernels = compile_for(on_kernels, *arguments)
+        return Ready(*arguments, kernels, compile_for(scan, *arguments))
 
     with ThreadPoolExecutor(threads) as pool:
         for case, future in [(case, pool.submit(ready, case)) for case in cases]:
@@ -200,13 +214,23 @@ def _same_bits(first: Results, again: Results) -> bool:
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
-_kernel_rule: Rule = partial(momentum_delta_rule, implementation="pallas_triton")
+def _why_no_triton(config: CheckConfig) -> str | None:
+    if config.interpret:
+        return "it has no interpreter here"
+    if importlib.util.find_spec("jax_triton") is None:
+        return 'jax-triton is not installed (pip install "mdn-jax[triton]")'
+    return None
 
 
 def interpreted_rule(
-    *, initial_state: MDNState | None = None, segment_ids: Array | None = None, **arrays: Any
+    *,
+    implementation: Implementation,
+    initial_state: MDNState | None = None,
+    segment_ids: Array | None = None,
+    **arrays: Any,
 ) -> tuple[Array, MDNState]:
     """`momentum_delta_rule` on the kernels in the interpreter, with the tiles that ship."""
+    assert implementation == "pallas_triton"
     x = Tokens(**({"p": None} | arrays))
     batch, length, _, key_dim = x.q.shape
     if initial_state is None:

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from tabulate import tabulate
 
 from benchmarks.costs import PEAKS
-from benchmarks.reference import LIMITS, Inputs
+from benchmarks.reference import LIMITS, Inputs, widen
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops.api import Implementation
 from mdn_jax.testing import random_inputs, relative_errors
@@ -114,7 +114,8 @@ def _run_shape(config: DecodeConfig, shape: str) -> tuple[list[Row], list[str]]:
         dtype=config.dtype,
     )
     state = inputs.pop("initial_state")
-    expected = momentum_delta_rule(**inputs, initial_state=state, implementation="scan")
+    with jax.default_matmul_precision("highest"):
+        expected = momentum_delta_rule(**widen(inputs), initial_state=state, implementation="scan")
     moved = 2 * sum(x.nbytes for x in jax.tree.leaves(state))
 
     def rule(state: MDNState, implementation: Implementation) -> tuple[Array, MDNState]:

@@ -52,10 +52,19 @@ def cotangents(inputs: Inputs, seed: int = 99) -> tuple[Array, MDNState]:
     return normal(v.shape, v.dtype), final
 
 
-def outputs_and_gradients(rule: Rule) -> Callable[[Inputs, tuple[Array, MDNState]], Results]:
-    """A function of inputs and cotangents: the rule's outputs, and gradients by name."""
+def outputs_and_gradients(
+    rule: Rule, *, gradients: bool = True
+) -> Callable[[Inputs, tuple[Array, MDNState]], Results]:
+    """A function of inputs and cotangents: the rule's outputs, and gradients by name.
+
+    Args:
+      rule: the operator.
+      gradients: False: it is not differentiated, and there are none.
+    """
 
     def both(inputs: Inputs, cotangent: tuple[Array, MDNState]) -> Results:
+        if not gradients:
+            return rule(**inputs), {}
         arrays = {name: inputs[name] for name in DIFFERENTIABLE if name in inputs}
         fixed = {name: x for name, x in inputs.items() if name not in arrays}
         outputs, pullback = jax.vjp(lambda x: rule(**x, **fixed), arrays)
@@ -80,18 +89,23 @@ def forward_keeping_states(rule: Rule) -> Callable[[Inputs], object]:
     return run
 
 
-def float32_reference(rule: Rule) -> Callable[[Inputs, tuple[Array, MDNState]], Results]:
+def float32_reference(
+    rule: Rule, *, gradients: bool = True
+) -> Callable[[Inputs, tuple[Array, MDNState]], Results]:
     """The same in float32 at the highest precision, of the inputs as they are."""
 
     def both(inputs: Inputs, cotangent: tuple[Array, MDNState]) -> Results:
         with jax.default_matmul_precision("highest"):
-            return outputs_and_gradients(rule)(widen(inputs), widen(cotangent))
+            return outputs_and_gradients(rule, gradients=gradients)(widen(inputs), widen(cotangent))
 
     return both
 
 
-scan_outputs_and_gradients = float32_reference(partial(momentum_delta_rule, implementation="scan"))
+_scan = partial(momentum_delta_rule, implementation="scan")
+scan_outputs_and_gradients = float32_reference(_scan)
 """What counts as right, of inputs and cotangents."""
+scan_outputs = float32_reference(_scan, gradients=False)
+"""The same without gradients."""
 
 
 def widen(tree: Any) -> Any:
@@ -109,8 +123,8 @@ class Worst(NamedTuple):
     Attributes:
       output: largest relative error of an output or final state.
       output_name: "o", "s" or "m".
-      gradient: largest relative error of a gradient.
-      gradient_name: of the argument.
+      gradient: largest relative error of a gradient; 0 where there are none.
+      gradient_name: of the argument; empty where there are none.
     """
 
     output: float
@@ -123,10 +137,10 @@ class Worst(NamedTuple):
         return self.output <= limits.outputs and self.gradient <= limits.gradients
 
     def __str__(self) -> str:
-        return (
-            f"{self.output:.1e} ({self.output_name}), "
-            f"gradients {self.gradient:.1e} ({self.gradient_name})"
-        )
+        outputs = f"{self.output:.1e} ({self.output_name})"
+        if not self.gradient_name:
+            return outputs
+        return f"{outputs}, gradients {self.gradient:.1e} ({self.gradient_name})"
 
 
 def worst(actual: Results, expected: Results, *, on_host: bool = False) -> Worst:
@@ -148,7 +162,7 @@ def worst(actual: Results, expected: Results, *, on_host: bool = False) -> Worst
         for path, error in jax.tree_util.tree_leaves_with_path(gradients)
     }
     (output_name, output), (gradient_name, gradient) = (
-        max(part.items(), key=lambda item: item[1]) for part in (outputs, flat)
+        max(part.items(), key=lambda item: item[1]) for part in (outputs, flat or {"": 0.0})
     )
     return Worst(output, output_name, gradient, gradient_name)
 

@@ -1,5 +1,6 @@
 """`mdn-bench check` covers what ships and catches kernels that are wrong."""
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from pallas_kernels.tiling import (
     KEY_DIMS,
     SHARED_MEMORY,
     choose_tiles,
+    decode_tiles,
     padded_key_dim,
     padded_value_dim,
     unsupported,
@@ -45,7 +47,7 @@ def test_every_tile_choice_is_covered(capability):
 
 def test_every_feature_is_covered_several_times():
     cases = shipped_cases((9, 0))
-    assert len({x.name for x in cases}) == len(cases) < 90
+    assert len({x.name for x in cases}) == len(cases) < 110
     for name, values in {
         "regime": GATE_REGIMES,
         "dtype": ("bfloat16", "float16", "float32"),
@@ -55,6 +57,7 @@ def test_every_feature_is_covered_several_times():
         "keys": ("random", "parallel", "zero"),
         "initial_state": (False, True),
         "length": (130, 200),
+        "implementation": ("pallas_triton", "triton"),
     }.items():
         counts = Counter(getattr(x, name) for x in cases)
         assert all(counts[value] >= 5 for value in values), (name, counts)
@@ -65,14 +68,44 @@ def test_every_feature_is_covered_several_times():
     assert shipped_cases((9, 0)) == cases
 
 
+def test_every_tile_choice_of_the_decode_kernel_is_covered_in_both_languages():
+    shipped = {
+        (size, decode_tiles(size, padded_value_dim(value_dim), heads))
+        for size, value_dim, heads in product(KEY_DIMS, VALUE_DIMS, (1, 512))
+    }
+    for implementation in ("pallas_triton", "triton"):
+        cases = [
+            x
+            for x in shipped_cases((9, 0))
+            if x.implementation == implementation and not x.backward
+        ]
+        assert all(x.length <= 16 for x in cases)
+        assert shipped <= {
+            (size, decode_tiles(size, padded_value_dim(x.value_dim), x.heads * x.groups))
+            for x in cases
+            for size in [padded_key_dim(x.key_dim)]
+        }
+        assert {x.length for x in cases} >= {1, 2, 16}
+        assert {x.dtype for x in cases} == {"float32", "bfloat16", "float16"}
+        assert {x.keys for x in cases} == {"random", "parallel", "zero"}
+        for name in ("explicit_p", "initial_state"):
+            assert {getattr(x, name) for x in cases} == {False, True}
+        assert any(x.documents > 1 for x in cases)
+
+
 @pytest.mark.slow
 def test_right_kernels_pass_and_corrupted_ones_do_not(monkeypatch, tmp_path, capsys):
     packed = Case(16, 16, "float32", length=20, documents=2, initial_state=False)
-    monkeypatch.setattr(command, "shipped_cases", lambda capability: [packed])
+    decoded = dataclasses.replace(TINY, length=3, backward=False)
+    native = dataclasses.replace(decoded, implementation="triton")
+    monkeypatch.setattr(command, "shipped_cases", lambda capability: [packed, decoded, native])
     command.check(CheckConfig(interpret=True, threads=1))
     out = capsys.readouterr().out
     assert f"ok   {packed.name}: " in out
-    assert "1 of 1 cases right" in out
+    (line,) = [line for line in out.splitlines() if line.startswith(f"ok   {decoded.name}: ")]
+    assert "gradients" not in line
+    assert "without those in native Triton: it has no interpreter here" in out
+    assert "2 of 2 cases right" in out
 
     retreat = pallas_kernels.momentum_delta.vjp.retreat
 
