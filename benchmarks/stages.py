@@ -29,7 +29,7 @@ from mdn_jax.testing import random_inputs
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output, prepare
 from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import CHUNK, Options, States, Tokens
+from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens
 from pallas_kernels.momentum_delta.scores import score_gradients
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
 
@@ -163,25 +163,26 @@ def run_stages(
         chain.append(Stage(name, compiled, arguments))
         return compiled.call(*arguments)
 
-    d_o, d_state = cotangent
-    state, d_final = States(initial.s, -initial.m), States(d_state.s, -d_state.m)
+    d_o, d_final = cotangent
     prepared = run("prepare", prepare, x)
-    error, kept, final = run("advance", advance, x, prepared, state)
+    error, kept, final = run("advance", advance, x, prepared, Memory(*initial))
     o = run("output", output, x, prepared, error, kept)
 
-    # its arguments stay as they are, to be timed again
-    alone = partial(retreat, in_place=False)
+    # arguments stay as they are, to be timed again
+    walk = partial(retreat, in_place=False)
     d_local = run("local", local_gradient, x, prepared, d_o)
-    d_v, d_kept, d_initial = run("retreat", alone, x, prepared, d_o, d_local, d_final)
+    arguments = (x, prepared, d_o, d_local, Memory(*d_final))
+    d_v, d_kept, d_initial = run("retreat", walk, *arguments)
     values = (d_o, d_v, error)
     from_states = run("states", state_gradients, x, prepared, values, kept, d_kept)
-    scores = run("scores", score_gradients, x, prepared, values, from_states.keys)
+    score = partial(score_gradients, in_place=False)
+    scores = run("scores", score, x, prepared, values, from_states.keys)
     d_gates = run("gates", gate_gradients, x, prepared, from_states.rows, scores)
 
     gradients = scores.keys._asdict() | d_gates._asdict() | {"v": d_v}
     gradients = {name: y for name, y in gradients.items() if y is not None}
-    gradients["initial_state"] = MDNState(d_initial.s, -d_initial.n)
-    return chain, ((o, MDNState(final.s, -final.n)), gradients)
+    gradients["initial_state"] = MDNState(*d_initial)
+    return chain, ((o, MDNState(*final)), gradients)
 
 
 def table(costs: dict[str, Cost], timings: dict[str, Timing], device: str, dtype: str) -> str:

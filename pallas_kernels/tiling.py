@@ -21,7 +21,11 @@ SHARED_MEMORY = {
 
 
 class Tiles(NamedTuple):
-    """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages."""
+    """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages.
+
+    `retreat_resident` is how many programs of that walk the device runs at once, where that was
+    measured (None: not known).
+    """
 
     prepare_warps: int = 4
     advance_block_v: int = 32
@@ -32,6 +36,7 @@ class Tiles(NamedTuple):
     retreat_block_v: int = 32
     retreat_warps: int = 4
     retreat_stages: int = 2
+    retreat_resident: int | None = None
     states_block_k: int = 64
     states_block_v: int = 64
     states_warps: int = 4
@@ -135,7 +140,8 @@ def choose_tiles(
                 scores_warps=8,
             )
         elif key_dim == 128:
-            tiles = tiles._replace(scores_block_v=128)
+            # two programs on each of 132 cores
+            tiles = tiles._replace(scores_block_v=128, retreat_resident=264)
     elif itemsize == 2:
         tiles = tiles._replace(
             advance_stages=1,

@@ -92,12 +92,8 @@ def momentum_delta_rule(
     value_heads, value_dim = v.shape[2:]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     gates = [jnp.asarray(x, compute) for x in (log_alpha, log_mu, beta, eta)]
-    if initial_state is None:
-        state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
-        # inside shard_map the states differ over the mesh axes that the inputs differ over
-        axes = tuple(jax.typeof(v).manual_axis_type.varying)
-        state = jax.tree.map(lambda y: jax.lax.pcast(y, axes, to="varying"), state)
-    else:
+    state = None
+    if initial_state is not None:
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
     scale = key_dim**-0.5 if scale is None else scale
     if implementation is None:
@@ -119,6 +115,11 @@ def momentum_delta_rule(
             normalize=normalize_qk,
             native=implementation == "triton",
         )
+    if state is None:
+        state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
+        # inside shard_map the states differ over the mesh axes that the inputs differ over
+        axes = tuple(jax.typeof(v).manual_axis_type.varying)
+        state = jax.tree.map(lambda y: jax.lax.pcast(y, axes, to="varying"), state)
 
     def grouped(x: Array) -> Array:  # [B, T, HV, ...] -> [B, T, H, G, ...]
         return x.reshape(batch, length, heads, -1, *x.shape[3:]).astype(compute)
@@ -195,7 +196,7 @@ def _lacking(
 
 def _on_kernels(
     arrays: tuple[Any, ...],
-    state: MDNState,
+    state: MDNState | None,
     segment_ids: Array | None,
     *,
     scale: float,
@@ -210,7 +211,7 @@ def _on_kernels(
     )
     o, memory = momentum_delta(
         x,
-        Memory(*state),
+        None if state is None else Memory(*state),
         starts=starts,
         scale=scale,
         normalize=normalize,

@@ -4,7 +4,7 @@ Gradients are with respect to `N = -M`. Formulas: docs/algorithm.md, section 5.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from pallas_kernels.momentum_delta.layout import (
     CHUNK,
     ChunkSpecs,
     Leaf,
+    Memory,
     Options,
     Prepared,
     States,
     Tokens,
     WalkSpecs,
+    launches,
 )
 
 
@@ -31,12 +33,12 @@ class Retreated(NamedTuple):
     Attributes:
       d_v: gradient of v, `[B, T, HV, V]` in v's dtype.
       d_kept: gradients of the states leaving each chunk, in v's dtype.
-      d_state: gradients of the initial states, float32.
+      d_memory: gradient of the initial memory, float32.
     """
 
     d_v: Leaf
     d_kept: States
-    d_state: States
+    d_memory: Memory
 
 
 def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Options) -> jax.Array:
@@ -75,47 +77,67 @@ def retreat(
     prepared: Prepared,
     d_o: jax.Array,
     d_local: jax.Array,
-    d_final: States,
+    d_final: Memory,
     options: Options,
     *,
     in_place: bool = True,
 ) -> Retreated:
-    """The fifth kernel, sequential over chunks from the last. Grid (V / block, B, HV).
+    """The fifth kernel, sequential over chunks from the last, a block of V a program.
 
-    `d_v` takes the memory of `d_local`, if `in_place`: a tile is read before it is written.
+    In one launch, or in several that take the walks in halves and each add to the results of those
+    before. `d_v` takes the memory of `d_local`, if `in_place`: a tile is read before it is written.
     """
     z = x.sizes
     block = options.tiles.retreat_block_v
-    specs = WalkSpecs(z, block)
-    keys, values = specs.keys(z.heads), specs.values()
-    p = None if x.p is None else specs.keys(z.p_heads)
-    return kernel_call(
-        partial(_retreat, chunks=z.chunks, precision=exact(options.interpret)),
-        (x.q, x.k, x.p, d_o, d_local),
-        (prepared.inverse, prepared.factors),
-        d_final,
-        name="mdn_retreat",
-        grid=(z.value_dim // block, z.batch, z.value_heads),
-        in_specs=[
-            (keys, keys, p, values, values),
-            (specs.matrix(), specs.factors()),
-            specs.state(),
-        ],
-        out_specs=Retreated(values, specs.kept(), specs.state()),
-        out_shape=Retreated(
-            z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), States(z.state, z.state)
-        ),
-        aliases={(3 if x.p is None else 4): 0} if in_place else {},
-        warps=options.tiles.retreat_warps,
-        stages=options.tiles.retreat_stages,
-        interpret=options.interpret,
-    )
+    done: Any = None
+    for launch in launches(WalkSpecs(z, block).walks, options.tiles.retreat_resident):
+        specs = WalkSpecs(z, block, launch)
+        keys, values, memory = specs.keys(z.heads), specs.values(), specs.memory()
+        p = None if x.p is None else specs.keys(z.p_heads)
+        tokens = (x.q, x.k, x.p, d_o, d_local)
+        # what earlier launches wrote stays where it is: places of operands, to those of results
+        after = len(jax.tree.leaves(tokens))
+        aliases = {after - 1: 0} if in_place else {}
+        if launch is not None:
+            aliases |= {after: 3, after + 1: 4}
+        if done is None:
+            written = written_specs = None
+        else:
+            written = (None if in_place else done.d_v, done.d_kept)
+            written_specs = (None if in_place else values, specs.kept())
+            results = (1, 2) if in_place else (0, 1, 2)
+            aliases |= {after + 2 + i: result for i, result in enumerate(results)}
+        done = kernel_call(
+            partial(_retreat, specs=specs, precision=exact(options.interpret)),
+            tokens,
+            d_final,
+            written,
+            (prepared.inverse, prepared.factors),
+            name="mdn_retreat",
+            grid=specs.grid,
+            in_specs=[
+                (keys, keys, p, values, values),
+                memory,
+                written_specs,
+                (specs.matrix(), specs.factors()),
+            ],
+            out_specs=Retreated(values, specs.kept(), memory),
+            out_shape=Retreated(z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), z.memory),
+            aliases=aliases,
+            warps=options.tiles.retreat_warps,
+            stages=options.tiles.retreat_stages,
+            interpret=options.interpret,
+        )
+        d_local, d_final = (done.d_v if in_place else d_local), done.d_memory
+    result: Retreated = done
+    return result
 
 
-def _retreat(tokens, prepared, d_final, out, *, chunks, precision):
+def _retreat(tokens, d_final, _, prepared, out, *, specs, precision):
     q_ref, k_ref, p_ref, do_ref, local_ref = tokens
     inverse_ref, factor_ref = prepared
     dtype = do_ref.dtype
+    first, end = specs.stretch()
 
     def factors(c: jax.Array) -> tuple[jax.Array, ...]:
         keeps = (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
@@ -128,7 +150,7 @@ def _retreat(tokens, prepared, d_final, out, *, chunks, precision):
         # d_s, d_n are [K, block] float32; the rows were loaded a step ahead
         d_s, d_n, read_s, read_n, write_s, write_n, query_s, query_n, *keeps = carry
         keep_ss, keep_ns, keep_nn = keeps
-        c = chunks - 1 - i
+        c = end - 1 - i
         following = factors(jnp.maximum(c - 1, 0))
         steps = pl.ds(c * CHUNK, CHUNK)
         low_s, low_n = d_s.astype(dtype), d_n.astype(dtype)
@@ -154,9 +176,9 @@ def _retreat(tokens, prepared, d_final, out, *, chunks, precision):
             *following,
         )
 
-    carry = (d_final.s[...], d_final.n[...], *factors(jnp.int32(chunks - 1)))
-    d_s, d_n, *_ = lax.fori_loop(0, chunks, step, carry)
-    out.d_state.s[...], out.d_state.n[...] = d_s, d_n
+    carry = (d_final.s[...], -d_final.m[...], *factors(jnp.int32(end - 1)))
+    d_s, d_n, *_ = lax.fori_loop(0, end - first, step, carry)
+    out.d_memory.s[...], out.d_memory.m[...] = d_s, -d_n
 
 
 class KeyGradients(NamedTuple):

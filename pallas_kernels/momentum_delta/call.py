@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.momentum_delta.coefficients import LOG_ZERO
 from pallas_kernels.momentum_delta.decode import MAX_STEPS, DecodeOptions, decode
-from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Sizes, States, Tokens
+from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Sizes, Tokens
 from pallas_kernels.momentum_delta.vjp import rule
 from pallas_kernels.tiling import (
     Tiles,
@@ -16,9 +17,6 @@ from pallas_kernels.tiling import (
     padded_key_dim,
     padded_value_dim,
 )
-
-# exp of this is zero in float32; small enough in size that sums over a chunk stay precise
-_LOG_ZERO = -110.0
 
 
 class _Call(NamedTuple):
@@ -34,7 +32,7 @@ class _Call(NamedTuple):
 
 def momentum_delta(
     x: Tokens,
-    memory: Memory,
+    memory: Memory | None,
     *,
     starts: jax.Array | None,
     scale: float,
@@ -50,7 +48,7 @@ def momentum_delta(
 
     Args:
       x: tokens and gates, any `T`, `K <= 256`, `V <= 512`.
-      memory: entering states.
+      memory: entering states; None stands for zeros.
       starts: `[B, T]` bool, the first step of each document but a row's first; or None.
       scale: factor on the output.
       normalize: l2-normalise q and k.
@@ -67,7 +65,7 @@ def momentum_delta(
     return run(call, _reset(x, starts), memory)
 
 
-def _chunks(call: _Call, x: Tokens, memory: Memory) -> tuple[jax.Array, Memory]:
+def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, Memory]:
     """On the chunk kernels."""
     z = x.sizes
     key_dim, value_dim = padded_key_dim(z.key_dim), padded_value_dim(z.value_dim)
@@ -76,33 +74,35 @@ def _chunks(call: _Call, x: Tokens, memory: Memory) -> tuple[jax.Array, Memory]:
     )
     x, memory = _pad(x, memory, -z.length % CHUNK)
     options = Options(call.scale, call.normalize, tiles, call.interpret)
-    o, final = rule(options, x, States(memory.s, -memory.m))
-    return _cut(o, Memory(final.s, -final.n), z)
+    return _cut(*rule(options, x, memory), z)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _steps(call: _Call, x: Tokens, memory: Memory) -> tuple[jax.Array, Memory]:
+def _steps(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, Memory]:
     """On the decode kernel; the chunk kernels take over where a gradient is asked for."""
     z = x.sizes
-    x, memory = _pad(x, memory, 0)
+    entering: Memory = memory or jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), z.memory)
+    x, entering = _pad(x, entering, 0)
     padded = x.sizes
     tiles = decode_tiles(padded.key_dim, padded.value_dim, z.batch * z.value_heads)
     options = DecodeOptions(call.scale, call.normalize, tiles, call.interpret)
     if call.native:
         from pallas_kernels.momentum_delta import decode_triton
 
-        return _cut(*decode_triton.decode(x, memory, options), z)
-    return _cut(*decode(x, memory, options), z)
+        return _cut(*decode_triton.decode(x, entering, options), z)
+    return _cut(*decode(x, entering, options), z)
 
 
-def _steps_forward(call: _Call, x: Tokens, memory: Memory) -> tuple[tuple[jax.Array, Memory], Any]:
+def _steps_forward(
+    call: _Call, x: Tokens, memory: Memory | None
+) -> tuple[tuple[jax.Array, Memory], Any]:
     return jax.vjp(partial(_chunks, call), x, memory)
 
 
 def _steps_backward(
     call: _Call, pullback: Any, cotangents: tuple[jax.Array, Memory]
-) -> tuple[Tokens, Memory]:
-    gradients: tuple[Tokens, Memory] = pullback(cotangents)
+) -> tuple[Tokens, Memory | None]:
+    gradients: tuple[Tokens, Memory | None] = pullback(cotangents)
     return gradients
 
 
@@ -110,22 +110,17 @@ _steps.defvjp(_steps_forward, _steps_backward)
 
 
 def _reset(x: Tokens, starts: jax.Array | None) -> Tokens:
-    """Gates of zero at the first step of a document: it sees no state, and exactly none.
-
-    The kernels take differences of cumulative log gates, so these are bounded below.
-    """
-    gates = {
-        "log_alpha": jnp.maximum(x.log_alpha, _LOG_ZERO),
-        "log_mu": jnp.maximum(x.log_mu, _LOG_ZERO),
-    }
+    """Gates of zero at the first step of a document: it sees no state, and exactly none."""
     if starts is None:
-        return x._replace(**gates)
-    gates = {name: jnp.where(starts[:, :, None], _LOG_ZERO, y) for name, y in gates.items()}
+        return x
+    log_alpha, log_mu = (
+        jnp.where(starts[:, :, None], LOG_ZERO, y) for y in (x.log_alpha, x.log_mu)
+    )
     p = None if x.p is None else jnp.where(starts[:, :, None, None], 0, x.p)
-    return x._replace(p=p, **gates)
+    return x._replace(p=p, log_alpha=log_alpha, log_mu=log_mu)
 
 
-def _pad(x: Tokens, memory: Memory, steps: int) -> tuple[Tokens, Memory]:
+def _pad[M: Memory | None](x: Tokens, memory: M, steps: int) -> tuple[Tokens, M]:
     """Appends steps that leave the states as they are, and zeros to keys, values and states."""
     z = x.sizes
     key_dim = padded_key_dim(z.key_dim) - z.key_dim
@@ -139,7 +134,7 @@ def _pad(x: Tokens, memory: Memory, steps: int) -> tuple[Tokens, Memory]:
 
     if key_dim or value_dim:
         margin = ((0, 0), (0, 0), (0, key_dim), (0, value_dim))
-        memory = Memory(*(jnp.pad(y, margin) for y in memory))
+        memory = jax.tree.map(lambda y: jnp.pad(y, margin), memory)
     return Tokens(
         pad(x.q, key_dim),
         pad(x.k, key_dim),

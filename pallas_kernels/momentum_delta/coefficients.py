@@ -15,9 +15,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import Precision, dot
-from pallas_kernels.momentum_delta.layout import iotas, lanes
+from pallas_kernels.momentum_delta.layout import Leaf, iotas, lanes
+
+LOG_ZERO = -110.0
+"""Log of a gate of zero."""
 
 
 class Sight(NamedTuple):
@@ -170,6 +174,14 @@ def unit_lower_inverses(lowers: Sequence[jax.Array], precision: Precision) -> tu
     # a loop, for code that is run once waits for its instructions
     inverses = tuple(eye - jnp.where(pairs, lower, 0.0) for lower in lowers)
     return lax.fori_loop(1, size.bit_length() - 1, join, inverses)
+
+
+def log_gate(ref: Leaf, at: pl.Slice) -> jax.Array:
+    """Log gates as the coefficients take them: bounded below, as they are sums' differences.
+
+    The bound's `exp` is zero in float32; it is small enough in size for sums to stay precise.
+    """
+    return jnp.maximum(ref[at], LOG_ZERO)
 
 
 def inverse_norm(x: jax.Array, normalize: bool) -> jax.Array:

@@ -89,7 +89,7 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
             Memory(state, state),
         ],
         out_specs=Decoded(values, Memory(state, state)),
-        out_shape=Decoded(z.per_head(z.value_dim, x.v.dtype), Memory(z.state, z.state)),
+        out_shape=Decoded(z.per_head(z.value_dim, x.v.dtype), z.memory),
         aliases={entering: 1, entering + 1: 2},
         warps=options.tiles.warps,
         stages=1,

@@ -3,8 +3,6 @@
 The same steps as decode.py. It is there for the day when jax drops its Triton backend for Pallas.
 """
 
-import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
@@ -25,8 +23,7 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
         name="mdn_decode_triton",
         out_shape=[
             z.per_head(z.value_dim, x.v.dtype),
-            jax.ShapeDtypeStruct(z.state.shape, jnp.float32),
-            jax.ShapeDtypeStruct(z.state.shape, jnp.float32),
+            *z.memory,
         ],
         grid=(z.batch * z.value_heads * (z.value_dim // tiles.block_v),),
         input_output_aliases={8: 1, 9: 2},

@@ -19,6 +19,7 @@ from pallas_kernels.momentum_delta.coefficients import (
     inverse_norm,
     last,
     last_row,
+    log_gate,
     lower_quarters,
     unit_lower_inverses,
 )
@@ -28,6 +29,7 @@ from pallas_kernels.momentum_delta.layout import (
     HALVES,
     ChunkSpecs,
     Leaf,
+    Memory,
     Options,
     Prepared,
     States,
@@ -97,7 +99,8 @@ def _prepare(x, out, *, options):
 
     def half_chunk(index: jax.Array, carry: tuple[_Half, _Half]) -> tuple[_Half, _Half]:
         at = pl.ds(index * HALF, HALF)
-        half = half_coefficients(x.log_alpha[at], x.log_mu[at], x.beta[at], explicit_p, coarse)
+        log_alpha, log_mu = log_gate(x.log_alpha, at), log_gate(x.log_mu, at)
+        half = half_coefficients(log_alpha, log_mu, x.beta[at], explicit_p, coarse)
         store(out.gamma, at, at, half.read.gamma)
         store(out.attention, at, at, jnp.where(index == 0, score_1, score_2) * half.out.gamma)
         return carry[1], _Half(
@@ -160,16 +163,16 @@ class Advanced(NamedTuple):
     Attributes:
       error: `v'`, the error of every step before its write, `[B, T, HV, V]` in v's dtype.
       kept: the states entering each chunk, in v's dtype.
-      final: the states after the last step, float32.
+      final: the memory after the last step, float32.
     """
 
     error: Leaf
     kept: States
-    final: States
+    final: Memory
 
 
-def advance(x: Tokens, prepared: Prepared, state: States, options: Options) -> Advanced:
-    """The second kernel, sequential over chunks. Grid (V / block, B, HV)."""
+def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Options) -> Advanced:
+    """The second kernel, sequential over chunks; no memory stands for zeros."""
     z = x.sizes
     block = options.tiles.advance_block_v
     specs = WalkSpecs(z, block)
@@ -178,24 +181,22 @@ def advance(x: Tokens, prepared: Prepared, state: States, options: Options) -> A
     return kernel_call(
         partial(_advance, chunks=z.chunks, precision=exact(options.interpret)),
         (x.k, x.p, x.v, prepared.inverse, prepared.factors),
-        state,
+        memory,
         name="mdn_advance",
-        grid=(z.value_dim // block, z.batch, z.value_heads),
+        grid=specs.grid,
         in_specs=[
             (specs.keys(z.heads), p, values, specs.matrix(), specs.factors()),
-            specs.state(),
+            None if memory is None else specs.memory(),
         ],
-        out_specs=Advanced(values, specs.kept(), specs.state()),
-        out_shape=Advanced(
-            z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), States(z.state, z.state)
-        ),
+        out_specs=Advanced(values, specs.kept(), specs.memory()),
+        out_shape=Advanced(z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), z.memory),
         warps=options.tiles.advance_warps,
         stages=options.tiles.advance_stages,
         interpret=options.interpret,
     )
 
 
-def _advance(x, state, out, *, chunks, precision):
+def _advance(x, memory, out, *, chunks, precision):
     k_ref, p_ref, v_ref, inverse_ref, factor_ref = x
     dtype = v_ref.dtype
 
@@ -232,9 +233,12 @@ def _advance(x, state, out, *, chunks, precision):
         s, n = keep_ss * s + keep_ns * n + write(write_s), keep_nn * n + write(write_n)
         return s, n, *following
 
-    carry = (state.s[...], state.n[...], *factors(jnp.int32(0)))
-    s, n, *_ = lax.fori_loop(0, chunks, step, carry)
-    out.final.s[...], out.final.n[...] = s, n
+    if memory is None:
+        s = n = jnp.zeros(out.final.s.shape, jnp.float32)
+    else:
+        s, n = memory.s[...], -memory.m[...]
+    s, n, *_ = lax.fori_loop(0, chunks, step, (s, n, *factors(jnp.int32(0))))
+    out.final.s[...], out.final.m[...] = s, -n
 
 
 def output(

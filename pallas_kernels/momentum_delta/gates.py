@@ -19,6 +19,7 @@ from pallas_kernels.momentum_delta.coefficients import (
     half_coefficients,
     last,
     last_row,
+    log_gate,
 )
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
@@ -155,8 +156,8 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
     def of_first() -> Cotangents:
         d_query, d_read = corner()
         total, lead = factors[layout.SIGHT_2, first], factors[layout.SIGHT_2, second]
-        lift = jnp.exp(x.log_alpha[second]) if explicit_p else 1.0
-        own_lead = x.beta[second] * jnp.exp(jnp.cumsum(x.log_mu[second]))
+        lift = jnp.exp(log_gate(x.log_alpha, second)) if explicit_p else 1.0
+        own_lead = x.beta[second] * jnp.exp(jnp.cumsum(log_gate(x.log_mu, second)))
         out_total, out_lead = lift * total, lift * lead + own_lead
         by_gamma = d_query.gamma * out_total[:, None] + d_read.gamma * total[:, None]
         by_w = d_query.gamma * out_lead[:, None] + d_read.gamma * lead[:, None]
@@ -201,7 +202,8 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
 
     d = lax.cond(index == 0, of_first, of_second)
     eta = x.eta[at]
-    half = half_coefficients(x.log_alpha[at], x.log_mu[at], x.beta[at], explicit_p, precision)
+    log_alpha, log_mu = log_gate(x.log_alpha, at), log_gate(x.log_mu, at)
+    half = half_coefficients(log_alpha, log_mu, x.beta[at], explicit_p, precision)
     by_query, by_read = loaded(at, at)
     by_query += in_last_row(d.gamma)
     d_eta = by_query * half.out.gamma + by_read * half.read.gamma + in_last_row(d.w) * half.w

@@ -7,6 +7,7 @@ results are named tuples; its body gets the same tuples with references in place
 for the erase key that is not there.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ class Memory(NamedTuple):
 
 
 class States(NamedTuple):
-    """Memory and negated momentum: `[B, HV, K, V]`, or one pair a chunk `[B, HV, NT, K, V]`."""
+    """Memory and negated momentum of each chunk, `[B, HV, NT, K, V]`."""
 
     s: Leaf
     n: Leaf
@@ -150,10 +151,11 @@ class Sizes(NamedTuple):
         return jax.ShapeDtypeStruct((self.batch, self.length, self.value_heads), jnp.float32)
 
     @property
-    def state(self) -> jax.ShapeDtypeStruct:
-        """`[B, HV, K, V]` float32."""
+    def memory(self) -> Memory:
+        """Both `[B, HV, K, V]` float32."""
         shape = (self.batch, self.value_heads, self.key_dim, self.value_dim)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        state = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return Memory(state, state)
 
     def states(self, dtype: jax.typing.DTypeLike) -> States:
         """A pair of states for each chunk, `[B, HV, NT, K, V]`."""
@@ -232,27 +234,97 @@ class ChunkSpecs:
         )
 
 
-class WalkSpecs:
-    """Block specifications for the grid (block of V, b, h): all chunks of a head."""
+class Launch(NamedTuple):
+    """Some of the programs of a kernel that walks over chunks.
 
-    def __init__(self, sizes: Sizes, value_block: int) -> None:
-        self._z, self._block = sizes, value_block
+    Attributes:
+      first: number of the first.
+      programs: how many.
+    """
+
+    first: int
+    programs: int
+
+
+def launches(walks: int, resident: int | None) -> list[Launch | None]:
+    """One launch of whole walks, or several of halves where that leaves the device less idle.
+
+    A device that runs `resident` programs at once takes `ceil(walks / resident)` rounds, the last
+    one with what is left. In halves, twice as many programs take half the time each, and more of
+    the rounds are full. Launches end between rounds, so that no second half of a walk is in the
+    launch of its first, whose states it continues.
+
+    Args:
+      walks: programs over whole walks.
+      resident: programs that run at once; None: not known.
+
+    Returns:
+      The launches of all `2 * walks` halves, first halves first; or None, the launch of the whole.
+    """
+    if resident is None or walks <= resident:
+        return [None]
+    rounds = pl.cdiv(2 * walks, resident)
+    if rounds == 2 * pl.cdiv(walks, resident):
+        return [None]
+    size = pl.cdiv(2 * walks, rounds)
+    return [Launch(first, min(size, 2 * walks - first)) for first in range(0, 2 * walks, size)]
+
+
+class WalkSpecs:
+    """Grid and block specifications of a kernel that walks over the chunks of a head.
+
+    A program takes a block of V of one head. The grid is (block of V, b, h), or, of a launch of
+    halves, flat: all first halves in this order, then all second ones.
+    """
+
+    def __init__(self, sizes: Sizes, value_block: int, launch: Launch | None = None) -> None:
+        self._z, self._block, self._launch = sizes, value_block, launch
+        self._walks = (sizes.value_dim // value_block, sizes.batch, sizes.value_heads)
+
+    @property
+    def walks(self) -> int:
+        """Programs over whole walks."""
+        return math.prod(self._walks)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Programs of the kernel."""
+        return self._walks if self._launch is None else (self._launch.programs,)
+
+    def stretch(self) -> tuple[int | jax.Array, int | jax.Array]:
+        """First and end of the chunks of the present program, which takes them from the last."""
+        chunks = self._z.chunks
+        if self._launch is None:
+            return 0, chunks
+        half = lax.div(pl.program_id(0) + self._launch.first, self.walks)
+        cut = chunks // 2
+        return (1 - half) * cut, chunks - half * (chunks - cut)
+
+    def _spec(self, shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        if self._launch is None:
+            return pl.BlockSpec(shape, index)
+        first, (blocks, batch, _) = self._launch.first, self._walks
+
+        def indices(program: jax.Array) -> tuple:
+            walk = lax.rem(program + first, self.walks)
+            rest = lax.div(walk, blocks)
+            return index(lax.rem(walk, blocks), lax.rem(rest, batch), lax.div(rest, batch))
+
+        return pl.BlockSpec(shape, indices)
 
     def keys(self, heads: int) -> pl.BlockSpec:
         """`[T, K]` of an array `[B, T, heads, K]`."""
         share, z = self._z.value_heads // heads, self._z
-        return pl.BlockSpec(
-            (None, z.length, None, z.key_dim), lambda i, b, h: (b, 0, h // share, 0)
-        )
+        return self._spec((None, z.length, None, z.key_dim), lambda i, b, h: (b, 0, h // share, 0))
 
     def values(self) -> pl.BlockSpec:
         """`[T, block]` of an array `[B, T, HV, V]`."""
-        return pl.BlockSpec((None, self._z.length, None, self._block), lambda i, b, h: (b, 0, h, i))
+        return self._spec((None, self._z.length, None, self._block), lambda i, b, h: (b, 0, h, i))
 
     def array(self, *shape: int) -> pl.BlockSpec:
         """`[NT, *shape]` of an array `[B, HV, NT, *shape]`."""
         zeros = (0,) * len(shape)
-        return pl.BlockSpec((None, None, self._z.chunks, *shape), lambda i, b, h: (b, h, 0, *zeros))
+        return self._spec((None, None, self._z.chunks, *shape), lambda i, b, h: (b, h, 0, *zeros))
 
     def matrix(self) -> pl.BlockSpec:
         """`[NT, C, C]` of an array `[B, HV, NT, C, C]`."""
@@ -262,16 +334,16 @@ class WalkSpecs:
         """`[NT, FACTORS, C]` of `Prepared.factors`."""
         return self.array(FACTORS, CHUNK)
 
-    def state(self) -> States:
-        """`[K, block]` of a pair of states `[B, HV, K, V]`."""
+    def memory(self) -> Memory:
+        """`[K, block]` of a memory `[B, HV, K, V]`."""
         shape = (None, None, self._z.key_dim, self._block)
-        spec = pl.BlockSpec(shape, lambda i, b, h: (b, h, 0, i))
-        return States(spec, spec)
+        spec = self._spec(shape, lambda i, b, h: (b, h, 0, i))
+        return Memory(spec, spec)
 
     def kept(self) -> States:
         """`[NT, K, block]` of the states of every chunk."""
         shape = (None, None, self._z.chunks, self._z.key_dim, self._block)
-        spec = pl.BlockSpec(shape, lambda i, b, h: (b, h, 0, 0, i))
+        spec = self._spec(shape, lambda i, b, h: (b, h, 0, 0, i))
         return States(spec, spec)
 
 

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import dot, exact, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.backward import KeyGradients
+from pallas_kernels.momentum_delta.coefficients import log_gate
 from pallas_kernels.momentum_delta.layout import CHUNK, ChunkSpecs, Leaf, Options, Prepared, Tokens
 
 
@@ -37,6 +38,8 @@ def score_gradients(
     values: tuple[jax.Array, jax.Array, jax.Array],
     from_states: KeyGradients,
     options: Options,
+    *,
+    in_place: bool = True,
 ) -> FromScores:
     """The seventh kernel.
 
@@ -46,6 +49,7 @@ def score_gradients(
       values: `d_o`, `d_v` and `error`, `[B, T, HV, V]`.
       from_states: gradients by way of the states, to which those of the scores are added.
       options: of the call.
+      in_place: the gradients take the memory of `from_states`: a tile is read before it is written.
     """
     z = x.sizes
     specs = ChunkSpecs(z)
@@ -55,6 +59,8 @@ def score_gradients(
     key_specs = KeyGradients(per_head, per_head, None if p is None else per_head)
     key_shapes = KeyGradients(gradient, gradient, None if p is None else gradient)
     matrix = z.per_chunk(CHUNK, CHUNK, dtype=x.q.dtype)
+    tokens = x._replace(v=None, log_alpha=x.log_alpha if x.p is not None else None)
+    keys_at = len(jax.tree.leaves((tokens, values)))
     return kernel_call(
         partial(
             _score_gradients,
@@ -62,7 +68,7 @@ def score_gradients(
             block_v=min(options.tiles.scores_block_v, z.value_dim),
             options=options,
         ),
-        x._replace(v=None, log_alpha=x.log_alpha if x.p is not None else None),
+        tokens,
         values,
         from_states,
         prepared.gamma,
@@ -78,6 +84,7 @@ def score_gradients(
         ],
         out_specs=FromScores(key_specs, specs.matrix(), specs.matrix()),
         out_shape=FromScores(key_shapes, matrix, matrix),
+        aliases={keys_at + i: i for i in range(2 if x.p is None else 3)} if in_place else {},
         warps=options.tiles.scores_warps,
         stages=options.tiles.scores_stages,
         interpret=options.interpret,
@@ -89,7 +96,7 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     precision, dtype = exact(options.interpret), x.q.dtype
 
     # loads that would stall after the loop
-    log_mu, beta, eta = x.log_mu[...], x.beta[...], x.eta[...]
+    log_mu, beta, eta = log_gate(x.log_mu, slice(None)), x.beta[...], x.eta[...]
     norm_q, norm_k = factors[layout.NORM_Q, :], factors[layout.NORM_K, :]
     gamma_read = gamma[...]
 
@@ -118,7 +125,11 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     exponents = jnp.minimum(to_mu[:, None] - to_mu[None, :], 0.0)
     w = jnp.where(t >= j, jnp.exp(exponents), 0.0)
     gamma_read = gamma_read.astype(jnp.float32)
-    lifted = gamma_read if x.p is None else jnp.exp(x.log_alpha[...])[:, None] * gamma_read
+    lifted = (
+        gamma_read
+        if x.p is None
+        else jnp.exp(log_gate(x.log_alpha, slice(None)))[:, None] * gamma_read
+    )
     eta = eta[None, :]
     by_output = (by_output * (lifted + beta[:, None] * w) * eta).astype(dtype)
     by_error = by_error * gamma_read * eta

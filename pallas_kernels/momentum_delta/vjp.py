@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output, prepare
 from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import Options, Prepared, States, Tokens
+from pallas_kernels.momentum_delta.layout import Memory, Options, Prepared, States, Tokens
 from pallas_kernels.momentum_delta.scores import score_gradients
 
 CHUNK_FACTORS = "mdn_chunk_factors"
@@ -30,48 +30,50 @@ class Residuals(NamedTuple):
       prepared: three `[C, C]` matrices and `FACTORS` rows a chunk.
       error: `[B, T, HV, V]`.
       kept: one pair of states a chunk, the largest part.
+      entered: `()` where a memory entered, None where none did.
     """
 
     x: Tokens
     prepared: Prepared
     error: jax.Array
     kept: States
+    entered: tuple[()] | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rule(options: Options, x: Tokens, state: States) -> tuple[jax.Array, States]:
+def rule(options: Options, x: Tokens, memory: Memory | None) -> tuple[jax.Array, Memory]:
     """The chunked rule for `T` a multiple of the chunk.
 
     Args:
       options: static.
       x: tokens and gates.
-      state: entering states, float32, with the momentum negated.
+      memory: entering, float32; None stands for zeros.
 
     Returns:
-      Outputs `[B, T, HV, V]` in v's dtype and the final states, float32.
+      Outputs `[B, T, HV, V]` in v's dtype and the final memory, float32.
     """
-    return _forward(options, x, state)[0]
+    return _forward(options, x, memory)[0]
 
 
 def _forward(
-    options: Options, x: Tokens, state: States
-) -> tuple[tuple[jax.Array, States], Residuals]:
+    options: Options, x: Tokens, memory: Memory | None
+) -> tuple[tuple[jax.Array, Memory], Residuals]:
     prepared = prepare(x, options)
     prepared = Prepared(*(checkpoint_name(y, CHUNK_FACTORS) for y in prepared))
-    error, kept, final = advance(x, prepared, state, options)
+    error, kept, final = advance(x, prepared, memory, options)
     error = checkpoint_name(error, CHUNK_FACTORS)
     kept = States(*(checkpoint_name(y, CHUNK_STATES) for y in kept))
     o = output(x, prepared, error, kept, options)
-    return (o, final), Residuals(x, prepared, error, kept)
+    return (o, final), Residuals(x, prepared, error, kept, None if memory is None else ())
 
 
 def _backward(
-    options: Options, residuals: Residuals, cotangents: tuple[jax.Array, States]
-) -> tuple[Tokens, States]:
-    x, prepared, error, kept = residuals
+    options: Options, residuals: Residuals, cotangents: tuple[jax.Array, Memory]
+) -> tuple[Tokens, Memory | None]:
+    x, prepared, error, kept, entered = residuals
     d_o, d_final = cotangents
     d_local = local_gradient(x, prepared, d_o, options)
-    d_v, d_kept, d_state = retreat(x, prepared, d_o, d_local, d_final, options)
+    d_v, d_kept, d_memory = retreat(x, prepared, d_o, d_local, d_final, options)
     values = (d_o, d_v, error)
     from_states = state_gradients(x, prepared, values, kept, d_kept, options)
     scores = score_gradients(x, prepared, values, from_states.keys, options)
@@ -84,7 +86,7 @@ def _backward(
         p=None if d_p is None or x.p is None else _sum_groups(d_p, x.p),
         **d_gates._asdict(),
     )
-    return d_x, d_state
+    return d_x, None if entered is None else d_memory
 
 
 def _sum_groups(gradient: jax.Array, like: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 
 from mdn_jax import MDNState
 from mdn_jax.ops.inputs import document_starts
@@ -32,19 +31,18 @@ def kernel_rule(
     segment_ids=None,
     scale=None,
     normalize_qk=True,
+    resident=None,
 ):
-    """`momentum_delta_rule` on the kernels, interpreted."""
-    batch, length, value_heads, value_dim = v.shape
+    """`momentum_delta_rule` on the kernels, interpreted; `resident` as in `Tiles`."""
+    batch, length = v.shape[:2]
     key_dim = q.shape[-1]
-    if initial_state is None:
-        initial_state = MDNState.zeros(batch, value_heads, key_dim, value_dim, jnp.float32)
     o, memory = momentum_delta(
         Tokens(q, k, v, p, log_alpha, log_mu, beta, eta),
-        Memory(*initial_state),
+        None if initial_state is None else Memory(*initial_state),
         starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
         scale=key_dim**-0.5 if scale is None else scale,
         normalize=normalize_qk,
-        tiles=SMALL,
+        tiles=SMALL._replace(retreat_resident=resident),
         interpret=True,
     )
     return o, MDNState(*memory)

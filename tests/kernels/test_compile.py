@@ -35,11 +35,15 @@ def describe(case):
 @pytest.mark.parametrize("case", CI, ids=describe)
 def test_kernels_lower(case):
     kernels = inspect.lower(*case)
-    assert {kernel.name for kernel in kernels} == KERNELS | WITHOUT_PRODUCTS
-    assert len(kernels) == len(KERNELS) + 1
-    in_place = {"mdn_retreat": 1, "mdn_decode": 2}
+    in_place = {name: [0] for name in KERNELS} | {"mdn_decode": [2]}
+    in_place["mdn_score_gradients"] = [3 if case.explicit_p else 2]
+    # d_v alone, or with walks in halves also the memory, and what launches before have written
+    in_halves = case[:4] == (128, 256, "bfloat16", (9, 0))
+    in_place["mdn_retreat"] = [3, 5, 5] if in_halves else [1]
+    found = {name: [k.in_place for k in kernels if k.name == name] for name in in_place}
+    assert found == in_place
+    assert len(kernels) == sum(map(len, in_place.values()))
     for kernel in kernels:
-        assert kernel.in_place == in_place.get(kernel.name, 0), kernel.name
         assert "tt.func" in kernel.source, kernel.name
         assert ("tt.dot" in kernel.source) == (kernel.name in KERNELS), kernel.name
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from mdn_jax import MDNState
 from mdn_jax.testing import GATE_REGIMES, random_inputs, relative_errors
 from pallas_kernels.lowering import kernel_call
+from pallas_kernels.momentum_delta.layout import launches
 from pallas_kernels.momentum_delta.vjp import CHUNK_FACTORS, CHUNK_STATES
 from tests.kernels.helpers import GATES, kernel_outputs_and_gradients, kernel_rule
 from tests.ops.helpers import cotangents, outputs_and_gradients
@@ -54,6 +55,38 @@ def test_packed_documents_and_grouped_heads(p_heads):
     if p_heads == 2:
         inputs["p"] = jnp.concatenate([inputs["p"], -0.5 * inputs["p"]], axis=2)
     assert_matches_scan(inputs, 5e-5)
+
+
+@pytest.mark.slow
+def test_walks_in_halves():
+    """Four walks of three chunks, three programs at once: two walks cross a launch."""
+    inputs = packed_inputs(seed=15, documents=2)
+    whole, cut = (kernel_outputs_and_gradients(inputs, resident=n) for n in (None, 3))
+    jax.tree.map(np.testing.assert_array_equal, cut, whole)
+
+
+@pytest.mark.parametrize(("walks", "resident"), [(4, 3), (384, 264), (265, 264), (7, 5)])
+def test_no_second_half_is_launched_with_its_first(walks, resident):
+    cut = launches(walks, resident)
+    assert len(cut) < 2 * -(-walks // resident)
+    numbers = [range(x.first, x.first + x.programs) for x in cut]
+    assert [n for launch in numbers for n in launch] == list(range(2 * walks))
+    for launch in numbers:
+        assert len(launch) <= resident
+        assert not any(n + walks in launch for n in launch)
+
+
+@pytest.mark.parametrize(
+    ("walks", "resident"), [(4, None), (4, 4), (512, 264), (3, 4), (1, 264), (132, 264)]
+)
+def test_walks_stay_whole_where_halves_would_take_as_long(walks, resident):
+    assert launches(walks, resident) == [None]
+
+
+@pytest.mark.slow
+def test_without_entering_memory():
+    inputs = small_inputs(seed=16, length=70, initial_state=False)
+    assert_matches_scan(inputs, 2e-5)
 
 
 @pytest.mark.slow
