@@ -22,6 +22,6 @@ def config() -> TrainConfig:
         batch_size=128,
         sequence_length=4096,
         accumulation=16,
-        remat=True,
+        remat="dots",
         checkpoint_every=2048,
     )

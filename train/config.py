@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mdn_jax.models.config import MDNConfig
+from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 from train.tokenizer import VOCAB_SIZE
 
@@ -209,8 +210,10 @@ class TrainConfig:
     implementation: Implementation | None = None
     """Implementation of the momentum delta rule; None: the best that supports the call."""
 
-    remat: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    remat: Remat = "none"
+    """Activations computed again in the backward pass instead of kept, of each block: none; all but
+    the outputs of its projections and of the rule ("dots"); all but those of the rule ("kernel");
+    all ("block"). Later ones need less memory and more time."""
 
     seed: int = 42
     """Seed of the initial parameters, the data order and the sample."""

@@ -5,21 +5,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
 from mdn_jax import MDNForCausalLM
 from train.data.packing import IGNORED, Batch
+from train.loss import token_losses as losses_of_targets
 from train.optimizer import Params
-from train.step import Forward, summed_loss
+from train.step import Loss
 
 
 def make_evaluate(
-    forward: Forward,
+    summed_loss: Loss,
     batches: Sequence[Batch],
     *,
     place: Callable[[Batch], Batch] = lambda batch: batch,
@@ -27,7 +26,7 @@ def make_evaluate(
     """Builds the measurement of the mean loss over fixed batches.
 
     Args:
-      forward: logits of the model.
+      summed_loss: of the model, over a batch's targets.
       batches: what to measure on, all of one shape.
       place: puts a batch onto the devices.
 
@@ -36,10 +35,7 @@ def make_evaluate(
     """
     count = sum(int(np.sum(batch["targets"] != IGNORED)) for batch in batches)
 
-    @jax.jit
-    def loss(params: Params, batch: Batch) -> jax.Array:
-        logits = forward(params, batch["tokens"], batch["segment_ids"])
-        return summed_loss(logits, batch["targets"])
+    loss = jax.jit(summed_loss)
 
     def evaluate(params: Params) -> float:
         return sum(float(loss(params, place(batch))) for batch in batches) / count
@@ -111,19 +107,7 @@ def _losses(
 ) -> Float[Array, "B T"]:
     model = nnx.merge(graph, weights)
     h, _ = model.hidden(tokens, segment_ids=documents)
-
-    def of_step(inputs: tuple[Array, Array]) -> Array:
-        h, targets = inputs
-        logits = model.logits(h)
-        counted = targets != IGNORED
-        loss = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), jnp.where(counted, targets, 0)
-        )
-        return jnp.where(counted, loss, 0.0)
-
-    # some steps at a time: the logits of all of them together would be the largest array by far
-    steps = (jnp.moveaxis(h, 1, 0), jnp.moveaxis(targets, 1, 0))
-    return jnp.moveaxis(jax.lax.map(of_step, steps, batch_size=64), 0, 1)
+    return losses_of_targets(h, model.output_kernel(), targets)
 
 
 def packed_rows(documents: Sequence[Sequence[int]], *, width: int) -> list[Row]:

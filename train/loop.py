@@ -100,19 +100,20 @@ class Trainer:
                 rngs=nnx.Rngs(0),
             )
         )
-        self.forward, params = split_model(self.model)
+        self.loss, params = split_model(self.model)
         check_divisible(config, self.mesh, params)
         self.like = abstract_state(params, self.optimizer, self.mesh)
         step = make_train_step(
-            self.forward,
+            self.loss,
             self.optimizer,
             self.schedule,
             accumulation=config.accumulation,
+            dtype=jnp.dtype(config.dtype),
             state_sharding=jax.tree.map(lambda x: x.sharding, self.like),
             batch_sharding=batch_sharding(self.mesh),
             metrics_sharding=replicated(self.mesh),
         )
-        evaluate = make_evaluate(self.forward, held_out, place=partial(from_global, self.mesh))
+        evaluate = make_evaluate(self.loss, held_out, place=partial(from_global, self.mesh))
         self.train_step = on_mesh(self.mesh, step)
         self.evaluate = on_mesh(self.mesh, evaluate)
 

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from mdn_jax import MDNForCausalLM
 from train.data.packing import IGNORED, Batch
+from train.loss import summed_loss
 from train.optimizer import Params
 
-# (parameters, tokens [B, T], segment ids [B, T]) -> logits [B, T, vocab]
-Forward = Callable[[Params, ArrayLike, ArrayLike], Float[Array, "B T vocab"]]
+# (parameters, batch) -> loss summed over the batch's targets, nats
+Loss = Callable[[Params, Batch], Float[Array, ""]]
 
 
 class TrainState(NamedTuple):
@@ -51,18 +51,33 @@ class StepMetrics(NamedTuple):
     skipped: Int[Array, ""]
 
 
-def split_model(model: MDNForCausalLM) -> tuple[Forward, Params]:
-    """Separates a model into a pure forward function and its parameters."""
+def split_model(model: MDNForCausalLM) -> tuple[Loss, Params]:
+    """Separates a model into a pure function, its summed loss, and its parameters."""
     graph, params, *rest = nnx.split(model, nnx.Param, ...)
 
-    def forward(
-        params: Params, tokens: ArrayLike, segment_ids: ArrayLike
-    ) -> Float[Array, "B T vocab"]:
+    def loss(params: Params, batch: Batch) -> Float[Array, ""]:
         run = nnx.merge(graph, params, *rest)
-        logits, _ = run(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids))
-        return logits
+        h, _ = run.hidden(
+            jnp.asarray(batch["tokens"]), segment_ids=jnp.asarray(batch["segment_ids"])
+        )
+        return summed_loss(h, run.output_kernel(), batch["targets"])
 
-    return forward, nnx.to_pure_dict(params)
+    return loss, nnx.to_pure_dict(params)
+
+
+def rounded(params: Params, dtype: jax.typing.DTypeLike) -> Params:
+    """The parameters with the matrices of projections in the compute dtype.
+
+    The layers would round these themselves, in every micro-batch and again where activations are
+    computed again. All others, among them embeddings and convolutions, are used in full precision.
+    """
+
+    def cast(path: tuple[Any, ...], x: Array) -> Array:
+        names = [str(entry.key) for entry in path]
+        projection = x.ndim == 2 and any(name.endswith("_proj") for name in names)
+        return x.astype(dtype) if projection else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -71,22 +86,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), step, skipped)
 
 
-def summed_loss(logits: Float[Array, "B T vocab"], targets: ArrayLike) -> Float[Array, ""]:
-    """Cross entropy summed over the targets `[B, T]` that are not -100, in nats, float32."""
-    targets = jnp.asarray(targets)
-    counted = targets != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counted, targets, 0)
-    )
-    return jnp.sum(jnp.where(counted, losses, 0.0))
-
-
 def make_train_step(
-    forward: Forward,
+    summed_loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
     accumulation: int = 1,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     state_sharding: Any = None,
     batch_sharding: Any = None,
     metrics_sharding: Any = None,
@@ -98,10 +104,11 @@ def make_train_step(
     finite changes nothing but the counts of steps and of skipped steps.
 
     Args:
-      forward: logits of the model.
+      summed_loss: of the model, over a batch's targets.
       optimizer: update rule.
       schedule: its learning rate, for the metrics.
       accumulation: micro-batches to cut the batch into, along its rows.
+      dtype: of the model's computation; the matrices are rounded to it once a step.
       state_sharding: where the state lies before and after; None: as it comes.
       batch_sharding: where every array of a batch lies.
       metrics_sharding: where the metrics go.
@@ -112,17 +119,16 @@ def make_train_step(
 
     def loss_and_gradient(params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
         count = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
-
-        def micro_loss(params: Params, micro: Batch) -> Float[Array, ""]:
-            logits = forward(params, micro["tokens"], micro["segment_ids"])
-            return summed_loss(logits, micro["targets"]) / count
-
-        gradient = jax.value_and_grad(micro_loss)
+        gradient = jax.value_and_grad(lambda params, micro: summed_loss(params, micro) / count)
+        low = rounded(params, dtype)
         if accumulation == 1:
-            return gradient(params, batch)
+            loss, gradients = gradient(low, batch)
+            return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, params)
 
         def add(carry: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, gradient(params, micro)), None
+            return jax.tree.map(
+                lambda x, y: x + y.astype(x.dtype), carry, gradient(low, micro)
+            ), None
 
         # every device's rows go into every micro-batch
         micros = jax.tree.map(

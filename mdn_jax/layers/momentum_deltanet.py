@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.arguments import check_activations, check_cache, counted
@@ -19,6 +20,10 @@ from mdn_jax.ops.state import MDNState
 
 if TYPE_CHECKING:
     from mdn_jax.models.config import MDNConfig
+
+
+RULE_OUTPUT = "mdn_output"
+"""Name of the rule's outputs, for policies of `jax.checkpoint`."""
 
 
 class MDNCache(NamedTuple):
@@ -188,6 +193,7 @@ class MomentumDeltaNet(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
+        o = checkpoint_name(o, RULE_OUTPUT)
         gate = None if self.g_proj is None else self.g_proj(x).reshape(o.shape)
         y = self.o_proj(self.o_norm(o, gate).reshape(batch, length, config.value_dim))
         return y, MDNCache(state, *tails)

@@ -19,16 +19,16 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 ROWS, HEADS = (DATA, FSDP), (TENSOR,)
 
 
-def _partitioned() -> dict[str, int]:
+def partitioned() -> dict[str, int]:
     """Axes of the ambient mesh that the partitioner has, not a surrounding `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return {name: mesh.shape[name] for name, kind in kinds.items() if kind == AxisType.Auto}
 
 
-def _cut(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+def cut(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     """Those of the axes that a dimension is cut over; all that there are, or none."""
-    there = {name: n for name, n in _partitioned().items() if name in axes and n > 1}
+    there = {name: n for name, n in partitioned().items() if name in axes and n > 1}
     return tuple(there) if there and size % math.prod(there.values()) == 0 else None
 
 
@@ -39,9 +39,9 @@ def constrain(x: Array, *dimensions: tuple[str, ...]) -> Array:
       x: any array, at least as many dimensions as named; as it is outside of a mesh.
       *dimensions: `ROWS`, `HEADS` or `()` for each dimension from the first.
     """
-    if math.prod(_partitioned().get(name, 1) for name in AXES) == 1:
+    if math.prod(partitioned().get(name, 1) for name in AXES) == 1:
         return x
-    cuts = (_cut(axes, size) for axes, size in zip(dimensions, x.shape, strict=False))
+    cuts = (cut(axes, size) for axes, size in zip(dimensions, x.shape, strict=False))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*cuts))
 
 
@@ -64,14 +64,14 @@ def sharded_momentum_delta_rule(
       segment_ids: as the rule's.
       **options: its other arguments.
     """
-    rows = _cut(ROWS, arrays[0].shape[0])
+    rows = cut(ROWS, arrays[0].shape[0])
     heads = [x.shape[2] for x in (*arrays, p) if x is not None]  # HV is a multiple of H
-    cut = _cut(HEADS, math.gcd(*heads))
-    if rows is None and cut is None:
+    head_axes = cut(HEADS, math.gcd(*heads))
+    if rows is None and head_axes is None:
         return momentum_delta_rule(
             *arrays, p=p, initial_state=initial_state, segment_ids=segment_ids, **options
         )
-    per_step, per_state = PartitionSpec(rows, None, cut), PartitionSpec(rows, cut)
+    per_step, per_state = PartitionSpec(rows, None, head_axes), PartitionSpec(rows, head_axes)
     states = jax.tree.map(lambda _: per_state, initial_state)
 
     def rule(
@@ -85,5 +85,5 @@ def sharded_momentum_delta_rule(
         rule,
         in_specs=(per_step, per_step, states, PartitionSpec(rows)),
         out_specs=(per_step, states),
-        axis_names=frozenset(_partitioned()),
+        axis_names=frozenset(partitioned()),
     )(arrays, p, initial_state, segment_ids)

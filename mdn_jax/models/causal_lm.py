@@ -1,5 +1,6 @@
 """The language model."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
 from mdn_jax.models.config import MDNConfig
+from mdn_jax.models.remat import Remat, check_remat, with_remat
 from mdn_jax.ops.api import Implementation, check_segment_ids
 
 ModelCache = tuple[MDNCache | AttentionCache, ...]
@@ -74,9 +76,16 @@ class Block(nnx.Module):
         return h + self.mlp(self.mlp_norm(h)), cache
 
 
-def _apply_and_recompute(block: Block, *inputs: Any) -> Any:
+def _apply(block: Block, remat: Remat, *inputs: Any) -> Any:
     graph, state = nnx.split(block)
-    return jax.checkpoint(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, *inputs)
+    return _block(graph, remat, state, *inputs)
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # blocks of one kind are traced and lowered once
+def _block(graph: Any, remat: Remat, state: Any, *inputs: Any) -> Any:
+    return with_remat(lambda state, *inputs: nnx.merge(graph, state)(*inputs), remat)(
+        state, *inputs
+    )
 
 
 class MDNForCausalLM(nnx.Module):
@@ -85,7 +94,8 @@ class MDNForCausalLM(nnx.Module):
     Args:
       config: sizes and options.
       implementation: of the momentum delta rule, see `momentum_delta_rule`; None: the best one.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: which activations of a block are kept for the backward pass and which computed again,
+        see `mdn_jax.models.remat`.
       dtype: of the computation; gates, states, softmax, statistics and logits are float32 (float64
         for float64).
       param_dtype: of the parameters.
@@ -97,12 +107,13 @@ class MDNForCausalLM(nnx.Module):
         config: MDNConfig,
         *,
         implementation: Implementation | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
+        check_remat(remat)
         self.remat = remat
         self.dtype = dtype
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -180,21 +191,22 @@ class MDNForCausalLM(nnx.Module):
           ValueError: a shape that does not fit.
         """
         self._check(tokens, segment_ids, cache, lengths)
-        apply = _apply_and_recompute if self.remat else Block.__call__
         # The cast comes after the lookup: the gradients of one token's occurrences add up in the
         # parameter's dtype. A token outside the vocabulary gives nan.
         h = jnp.take(self.embeddings[...], tokens, axis=0).astype(self.dtype)
         caches = []
         for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            h, after = apply(layer, h, segment_ids, before, lengths)
+            h, after = _apply(layer, self.remat, h, segment_ids, before, lengths)
             caches.append(after)
         return self.norm(h), tuple(caches)
 
     def logits(self, h: Float[Array, "*B hidden"]) -> Float[Array, "*B vocab"]:
         """Output projection of `hidden`'s result, float32 (float64 for float64)."""
-        if self.lm_head is None:
-            return wide_projection(h, self.embeddings[...].T)
-        return wide_projection(h, self.lm_head[...])
+        return wide_projection(h, self.output_kernel())
+
+    def output_kernel(self) -> Float[Array, "hidden vocab"]:
+        """Weights of the output projection in the parameters' dtype; tied: the embeddings'."""
+        return self.embeddings[...].T if self.lm_head is None else self.lm_head[...]
 
     def _check(
         self,

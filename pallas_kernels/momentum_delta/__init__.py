@@ -3,5 +3,16 @@
 from pallas_kernels.momentum_delta.call import momentum_delta
 from pallas_kernels.momentum_delta.decode import MAX_STEPS
 from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, States, Tokens
+from pallas_kernels.momentum_delta.vjp import CHUNK_FACTORS, CHUNK_STATES
 
-__all__ = ["CHUNK", "MAX_STEPS", "Memory", "Options", "States", "Tokens", "momentum_delta"]
+__all__ = [
+    "CHUNK",
+    "CHUNK_FACTORS",
+    "CHUNK_STATES",
+    "MAX_STEPS",
+    "Memory",
+    "Options",
+    "States",
+    "Tokens",
+    "momentum_delta",
+]

@@ -22,12 +22,12 @@ def hybrid():
 
 
 def test_greedy_sample_is_the_choice_of_the_whole_sequence(hybrid, monkeypatch):
-    forward, params = split_model(hybrid)
+    _, params = split_model(hybrid)
     monkeypatch.setattr("train.sample.decode", lambda tokens: ",".join(map(str, tokens)))
     text = sample(hybrid, params, prompt="ab", length=12, temperature=0, seed=0)
     chosen = [int(token) for token in text.removeprefix("ab").split(",")]
     tokens = np.append(encode(b"ab").astype(np.int32), np.int32(chosen))[None]
-    logits = jax.jit(forward)(params, tokens, np.zeros_like(tokens))
+    logits, _ = nnx.jit(lambda model, tokens: model(tokens))(hybrid, jnp.asarray(tokens))
     assert jnp.argmax(logits[0, 2:-1, :256], axis=-1).tolist() == chosen
 
 

@@ -12,16 +12,18 @@ from train.data import Batch
 from train.data.packing import IGNORED
 from train.evaluate import make_evaluate
 from train.optimizer import make_optimizer, make_schedule
-from train.step import init_state, make_train_step, split_model, summed_loss
+from train.loss import summed_loss
+from train.step import init_state, make_train_step, rounded, split_model
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=100)
 SCHEDULE = make_schedule(CONFIG, 100)
 OPTIMIZER = make_optimizer(CONFIG, SCHEDULE)
 
 
-def table_forward(params, tokens, segment_ids):
-    """Logits from the current token alone: everything about a step but the model."""
-    return params["embeddings"][tokens] @ params["kernel"] + params["bias"]
+def table_loss(params, batch):
+    """A loss from the current token alone: everything about a step but the model."""
+    h = params["embeddings"][batch["tokens"]] + params["bias"]
+    return summed_loss(h, params["kernel"], batch["targets"])
 
 
 def table_state(seed: int = 0):
@@ -29,7 +31,7 @@ def table_state(seed: int = 0):
     params = {
         "embeddings": jax.random.normal(keys[0], (257, 8)),
         "kernel": jax.random.normal(keys[1], (8, 257)) * 0.1,
-        "bias": jnp.zeros(257),
+        "bias": jnp.zeros(8),
     }
     return init_state(params, OPTIMIZER)
 
@@ -38,30 +40,12 @@ def copy(tree):
     return jax.tree.map(np.array, tree)
 
 
-def test_loss_is_cross_entropy_of_the_counted_targets():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(2, 3, 5)).astype(np.float32)
-    targets = np.array([[0, 4, IGNORED], [IGNORED, 2, 2]])
-    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
-    expected = -(log_p[0, 0, 0] + log_p[0, 1, 4] + log_p[1, 1, 2] + log_p[1, 2, 2])
-    assert summed_loss(logits, targets) == pytest.approx(expected, rel=1e-6)
-
-
-def test_ignored_positions_contribute_nothing_even_when_not_finite():
-    batch = random_batch(0, 2, 5)
-    logits = np.random.default_rng(1).normal(size=(2, 5, 257)).astype(np.float32)
-    poisoned = np.where(batch["targets"][..., None] == IGNORED, 1e30, logits)
-    assert summed_loss(poisoned, batch["targets"]) == summed_loss(logits, batch["targets"])
-    gradient = jax.grad(lambda x: summed_loss(x, batch["targets"]))(jnp.asarray(logits))
-    assert not np.any(np.asarray(gradient)[batch["targets"] == IGNORED])
-
-
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_equals_one_large_batch(accumulation):
     batch = random_batch(3, 8, 5)
     batch["targets"][2:4] = IGNORED  # the micro-batches differ in their number of targets
-    large, large_metrics = make_train_step(table_forward, OPTIMIZER, SCHEDULE)(table_state(), batch)
-    step = make_train_step(table_forward, OPTIMIZER, SCHEDULE, accumulation=accumulation)
+    large, large_metrics = make_train_step(table_loss, OPTIMIZER, SCHEDULE)(table_state(), batch)
+    step = make_train_step(table_loss, OPTIMIZER, SCHEDULE, accumulation=accumulation)
     small, small_metrics = step(table_state(), batch)
     np.testing.assert_allclose(small_metrics.loss, large_metrics.loss, rtol=1e-6)
     np.testing.assert_allclose(small_metrics.grad_norm, large_metrics.grad_norm, rtol=1e-5)
@@ -74,9 +58,8 @@ def test_metrics():
     batch = random_batch(5, 4, 6)
     state = table_state()
     counted = batch["targets"] != IGNORED
-    logits = table_forward(state.params, batch["tokens"], None)
-    expected = float(summed_loss(logits, batch["targets"])) / counted.sum()
-    step = make_train_step(table_forward, OPTIMIZER, SCHEDULE)
+    expected = float(table_loss(state.params, batch)) / counted.sum()
+    step = make_train_step(table_loss, OPTIMIZER, SCHEDULE)
     state, metrics = step(state, batch)
     assert metrics.loss == pytest.approx(expected, rel=1e-5)
     assert metrics.learning_rate == 0
@@ -89,15 +72,15 @@ def test_metrics():
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(kind, accumulation):
-    def forward(params, tokens, segment_ids):
-        logits = table_forward(params, tokens, segment_ids)
+    def loss(params, batch):
+        poison, loss = jnp.any(batch["tokens"] == 255), table_loss(params, batch)
         if kind == "loss":
-            return jnp.where(jnp.any(tokens == 255), jnp.inf, logits)
+            return jnp.where(poison, jnp.inf, loss)
         # finite value, derivative nan at 0
-        poison = jnp.where(jnp.any(tokens == 255), 0.0, 1.0)
-        return logits + 0.0 * jnp.sqrt(poison * jnp.abs(params["bias"] + 1.0))
+        finite = jnp.where(poison, 0.0, 1.0)
+        return loss + jnp.sum(0.0 * jnp.sqrt(finite * jnp.abs(params["bias"] + 1.0)))
 
-    step = make_train_step(forward, OPTIMIZER, SCHEDULE, accumulation=accumulation)
+    step = make_train_step(loss, OPTIMIZER, SCHEDULE, accumulation=accumulation)
     good, bad = random_batch(0, 4, 6), random_batch(1, 4, 6)
     for batch in (good, bad):
         batch["tokens"][batch["tokens"] == 255] = 1
@@ -119,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(kind, accumula
 
 def test_a_batch_without_targets_is_harmless():
     batch = random_batch(0, 2, 4, ignored=1.1)
-    state, metrics = make_train_step(table_forward, OPTIMIZER, SCHEDULE)(table_state(), batch)
+    state, metrics = make_train_step(table_loss, OPTIMIZER, SCHEDULE)(table_state(), batch)
     assert metrics.loss == 0
     assert int(state.skipped) == 0
 
@@ -127,11 +110,9 @@ def test_a_batch_without_targets_is_harmless():
 def test_evaluation_weighs_every_target_the_same():
     batches = [random_batch(0, 2, 4), random_batch(1, 2, 4, ignored=0.8)]
     params = table_state().params
-    total = sum(
-        float(summed_loss(table_forward(params, b["tokens"], 0), b["targets"])) for b in batches
-    )
+    total = sum(float(table_loss(params, b)) for b in batches)
     count = sum(np.sum(b["targets"] != IGNORED) for b in batches)
-    assert make_evaluate(table_forward, batches)(params) == pytest.approx(total / count, rel=1e-6)
+    assert make_evaluate(table_loss, batches)(params) == pytest.approx(total / count, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +123,7 @@ def tiny():
 
 
 def test_packed_documents_never_see_each_other(tiny):
-    forward, params = tiny
+    loss, params = tiny
     apart = random_batch(0, 2, 8, ignored=0)
     apart["segment_ids"] = np.zeros_like(apart["tokens"])
     row = Batch(
@@ -150,16 +131,20 @@ def test_packed_documents_never_see_each_other(tiny):
         segment_ids=np.repeat(np.array([[4, 6]], np.int32), 8, axis=1),
         targets=apart["targets"].reshape(1, 16),
     )
-    logits = [jax.jit(forward)(params, b["tokens"], b["segment_ids"]) for b in (row, apart)]
-    np.testing.assert_allclose(logits[0][0], logits[1].reshape(16, -1), rtol=1e-5, atol=1e-6)
+    (together, gradient), (expected, expected_gradient) = (
+        jax.jit(jax.value_and_grad(loss))(params, b) for b in (row, apart)
+    )
+    np.testing.assert_allclose(together, expected, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
 def test_training_overfits_one_batch(tiny):
-    forward, params = tiny
+    loss, params = tiny
     config = OptimizerConfig(learning_rate=3e-2, warmup_steps=1, decay_steps=1000)
     schedule = make_schedule(config, 1000)
     optimizer = make_optimizer(config, schedule)
-    step = make_train_step(forward, optimizer, schedule)
+    step = make_train_step(loss, optimizer, schedule)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer)
     batch = random_batch(0, 2, 16)
     losses = []
@@ -168,3 +153,27 @@ def test_training_overfits_one_batch(tiny):
         losses.append(float(metrics.loss))
     assert losses[0] == pytest.approx(np.log(257), abs=0.3)
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_rounding_the_matrices_once_changes_nothing():
+    low = MDNForCausalLM(
+        MDNConfig(**TINY_MODEL), implementation="scan", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    loss, params = split_model(low)
+    once = rounded(params, jnp.bfloat16)
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, x in jax.tree_util.tree_leaves_with_path(once)
+        if x.dtype == jnp.bfloat16
+    }
+    mixer = {f"layers.0.mixer.{x}_proj.kernel" for x in "qkvgo"}
+    gates = {f"layers.0.mixer.gates.{x}_proj" for x in "abme"}
+    assert names == mixer | gates | {
+        f"layers.0.mlp.{x}_proj.kernel" for x in ("gate", "up", "down")
+    }
+    run = jax.jit(jax.value_and_grad(loss))
+    batch = random_batch(0, 2, 16)
+    (value, gradients), (expected, expected_gradients) = run(once, batch), run(params, batch)
+    assert value == expected
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    assert_identical(wide, expected_gradients)
