@@ -9,6 +9,7 @@ from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.parity import parity
 from benchmarks.stages import stages
+from benchmarks.training import training
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
             "kernels": kernels,
             "parity": parity,
             "stages": stages,
+            "training": training,
         },
         prog="mdn-bench",
         description="Benchmarks; each checks correctness before it times.",

@@ -66,7 +66,7 @@ def token_losses(
     length = targets.shape[1]
     kernel = kernel.astype(h.dtype)
     parts = parts or _parts(h.shape[0], length, kernel.shape[1])
-    losses = lax.map(lambda part: _losses(*part, kernel)[0], _cut_time((h, targets), parts))
+    losses = lax.map(lambda x: _losses(x[0], x[1], kernel)[0], _cut_time((h, targets), parts))
     return _join_time(losses, length)
 
 

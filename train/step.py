@@ -86,6 +86,31 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), step, skipped)
 
 
+def make_update(
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, StepMetrics]]:
+    """Builds what a step does with its loss and gradient: `(state, loss, gradient) -> ...`."""
+
+    def update(
+        state: TrainState, loss: Float[Array, ""], gradient: Params
+    ) -> tuple[TrainState, StepMetrics]:
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        proposed = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), proposed, (state.params, state.opt_state)
+        )
+        skipped = state.skipped + ~finite
+        rate = jnp.asarray(schedule(state.step - state.skipped))
+        return (
+            TrainState(params, opt_state, state.step + 1, skipped),
+            StepMetrics(loss, norm, rate, skipped),
+        )
+
+    return update
+
+
 def make_train_step(
     summed_loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -137,21 +162,10 @@ def make_train_step(
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         return lax.scan(add, zeros, micros)[0]
 
+    update = make_update(optimizer, schedule)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, gradient = loss_and_gradient(state.params, batch)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        proposed = optax.apply_updates(state.params, updates), opt_state
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), proposed, (state.params, state.opt_state)
-        )
-        skipped = state.skipped + ~finite
-        rate = jnp.asarray(schedule(state.step - state.skipped))
-        return (
-            TrainState(params, opt_state, state.step + 1, skipped),
-            StepMetrics(loss, norm, rate, skipped),
-        )
+        return update(state, *loss_and_gradient(state.params, batch))
 
     return jax.jit(
         train_step,

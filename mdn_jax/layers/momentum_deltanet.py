@@ -224,15 +224,21 @@ class MomentumDeltaNet(nnx.Module):
           `q, k` `[B, T, H, K]` (`[B, T, HV, K]` with output correction), `v` `[B, T, HV, V]`, not
           normalised, and the three tails.
         """
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.convolved(projected, segment_ids, cache, lengths)
+
+    def convolved(
+        self,
+        projected: tuple[Array, Array, Array],
+        segment_ids: Int[Array, "B T"] | None,
+        cache: MDNCache,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Array, Array, Array, tuple[Array | None, ...]]:
+        """What `qkv` does with the outputs of its three projections; returns the same."""
         config = self.config
-        branches = (
-            (self.q_proj, self.q_conv1d, cache.q_tail),
-            (self.k_proj, self.k_conv1d, cache.k_tail),
-            (self.v_proj, self.v_conv1d, cache.v_tail),
-        )
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         outputs, tails = [], []
-        for projection, conv, tail in branches:
-            y = projection(x)
+        for y, conv, tail in zip(projected, convs, cache[1:], strict=True):
             if conv is None or tail is None:
                 y = jax.nn.silu(y)
             else:

@@ -1,12 +1,12 @@
 """Which activations of a block are kept for the backward pass, and which are computed again.
 
-| choice     | kept of a block                                   | computed again                       |
-|------------|---------------------------------------------------|--------------------------------------|
-| `"none"`   | every input that a derivative needs               | norms, gates' products: nothing wide |
-| `"dots"`   | outputs of its projections; of the rule, factors  | norms, convolutions, activations,    |
-|            | of the chunks, errors and outputs                 | the states of the chunks             |
-| `"kernel"` | of the rule, factors, errors and outputs          | projections too                      |
-| `"block"`  | its input                                         | everything                           |
+| choice     | kept of a block                            | computed again                        |
+|------------|--------------------------------------------|---------------------------------------|
+| `"none"`   | every input that a derivative needs        | norms and activations: nothing wide   |
+| `"dots"`   | outputs of its projections; of the rule,   | norms, convolutions, activations, the |
+|            | factors of the chunks, errors and outputs  | states of the chunks                  |
+| `"kernel"` | of the rule, factors, errors and outputs   | projections too                       |
+| `"block"`  | its input                                  | everything                            |
 
 From top to bottom memory falls and time rises: `"block"` runs the whole forward pass twice, about a
 third more operations; `"kernel"` all but the kernels and the projections after them; `"dots"` no

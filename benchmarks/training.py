@@ -1,0 +1,307 @@
+"""`mdn-bench training`: the whole training step, and its parts by themselves beside it."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from tabulate import tabulate
+
+from benchmarks.parts import Shapes, time_parts
+from configs import CONFIGS
+from mdn_jax import MDNForCausalLM
+from mdn_jax.models.remat import Remat
+from mdn_jax.ops.api import Implementation
+
+WARM_UP = 3
+TRACED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Times training steps on random tokens; parameters, optimizer and step are `mdn-train`'s."""
+
+    model: str = "mdn_400m"
+    """Name of a configuration, as for `mdn-train`."""
+    rows: int | None = None
+    """Rows of a micro-batch on each device; None: the configuration's."""
+    accumulation: int = 1
+    """Micro-batches in a step."""
+    sequence_length: int | None = None
+    """Tokens in a row; None: the configuration's."""
+    remat: Remat | None = None
+    """What is computed again in the backward pass; None: the configuration's."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the computation; None: the configuration's."""
+    implementation: Implementation | None = None
+    """Of the momentum delta rule; None: the best one."""
+    steps: int = 20
+    """Steps to time, one by one."""
+    parts: bool = True
+    """Time the parts of the step by themselves too."""
+    trace: Path | None = None
+    """Directory to write a profile of a few more steps to."""
+    output: Path | None = None
+    """Where to write the results as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.model not in CONFIGS:
+            raise ValueError(f"model: expected one of {', '.join(CONFIGS)}, got {self.model!r}")
+        for name, least in (("rows", 1), ("accumulation", 1), ("sequence_length", 2), ("steps", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+
+
+class Whole(NamedTuple):
+    """The whole step.
+
+    Attributes:
+      seconds: of a step, median.
+      spread: seconds between the first and third quartile.
+      tokens: in a step, over all devices.
+      trace: seconds to trace and lower the step.
+      compile: seconds to compile it.
+      first: seconds from the start of tracing to the end of the first step.
+      process: seconds from the start of the process to the end of the first step; None where the
+        system does not tell.
+      peak: most bytes in use on the first device; None where it does not count.
+      planned: bytes of arguments and temporaries as the compiler plans them; 0 where it does not.
+      flops: that the model asks for in a step, see `train.flops`.
+      parameters: of the model.
+      loss: of the last step, nats.
+    """
+
+    seconds: float
+    spread: float
+    tokens: int
+    trace: float
+    compile: float
+    first: float
+    process: float | None
+    peak: int | None
+    planned: int
+    flops: float
+    parameters: int
+    loss: float
+
+
+def training(config: Annotated[TrainingConfig, tyro.conf.arg(name="")]) -> None:
+    """Times the whole step of a configuration, and its parts by themselves."""
+    # the default leaves a quarter of the device unused; read when jax first asks for devices
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    from train.flops import utilisation
+
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    run = _Run(config)
+    print(
+        f"{len(devices)} x {kind}, jax {jax.__version__}, {config.model}, {run.base.dtype}, "
+        f"remat {run.base.remat}, {run.base.batch_size} rows of {run.base.sequence_length:,} "
+        f"tokens in {config.accumulation} micro-batch(es)"
+    )
+    whole, update = run.time()
+    speed = whole.tokens / whole.seconds
+    mfu = utilisation(whole.flops / whole.seconds, kind, len(devices))
+    lines = [
+        ("parameters", f"{whole.parameters:,}"),
+        ("step, ms", f"{whole.seconds * 1e3:.2f} ± {whole.spread * 5e2:.2f}"),
+        ("tokens/s", f"{speed:,.0f}"),
+        ("model TFLOP/s", f"{whole.flops / whole.seconds / 1e12:.1f}"),
+        ("MFU", f"{mfu:.1%}" if mfu else "-"),
+        ("peak memory, GB", f"{whole.peak / 1e9:.2f}" if whole.peak else "-"),
+        ("planned memory, GB", f"{whole.planned / 1e9:.2f}" if whole.planned else "-"),
+        ("trace and lower, s", f"{whole.trace:.1f}"),
+        ("compile, s", f"{whole.compile:.1f}"),
+        ("first step with both, s", f"{whole.first:.1f}"),
+        ("process start to first step, s", f"{whole.process:.1f}" if whole.process else "-"),
+        ("loss after the last step, nats", f"{whole.loss:.3f}"),
+    ]
+    print(f"median of {config.steps} steps after {WARM_UP} more, waiting for each")
+    print(tabulate(lines, tablefmt="github", disable_numparse=True), flush=True)
+    parts = {}
+    if config.parts:
+        parts = run.time_parts() | {"optimizer": update}
+        print(_parts_table(parts, whole.seconds))
+    if config.output:
+        report = {
+            "device": kind,
+            "devices": len(devices),
+            "jax": jax.__version__,
+            "config": asdict(config),
+            "tokens_per_second": speed,
+            "mfu": mfu,
+            "whole": whole._asdict(),
+            "parts": parts,
+        }
+        config.output.write_text(json.dumps(report, indent=1, default=str))
+
+
+def _parts_table(parts: dict[str, float], whole: float) -> str:
+    total = sum(parts.values())
+    rows = [*parts.items(), ("sum of the parts", total), ("rest", whole - total), ("step", whole)]
+    lines = [[name, f"{x * 1e3:.2f}", f"{x / whole:.1%}"] for name, x in rows]
+    headers = ["part, by itself", "ms a step", "of the step"]
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+class _Run:
+    """The step of a configuration on all devices, as `train.loop` builds it."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        # not in the extra `benchmarks`: packages that only training needs
+        import dataclasses
+
+        from train.config import MeshConfig
+        from train.sharding import make_mesh
+
+        base = CONFIGS[config.model]()
+        rows = config.rows or base.batch_size // base.accumulation
+        self.config = config
+        self.mesh = make_mesh(MeshConfig(fsdp=1))
+        self.base = dataclasses.replace(
+            base,
+            batch_size=rows * config.accumulation * len(jax.devices()),
+            accumulation=config.accumulation,
+            sequence_length=config.sequence_length or base.sequence_length,
+            remat=config.remat or base.remat,
+            dtype=config.dtype or base.dtype,
+            implementation=config.implementation,
+        )
+        rng = np.random.default_rng(0)
+        shape = (self.base.batch_size, self.base.sequence_length)
+        tokens = rng.integers(base.model.vocab_size, size=shape, dtype=np.int32)
+        # documents of 1,024 tokens on average
+        starts = rng.random(shape) < 1 / 1024
+        documents = np.cumsum(starts, axis=1, dtype=np.int32)
+        self.batch = {
+            "tokens": tokens,
+            "segment_ids": documents,
+            "targets": np.roll(tokens, -1, axis=1),
+        }
+
+    def time(self) -> tuple[Whole, float]:
+        """The whole step, and seconds of the optimizer's part of it by itself."""
+        from train.flops import flops_per_token
+        from train.initialize import abstract_state, initial_params, place_state
+        from train.optimizer import make_optimizer, make_schedule
+        from train.sharding import batch_sharding, from_global, on_mesh, replicated
+        from train.step import make_train_step, make_update, rounded, split_model
+
+        base, mesh = self.base, self.mesh
+        schedule = make_schedule(base.optimizer, base.decay_steps)
+        optimizer = make_optimizer(base.optimizer, schedule)
+        dtype = jnp.dtype(base.dtype)
+        model = nnx.eval_shape(
+            lambda: MDNForCausalLM(
+                base.model,
+                implementation=base.implementation,
+                remat=base.remat,
+                dtype=dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        loss, params = split_model(model)
+        like = abstract_state(params, optimizer, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, like)
+        step: Any = make_train_step(
+            loss,
+            optimizer,
+            schedule,
+            accumulation=base.accumulation,
+            dtype=dtype,
+            state_sharding=shardings,
+            batch_sharding=batch_sharding(mesh),
+            metrics_sharding=replicated(mesh),
+        )
+        initial = initial_params(base.model, seed=0, like=like.params)
+        state = jax.block_until_ready(place_state(initial, optimizer, like))
+        batch = from_global(mesh, self.batch)
+        began = time.perf_counter()
+        lowered = on_mesh(mesh, step.lower)(state, batch)
+        trace = time.perf_counter() - began
+        compiled = lowered.compile()
+        compile_seconds = time.perf_counter() - began - trace
+        state, metrics = jax.block_until_ready(compiled(state, batch))
+        first, process = time.perf_counter() - began, _process_seconds()
+
+        plan = compiled.memory_analysis()
+        planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes if plan else 0
+        state, metrics, times = _time_steps(compiled, state, batch, steps=self.config.steps)
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if self.config.trace:
+            with jax.profiler.trace(str(self.config.trace)):
+                for _ in range(TRACED_STEPS):
+                    state, metrics = compiled(state, batch)
+                jax.block_until_ready(state)
+        low, median, high = statistics.quantiles(times, n=4)
+        tokens = base.batch_size * base.sequence_length
+        whole = Whole(
+            seconds=median,
+            spread=high - low,
+            tokens=tokens,
+            trace=trace,
+            compile=compile_seconds,
+            first=first,
+            process=process,
+            peak=peak,
+            planned=planned,
+            flops=tokens * flops_per_token(base.model, params, base.sequence_length),
+            parameters=sum(x.size for x in jax.tree.leaves(params)),
+            loss=float(metrics.loss),
+        )
+        del compiled, metrics
+        gradient = jax.jit(
+            partial(rounded, dtype=dtype) if base.accumulation == 1 else lambda params: params
+        )(state.params)
+        wide = partial(jax.tree.map, lambda g, x: g.astype(x.dtype))
+        update = jax.jit(
+            lambda state, gradient: make_update(optimizer, schedule)(
+                state, jnp.ones(()), wide(gradient, state.params)
+            ),
+            donate_argnums=0,
+        )
+        _, _, times = _time_steps(update, state, gradient, steps=self.config.steps)
+        return whole, statistics.median(times)
+
+    def time_parts(self) -> dict[str, float]:
+        """Seconds of the parts of one step on one device, the optimizer apart."""
+        base = self.base
+        rows = base.batch_size // base.accumulation // len(jax.devices())
+        dtype = jnp.dtype(base.dtype)
+        shapes = Shapes(base.model, rows, base.sequence_length, dtype, base.implementation)
+        documents = jnp.asarray(self.batch["segment_ids"][:rows])
+        seconds = time_parts(shapes, documents, runs=max(self.config.steps // 4, 2))
+        return {name: base.accumulation * x for name, x in seconds.items()}
+
+
+def _time_steps(
+    run: Callable[[Any, Any], tuple[Any, Any]], state: Any, other: Any, *, steps: int
+) -> tuple[Any, Any, list[float]]:
+    """The state and the metrics after the steps, and the seconds of each after the warm-up."""
+    times = []
+    for _ in range(WARM_UP + steps):
+        began = time.perf_counter()
+        state, metrics = jax.block_until_ready(run(state, other))
+        times.append(time.perf_counter() - began)
+    return state, metrics, times[WARM_UP:]
+
+
+def _process_seconds() -> float | None:
+    """Since the start of this process (Linux)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return uptime - ticks / os.sysconf("SC_CLK_TCK")
