@@ -109,9 +109,9 @@ def _part(
     def own(path: tuple[Any, ...], _: Any) -> bool:
         return ".".join(map(str, path)).startswith(names)
 
-    graph, state, rest = nnx.split(block, own, ...)  # the rest must not be used
-    rest = jax.tree.map(jnp.shape, rest)
-    return lambda state, *inputs: function(nnx.merge(graph, state, rest), *inputs), state
+    graph, state, *others = nnx.split(block, own, ...)
+    others = jax.tree.map(jnp.shape, others)  # must not be used
+    return lambda state, *inputs: function(nnx.merge(graph, state, *others), *inputs), state
 
 
 def _of_mixer(shapes: Shapes, block: Block, segment_ids: jax.Array) -> Iterator[Part]:

@@ -24,6 +24,6 @@ def config() -> TrainConfig:
         batch_size=128,
         sequence_length=4096,
         accumulation=16,
-        remat="dots",
+        remat="states",
         checkpoint_every=2048,
     )

@@ -22,6 +22,6 @@ def config() -> TrainConfig:
         batch_size=256,
         sequence_length=4096,
         accumulation=64,
-        remat="dots",
+        remat="states",
         checkpoint_every=2048,
     )

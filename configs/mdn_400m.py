@@ -22,6 +22,6 @@ def config() -> TrainConfig:
         batch_size=128,
         sequence_length=4096,
         accumulation=16,
-        remat="dots",
+        remat="none",
         checkpoint_every=2048,
     )

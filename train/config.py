@@ -211,9 +211,9 @@ class TrainConfig:
     """Implementation of the momentum delta rule; None: the best that supports the call."""
 
     remat: Remat = "none"
-    """Activations computed again in the backward pass instead of kept, of each block: none; all but
-    the outputs of its projections and of the rule ("dots"); all but those of the rule ("kernel");
-    all ("block"). Later ones need less memory and more time."""
+    """Activations of each block that are computed again in the backward pass instead of kept: none;
+    the states of the rule ("states"); all but outputs of projections and of the rule ("dots"); all
+    but those of the rule ("kernel"); all ("block"). Later ones need less memory and more time."""
 
     seed: int = 42
     """Seed of the initial parameters, the data order and the sample."""

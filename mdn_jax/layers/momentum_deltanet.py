@@ -1,5 +1,6 @@
 """The Momentum DeltaNet layer."""
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -16,14 +17,11 @@ from mdn_jax.layers.sharding import sharded_momentum_delta_rule
 from mdn_jax.layers.short_conv import ShortConv
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.inputs import l2_normalize
+from mdn_jax.ops.residuals import RULE_OUTPUT, without_states
 from mdn_jax.ops.state import MDNState
 
 if TYPE_CHECKING:
     from mdn_jax.models.config import MDNConfig
-
-
-RULE_OUTPUT = "mdn_output"
-"""Name of the rule's outputs, for policies of `jax.checkpoint`."""
 
 
 class MDNCache(NamedTuple):
@@ -53,6 +51,7 @@ class MomentumDeltaNet(nnx.Module):
     Args:
       config: sizes and options.
       implementation: of the rule, see `momentum_delta_rule`; None means the best one.
+      keep_states: for the backward pass, instead of computing them again.
       dtype: of the computation; gates, states and statistics are float32 (float64 for float64).
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -63,12 +62,14 @@ class MomentumDeltaNet(nnx.Module):
         config: "MDNConfig",
         *,
         implementation: Implementation | None = None,
+        keep_states: bool = True,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.implementation = implementation
+        self.keep_states = keep_states
         self.dtype = dtype
         std = config.initializer_range
 
@@ -180,7 +181,8 @@ class MomentumDeltaNet(nnx.Module):
         p = None
         if not config.use_p_times_alpha:
             p = l2_normalize(k.astype(gates.eta.dtype)).astype(k.dtype)
-        o, state = sharded_momentum_delta_rule(
+        rule = partial(sharded_momentum_delta_rule, implementation=self.implementation)
+        o, state = (rule if self.keep_states else without_states(rule))(
             q,
             k,
             v,
@@ -191,7 +193,6 @@ class MomentumDeltaNet(nnx.Module):
             p=p,
             initial_state=cache.state,
             segment_ids=segment_ids,
-            implementation=self.implementation,
         )
         o = checkpoint_name(o, RULE_OUTPUT)
         gate = None if self.g_proj is None else self.g_proj(x).reshape(o.shape)

@@ -28,6 +28,7 @@ class Block(nnx.Module):
       config: of the model.
       layer: index of the block; decides between MDN and softmax attention.
       implementation: of the momentum delta rule.
+      remat: what its derivative keeps, see `mdn_jax.models.remat`.
       dtype: of the computation and of `h`.
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -39,10 +40,12 @@ class Block(nnx.Module):
         layer: int,
         *,
         implementation: Implementation | None = None,
+        remat: Remat = "none",
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.remat = remat
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.initializer_range
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
@@ -59,7 +62,9 @@ class Block(nnx.Module):
                 **options,
             )
         else:
-            self.mixer = MomentumDeltaNet(config, implementation=implementation, **options)
+            self.mixer = MomentumDeltaNet(
+                config, implementation=implementation, keep_states=remat != "states", **options
+            )
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width, initializer_range=std, **options)
 
@@ -76,16 +81,15 @@ class Block(nnx.Module):
         return h + self.mlp(self.mlp_norm(h)), cache
 
 
-def _apply(block: Block, remat: Remat, *inputs: Any) -> Any:
+def _apply(block: Block, *inputs: Any) -> Any:
     graph, state = nnx.split(block)
-    return _block(graph, remat, state, *inputs)
+    return _jitted(graph, block.remat, state, *inputs)
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # blocks of one kind are traced and lowered once
-def _block(graph: Any, remat: Remat, state: Any, *inputs: Any) -> Any:
-    return with_remat(lambda state, *inputs: nnx.merge(graph, state)(*inputs), remat)(
-        state, *inputs
-    )
+def _jitted(graph: Any, remat: Remat, state: Any, *inputs: Any) -> Any:
+    run = with_remat(lambda state, *inputs: nnx.merge(graph, state)(*inputs), remat)
+    return run(state, *inputs)
 
 
 class MDNForCausalLM(nnx.Module):
@@ -114,7 +118,6 @@ class MDNForCausalLM(nnx.Module):
     ):
         self.config = config
         check_remat(remat)
-        self.remat = remat
         self.dtype = dtype
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         normal = jax.nn.initializers.normal(config.initializer_range)
@@ -122,7 +125,7 @@ class MDNForCausalLM(nnx.Module):
         self.embeddings = nnx.Param(normal(rngs.params(), shape, param_dtype))
         self.layers = nnx.List(
             [
-                Block(config, layer, implementation=implementation, **options)
+                Block(config, layer, implementation=implementation, remat=remat, **options)
                 for layer in range(config.num_hidden_layers)
             ]
         )
@@ -196,7 +199,7 @@ class MDNForCausalLM(nnx.Module):
         h = jnp.take(self.embeddings[...], tokens, axis=0).astype(self.dtype)
         caches = []
         for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            h, after = _apply(layer, self.remat, h, segment_ids, before, lengths)
+            h, after = _apply(layer, h, segment_ids, before, lengths)
             caches.append(after)
         return self.norm(h), tuple(caches)
 

@@ -3,14 +3,17 @@
 | choice     | kept of a block                            | computed again                        |
 |------------|--------------------------------------------|---------------------------------------|
 | `"none"`   | every input that a derivative needs        | norms and activations: nothing wide   |
-| `"dots"`   | outputs of its projections; of the rule,   | norms, convolutions, activations, the |
-|            | factors of the chunks, errors and outputs  | states of the chunks                  |
+| `"states"` | the same without the states of the chunks  | the states, by one kernel             |
+| `"dots"`   | outputs of its projections; of the rule,   | norms, convolutions, activations and  |
+|            | factors of the chunks, errors and outputs  | the states                            |
 | `"kernel"` | of the rule, factors, errors and outputs   | projections too                       |
 | `"block"`  | its input                                  | everything                            |
 
 From top to bottom memory falls and time rises: `"block"` runs the whole forward pass twice, about a
-third more operations; `"kernel"` all but the kernels and the projections after them; `"dots"` no
-product but those of the one kernel that makes the states, the largest part of what `"none"` keeps.
+third more operations; `"kernel"` all but most of the kernels; `"dots"` no products but those of the
+kernel that makes the states, as `"states"`, which repeats nothing else. The states are the largest
+part of what `"none"` keeps. Kernels are those of GPUs; of the rule in other
+implementations nothing inside it is kept from `"states"` on.
 """
 
 from collections.abc import Callable
@@ -18,9 +21,9 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from mdn_jax.layers.momentum_deltanet import RULE_OUTPUT
+from mdn_jax.ops.residuals import RULE_OUTPUT, keep_factors
 
-Remat = Literal["none", "dots", "kernel", "block"]
+Remat = Literal["none", "states", "dots", "kernel", "block"]
 
 
 def check_remat(remat: str) -> None:
@@ -29,20 +32,22 @@ def check_remat(remat: str) -> None:
         raise ValueError(f"remat: expected one of {', '.join(get_args(Remat))}, got {remat!r}")
 
 
-def with_remat[**P, R](function: Callable[P, R], remat: Remat) -> Callable[P, R]:
-    """The function, keeping for its derivative what the choice says."""
-    if remat == "none":
-        return function
-    return jax.checkpoint(function, policy=_policy(remat))
+def with_remat[**P, R](block: Callable[P, R], remat: Remat) -> Callable[P, R]:
+    """The function of a block, keeping for its derivative what the choice says.
+
+    With `"states"` the block's layer does it (`MomentumDeltaNet(keep_states=False)`).
+    """
+    if remat in ("none", "states"):
+        return block
+    return jax.checkpoint(block, policy=_policy(remat))
 
 
 def _policy(remat: Remat) -> Callable[..., Any] | None:
+    policies = jax.checkpoint_policies
     if remat == "block":
         return None
-    from pallas_kernels.momentum_delta import CHUNK_FACTORS  # only training pays for the import
-
-    policies = jax.checkpoint_policies
-    names = policies.save_only_these_names(CHUNK_FACTORS, RULE_OUTPUT)
     if remat == "kernel":
-        return names
-    return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, names)
+        return keep_factors(RULE_OUTPUT)
+    return policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, keep_factors(RULE_OUTPUT)
+    )

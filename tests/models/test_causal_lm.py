@@ -166,7 +166,7 @@ def test_hidden_and_logits_are_the_call():
     assert isinstance(cache[1], AttentionCache)
 
 
-@pytest.mark.parametrize("choice", ["dots", "kernel", "block"])
+@pytest.mark.parametrize("choice", ["states", "dots", "kernel", "block"])
 def test_remat_changes_nothing(choice):
     remat = MDNForCausalLM(HYBRID, remat=choice, implementation="scan", rngs=nnx.Rngs(0))
     loss, gradients = loss_and_gradient(remat, TOKENS, TOKENS)
