@@ -266,7 +266,7 @@ class _Run:
         )(state.params)
         wide = partial(jax.tree.map, lambda g, x: g.astype(x.dtype))
         update = jax.jit(
-            lambda state, gradient: make_update(optimizer, schedule)(
+            lambda state, gradient: make_update(optimizer, schedule, base.guard)(
                 state, jnp.ones(()), wide(gradient, state.params)
             ),
             donate_argnums=0,

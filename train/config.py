@@ -15,7 +15,8 @@ from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 from train.tokenizer import VOCAB_SIZE
 
-# What a run may change when it resumes: nothing that the parameters or the data order depend on.
+# What a run may change when it resumes: nothing that the parameters or the data order depend on,
+# but `guard`, which is there to get a run past a place where it failed.
 # `data.files` may, because the checkpoint knows the documents themselves by their digest. `steps`
 # may, because the learning rate follows `optimizer.decay_steps`.
 CHANGEABLE_ON_RESUME = frozenset(
@@ -24,6 +25,15 @@ CHANGEABLE_ON_RESUME = frozenset(
         "output_dir",
         "resume",
         "resume_step",
+        "guard.action",
+        "guard.loss_deviations",
+        "guard.grad_norm_factor",
+        "guard.window",
+        "guard.patience",
+        "report.tensorboard",
+        "report.wandb",
+        "report.wandb_project",
+        "profile",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
@@ -115,6 +125,53 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Which steps are refused: the parameters and moments stay as they are, the data goes on.
+
+    A step whose loss or gradient is not finite always is.
+    """
+
+    action: Literal["off", "skip", "stop"] = "off"
+    """After a spike, a finite loss or gradient far above those before: nothing; refuse the step;
+    end the run with an error."""
+
+    loss_deviations: float = 6.0
+    """A loss is a spike above the running mean plus so many running standard deviations."""
+
+    grad_norm_factor: float = 10.0
+    """A gradient norm is a spike above so many times its running mean."""
+
+    window: int = 128
+    """Steps that the running statistics reach back; nothing is a spike before as many."""
+
+    patience: int = 50
+    """Refused steps in a row that end the run with an error, whatever the action."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "guard.loss_deviations", self.loss_deviations, "a number > 0", self.loss_deviations > 0
+        )
+        factor = self.grad_norm_factor
+        _check("guard.grad_norm_factor", factor, "a number > 1", factor > 1)
+        _check("guard.window", self.window, "an int >= 2", self.window >= 2)
+        _check("guard.patience", self.patience, "an int >= 1", self.patience >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Where metrics go beside the run's metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Event files in the run's directory, for `tensorboard --logdir`; the extra `tensorboard`."""
+
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases (the extra `wandb`); offline: in the run's directory, for `wandb sync`."""
+
+    wandb_project: str = "mdn-jax"
+    """Project of Weights & Biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How the devices share the work; one of the sizes may be -1, the rest of the devices."""
 
@@ -186,11 +243,20 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
 
+    guard: GuardConfig = GuardConfig()
+    """The steps that are not taken."""
+
     mesh: MeshConfig = MeshConfig()
     """The devices."""
 
     distributed: DistributedConfig = DistributedConfig()
     """The processes."""
+
+    report: ReportConfig = ReportConfig()
+    """Where the metrics go."""
+
+    profile: bool = False
+    """Write a trace of a few steps, for TensorBoard or XProf, into the run's directory."""
 
     steps: int = 30_720
     """Optimizer steps."""
@@ -326,6 +392,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     parts = dict(values)
     parts["model"] = MDNConfig.from_dict(parts["model"])
     parts["data"] = _build(DataConfig, parts["data"], "data.")
+    parts["guard"] = _build(GuardConfig, parts.get("guard", {}), "guard.")
+    parts["report"] = _build(ReportConfig, parts.get("report", {}), "report.")
     parts["mesh"] = _build(MeshConfig, parts["mesh"], "mesh.")
     parts["distributed"] = _build(DistributedConfig, parts["distributed"], "distributed.")
     parts["optimizer"] = _build(OptimizerConfig, parts["optimizer"], "optimizer.")

@@ -19,9 +19,11 @@ from train.data import Batch, PackedRows, held_out_batches, load_corpus, unigram
 from train.distributed import Agreement, is_first
 from train.errors import RunError
 from train.evaluate import make_evaluate
+from train.guard import raise_refused
 from train.initialize import abstract_state, initial_params, place_state
 from train.interrupt import Interrupt
 from train.metrics import MetricsLog, Progress
+from train.monitor import Monitor
 from train.optimizer import Params, make_optimizer, make_schedule
 from train.plot import plot_losses
 from train.sample import sample
@@ -35,7 +37,8 @@ from train.sharding import (
     process_share,
     replicated,
 )
-from train.step import TrainState, make_train_step, split_model
+from train.step import StepMetrics, TrainState, make_train_step, scalars, split_model
+from train.writers import check_packages, make_writers
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 PLOT_FILE, SAMPLE_FILE = "loss.png", "sample.txt"
@@ -107,6 +110,7 @@ class Trainer:
             self.loss,
             self.optimizer,
             self.schedule,
+            guard=config.guard,
             accumulation=config.accumulation,
             dtype=jnp.dtype(config.dtype),
             state_sharding=jax.tree.map(lambda x: x.sharding, self.like),
@@ -159,6 +163,7 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
       RunError: something that the user can put right; nothing was overwritten.
     """
     _check_directory(config)
+    check_packages(config)
     config = _with_saved_schedule(config).resolved()
     directory = config.directory
     print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
@@ -178,7 +183,9 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
         if is_first():
             _write(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
         path = directory / METRICS_FILE
-        with MetricsLog(path, resume_step=int(state.step), writes=is_first()) as log:
+        done = int(state.step)
+        others = partial(make_writers, config, resume_step=done)
+        with MetricsLog(path, resume_step=done, writes=is_first(), others=others) as log:
             with Interrupt() as interrupt:
                 result = _run_steps(trainer, state, checkpoints, log, interrupt)
             _save(trainer, checkpoints, result.state, result.held_out_loss)
@@ -255,28 +262,35 @@ def _run_steps(
     held_out, pending = None, None
     agreed = Agreement()  # processes stop after the same step
     seconds, counted = 0.0, 0  # since the last line of metrics, checkpoints and evaluations apart
-    with Progress(start=start, steps=last, shown=is_first()) as progress:
+    monitor = Monitor(
+        config, state.params, list(trainer.mesh.devices.flat), start=start, traces=is_first()
+    )
+    with monitor, Progress(start=start, steps=last, shown=is_first()) as progress:
         for step in range(start + 1, last + 1):
+            monitor.before(step)
             began = time.perf_counter()
             state, metrics = trainer.train_step(state, trainer.batch(step - 1))
-            jax.block_until_ready(pending)  # one step ahead of the device, no more
-            pending = metrics.loss
+            if pending is not None:  # one step ahead of the device, no more
+                _check_refused(config, step - 1, pending)
+            pending = metrics
             logged = step % config.log_every == 0 or step in (start + 1, last)
-            values = jax.device_get(metrics)._asdict() if logged else {}
+            values = scalars(metrics) if logged else {}
             seconds, counted = seconds + time.perf_counter() - began, counted + 1
             progress.advance()
+            monitor.after(step, metrics)
             if logged:
                 speed = counted * config.tokens_per_step / seconds
                 seconds, counted = 0.0, 0
-                scalars = {name: value.item() for name, value in values.items()}
-                log.write(step=step, **scalars, tokens_per_second=round(speed))
-                progress.report(step, scalars["loss"], speed)
+                values |= {"tokens_per_second": round(speed), **monitor.values(speed)}
+                log.write(step=step, **values)
+                progress.report(step, values["loss"], speed)
             held_out = None
             if step % config.eval_every == 0 or step == last:
                 held_out = trainer.evaluate(state.params)
                 log.write(step=step, held_out_loss=held_out)
                 progress.say(f"step {step}: held-out loss {held_out:.4f} nats/byte")
             if step % config.checkpoint_every == 0 or step == last:
+                _check_refused(config, step, metrics)
                 _save(trainer, checkpoints, state, held_out)
             stop = agreed(interrupt.signal or 0)
             if stop and step < last:
@@ -284,6 +298,18 @@ def _run_steps(
     if held_out is None:  # resumed after the last step
         held_out = trainer.evaluate(state.params)
     return Result(state, trainer.unigram, held_out)
+
+
+def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None:
+    """Waits for a step and ends the run where the guard says so."""
+    raise_refused(
+        config.guard,
+        step=step,
+        spike=bool(metrics.spike),
+        refused=int(metrics.refused),
+        loss=float(metrics.loss),
+        grad_norm=float(metrics.grad_norm),
+    )
 
 
 def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:

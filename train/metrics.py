@@ -6,11 +6,14 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from tqdm import tqdm
+
+from train.writers import Writer
 
 Record = dict[str, int | float | None]
 
@@ -24,14 +27,23 @@ class MetricsLog:
     step is there once.
     """
 
-    def __init__(self, path: Path, *, resume_step: int, writes: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_step: int,
+        writes: bool = True,
+        others: Callable[[], Sequence[Writer]] = list,
+    ) -> None:
         """Opens the file.
 
         Args:
           path: file to write.
           resume_step: last step to keep lines of; 0 starts an empty file.
           writes: False for all processes of a run but one; what they are given goes nowhere.
+          others: opens what gets the same values, where it writes.
         """
+        self._others: Sequence[Writer] = []
         self._file: IO[str] | None = None
         if not writes:
             self.records: list[Record] = []
@@ -41,6 +53,7 @@ class MetricsLog:
         replacement.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         os.replace(replacement, path)
         self._file = path.open("a")
+        self._others = others()
 
     def write(self, **values: int | float) -> None:
         """Appends a line; a number that is not finite becomes null."""
@@ -49,6 +62,9 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        finite = {k: v for k, v in values.items() if k != "step" and math.isfinite(v)}
+        for other in self._others:
+            other.write(int(values["step"]), finite)
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +77,8 @@ class MetricsLog:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        for other in self._others:
+            other.close()
 
 
 def read_metrics(path: Path) -> list[Record]:

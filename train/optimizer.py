@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, Float
 
 from train.config import OptimizerConfig
 
@@ -56,6 +57,35 @@ def decay_mask(params: Params) -> Params:
         )
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+# by the first of these names that is in a parameter's path
+_GROUPS = {
+    "embeddings": "embeddings",
+    "lm_head": "head",
+    "gates": "gates",
+    "d_log": "gates",
+    "q_conv1d": "convolutions",
+    "k_conv1d": "convolutions",
+    "v_conv1d": "convolutions",
+    "scale": "norms",
+    "mlp": "mlp",
+    "mixer": "projections",
+}
+
+
+def group(path: tuple[Any, ...]) -> str:
+    """The kind of a parameter, for metrics: "embeddings", "head", "gates", ... or "other"."""
+    words = {str(entry.key) for entry in path}
+    return next((name for word, name in _GROUPS.items() if word in words), "other")
+
+
+def group_norms(gradient: Params) -> dict[str, Float[Array, ""]]:
+    """Norm of the gradient of each group of parameters, in float32."""
+    groups: dict[str, list[Array]] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(gradient):
+        groups.setdefault(group(path), []).append(x)
+    return {name: optax.tree.norm(leaves) for name, leaves in sorted(groups.items())}
 
 
 def make_optimizer(

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax import MDNForCausalLM
+from train.config import GuardConfig
 from train.data.packing import IGNORED, Batch
+from train.guard import Guard, init_guard, judge
 from train.loss import summed_loss
-from train.optimizer import Params
+from train.optimizer import Params, group_norms
 
 # (parameters, batch) -> loss summed over the batch's targets, nats
 Loss = Callable[[Params, Batch], Float[Array, ""]]
@@ -26,13 +28,15 @@ class TrainState(NamedTuple):
       params: parameters, nested dictionaries of float32 arrays.
       opt_state: state of the optimizer.
       step: steps taken, skipped ones included; also the position in the data.
-      skipped: steps left out because the loss or the gradient was not finite.
+      skipped: steps refused, see `train.guard`.
+      guard: statistics of the steps taken.
     """
 
     params: Params
     opt_state: optax.OptState
     step: Int[Array, ""]
     skipped: Int[Array, ""]
+    guard: Guard
 
 
 class StepMetrics(NamedTuple):
@@ -42,13 +46,27 @@ class StepMetrics(NamedTuple):
       loss: mean over the batch's targets, nats per token.
       grad_norm: global norm of the gradient before clipping.
       learning_rate: of this step's update.
-      skipped: steps skipped so far, this one included.
+      skipped: steps refused so far, this one included.
+      refused: steps refused one after the other, this one included.
+      spike: whether this one was, as a spike.
+      grad_norms: norm of the gradient of each group of parameters.
     """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     skipped: Int[Array, ""]
+    refused: Int[Array, ""]
+    spike: Bool[Array, ""]
+    grad_norms: dict[str, Float[Array, ""]]
+
+
+def scalars(metrics: StepMetrics) -> dict[str, float]:
+    """The metrics as numbers by name, once the step is done: "loss", "grad_norm/gates", ..."""
+    values = jax.device_get(metrics)._asdict()
+    groups = values.pop("grad_norms")
+    values |= {f"grad_norm/{name}": value for name, value in groups.items()}
+    return {name: value.item() for name, value in values.items() if name != "spike"}
 
 
 def split_model(model: MDNForCausalLM) -> tuple[Loss, Params]:
@@ -83,11 +101,11 @@ def rounded(params: Params, dtype: jax.typing.DTypeLike) -> Params:
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # donated: two buffers
-    return TrainState(params, optimizer.init(params), step, skipped)
+    return TrainState(params, optimizer.init(params), step, skipped, init_guard())
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule, guard: GuardConfig
 ) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, StepMetrics]]:
     """Builds what a step does with its loss and gradient: `(state, loss, gradient) -> ...`."""
 
@@ -95,18 +113,23 @@ def make_update(
         state: TrainState, loss: Float[Array, ""], gradient: Params
     ) -> tuple[TrainState, StepMetrics]:
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        taken, spike, statistics = judge(guard, state.guard, loss, norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         proposed = optax.apply_updates(state.params, updates), opt_state
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), proposed, (state.params, state.opt_state)
+            lambda new, old: jnp.where(taken, new, old), proposed, (state.params, state.opt_state)
         )
-        skipped = state.skipped + ~finite
-        rate = jnp.asarray(schedule(state.step - state.skipped))
-        return (
-            TrainState(params, opt_state, state.step + 1, skipped),
-            StepMetrics(loss, norm, rate, skipped),
+        skipped = state.skipped + ~taken
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=jnp.asarray(schedule(state.step - state.skipped)),
+            skipped=skipped,
+            refused=statistics.refused,
+            spike=spike,
+            grad_norms=group_norms(gradient),
         )
+        return TrainState(params, opt_state, state.step + 1, skipped, statistics), metrics
 
     return update
 
@@ -116,6 +139,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    guard: GuardConfig | None = None,
     accumulation: int = 1,
     dtype: jax.typing.DTypeLike = jnp.float32,
     state_sharding: Any = None,
@@ -125,13 +149,14 @@ def make_train_step(
     """Builds the compiled step.
 
     The loss is the mean over all targets of the batch, whatever the number of micro-batches: each
-    contributes its sum, divided by the whole batch's count. A step whose loss or gradient is not
-    finite changes nothing but the counts of steps and of skipped steps.
+    contributes its sum, divided by the whole batch's count. A step that is refused changes nothing
+    but the counts of steps.
 
     Args:
       summed_loss: of the model, over a batch's targets.
       optimizer: update rule.
       schedule: its learning rate, for the metrics.
+      guard: which steps are refused beside those that are not finite; None: none.
       accumulation: micro-batches to cut the batch into, along its rows.
       dtype: of the model's computation; the matrices are rounded to it once a step.
       state_sharding: where the state lies before and after; None: as it comes.
@@ -162,7 +187,7 @@ def make_train_step(
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         return lax.scan(add, zeros, micros)[0]
 
-    update = make_update(optimizer, schedule)
+    update = make_update(optimizer, schedule, guard or GuardConfig())
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return update(state, *loss_and_gradient(state.params, batch))

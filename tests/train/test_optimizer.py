@@ -9,7 +9,8 @@ from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models import AttentionConfig
 from tests.train.helpers import TINY_MODEL
 from train.config import OptimizerConfig
-from train.optimizer import decay_mask, make_optimizer, make_schedule
+from train.optimizer import decay_mask, group, group_norms, make_optimizer, make_schedule
+from train.step import split_model
 
 PUBLISHED = OptimizerConfig()
 
@@ -96,3 +97,25 @@ def test_first_update_is_clipped_and_of_the_learning_rate():
     np.testing.assert_allclose(updates["scale"], [-0.1, 0.1], rtol=1e-5)
     first_moment = optax.tree.get(state, "mu")["scale"]
     np.testing.assert_allclose(first_moment, 0.1 * np.array([0.6, -0.8]), rtol=1e-5)
+
+
+def test_every_parameter_of_a_model_has_a_group():
+    attention = AttentionConfig(layers=(1,), num_heads=2)
+    config = MDNConfig(**TINY_MODEL | {"num_hidden_layers": 2}, attn=attention)
+    _, params = split_model(MDNForCausalLM(config, rngs=nnx.Rngs(0)))
+    groups = {
+        jax.tree_util.keystr(path, simple=True, separator="."): group(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert "other" not in groups.values()
+    assert groups["layers.0.mixer.gates.a_log"] == groups["layers.0.mixer.d_log"] == "gates"
+    assert groups["layers.0.mixer.q_conv1d.kernel"] == "convolutions"
+    assert groups["layers.0.mixer.o_norm.scale"] == groups["norm.scale"] == "norms"
+    assert groups["layers.1.mixer.q_proj.kernel"] == "projections"
+    assert (groups["embeddings"], groups["lm_head"]) == ("embeddings", "head")
+    norms = group_norms(params)
+    assert set(norms) == set(groups.values())
+    total = np.sqrt(sum(float(x) ** 2 for x in norms.values()))
+    assert total == pytest.approx(float(optax.tree.norm(params)), rel=1e-5)
+    lengths = [np.linalg.norm(params["layers"][i]["mlp"]["up_proj"]["kernel"]) for i in (0, 1)]
+    assert norms["mlp"] > max(lengths)
