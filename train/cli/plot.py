@@ -1,0 +1,91 @@
+"""`mdn-plot`: draws the curves of one or several runs."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import tyro
+
+from train.cli.common import parse, run
+from train.curves import Abscissa, Curve, plot_curves
+from train.errors import RunError
+from train.metrics import read_metrics
+
+PROGRAM = "mdn-plot"
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # as train.loop writes them
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Training and held-out loss, gradient norm and speed of runs, in one picture."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Output directories of mdn-train, finished or not."""
+
+    output: Path = Path("curves.png")
+    """PNG file to write."""
+
+    names: tuple[str, ...] = ()
+    """Names in the legend, one a run; none: those of the directories."""
+
+    x: Abscissa = "step"
+    """The horizontal axis."""
+
+    smooth: int = 1
+    """Lines of metrics that a running mean of the training loss goes over; 1: no mean."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs: expected at least one directory, got none")
+        if self.names and len(self.names) != len(self.runs):
+            raise ValueError(
+                f"names: expected {len(self.runs)} (one a run) or none, got {len(self.names)}"
+            )
+        if self.smooth < 1:
+            raise ValueError(f"smooth: expected an int >= 1, got {self.smooth}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      arguments: without the program's name; None means `sys.argv`.
+
+    Returns:
+      The exit status: 0, or 1 for an error in what the user asked for.
+    """
+    config = parse(PROGRAM, __doc__, PlotConfig, arguments)
+    return run(PROGRAM, partial(plot, config))
+
+
+def plot(config: PlotConfig) -> int:
+    """Draws the picture."""
+    names = config.names or _names(config.runs)
+    curves = [_read(path, name) for path, name in zip(config.runs, names, strict=True)]
+    plot_curves(curves, config.output, x=config.x, smooth=config.smooth)
+    print(f"{', '.join(names)}: {config.output}")
+    return 0
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The last parts of the paths; the whole paths where these are not unique."""
+    names = [path.absolute().name for path in runs]
+    return names if len(set(names)) == len(names) else [str(path) for path in runs]
+
+
+def _read(directory: Path, name: str) -> Curve:
+    metrics = directory / METRICS_FILE
+    if not metrics.is_file():
+        raise RunError(f"runs: expected a directory with {METRICS_FILE}, got {directory}")
+    records = read_metrics(metrics)
+    if not records:
+        raise RunError(f"runs: expected metrics of at least one step, got none in {metrics}")
+    saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    return Curve(name, records, saved["batch_size"] * saved["sequence_length"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
