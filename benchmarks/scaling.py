@@ -1,0 +1,283 @@
+"""`mdn-bench scaling`: memory and traffic of training on many GPUs, worked out on paper.
+
+No GPU is needed and nothing is measured: docs/scaling.md has the formulas and these tables.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+from tabulate import tabulate
+
+from configs import CONFIGS
+from mdn_jax import MDNConfig, MDNForCausalLM
+
+LENGTH = 4096
+CHUNK, FACTORS = 64, 11
+
+GB = 1e9
+H100_FLOPS = 989.4e12
+NVLINK = 450e9
+"""Bytes a second that a GPU sends within a node of eight."""
+NETWORK = 50e9
+"""Bytes a second that a GPU sends between nodes: 400 Gb/s."""
+NODE = 8
+
+
+@cache
+def models() -> dict[str, MDNConfig]:
+    """The published 1.3B model, and one of 7B with heads of the same size."""
+    large = CONFIGS["mdn_1_3b"]().model
+    return {
+        "1.3B": large,
+        "7B": MDNConfig(
+            **large.to_dict() | {"hidden_size": 4096, "num_hidden_layers": 28, "num_heads": 12}
+        ),
+    }
+
+
+class Size(NamedTuple):
+    """Parameters of a model.
+
+    Attributes:
+      total: all of them.
+      matrices: of projections, which every token is multiplied with, the output's apart.
+      table: of the embedding, and as many of the output projection.
+    """
+
+    total: int
+    matrices: int
+    table: int
+
+
+@cache
+def size(name: str) -> Size:
+    """Parameters, counted from the model itself."""
+    from train.flops import projection_sizes
+    from train.step import split_model
+
+    config = models()[name]
+    _, params = split_model(nnx.eval_shape(lambda: MDNForCausalLM(config, rngs=nnx.Rngs(0))))
+    total = sum(x.size for x in jax.tree.leaves(params))
+    return Size(total, projection_sizes(params), config.vocab_size * config.hidden_size)
+
+
+def activation_bytes(config: MDNConfig, remat: str) -> float:
+    """Bytes that an MDN block keeps of a token for the backward pass, in bfloat16.
+
+    Args:
+      config: of the model.
+      remat: "none", "states" or "block", see `mdn_jax.models.remat`.
+    """
+    hidden, keys, values = config.hidden_size, config.key_dim, config.value_dim
+    if remat == "block":
+        return 2.0 * hidden
+    # h and its norm, twice; q, k, v before and after the convolution; errors, outputs, the norm of
+    # these, their gate; three of the MLP
+    wide = 4 * hidden + 2 * (2 * keys + values) + 4 * values + 3 * config.mlp_width
+    # three matrices and the factors of a chunk, six gates, in every head
+    per_head = 3 * 2 * CHUNK + 4 * FACTORS + 4 * 6
+    if remat == "none":  # and two states a chunk
+        per_head += 2 * 2 * config.head_dim * config.head_v_dim / CHUNK
+    return 2.0 * wide + config.value_heads * per_head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train a model.
+
+    Attributes:
+      model: name in `models`.
+      data: copies of the parameters.
+      fsdp: devices that share a copy's parameters.
+      tensor: devices that share the heads and the MLP.
+      rows: of a batch.
+      micro: rows of a micro-batch on a device (on `tensor` devices together).
+      remat: see `mdn_jax.models.remat`.
+    """
+
+    model: str
+    data: int
+    fsdp: int
+    tensor: int
+    rows: int
+    micro: int
+    remat: str = "states"
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in a step."""
+        return self.rows // (self.data * self.fsdp * self.micro)
+
+    def state_bytes(self) -> float:
+        """Parameters, two moments and the sum of the gradients in float32, rounded matrices."""
+        n = size(self.model)
+        copies = 12 + (4 if self.accumulation > 1 else 2)
+        return (copies * n.total + 2 * n.matrices) / (self.fsdp * self.tensor)
+
+    def gathered_bytes(self) -> float:
+        """What a device has of parameters beside its own part while it computes.
+
+        Matrices of two blocks; the output projection and the sum of its gradient, all of it.
+        """
+        n, layers = size(self.model), models()[self.model].num_hidden_layers
+        blocks = 2 * 2 * n.matrices / layers / self.tensor if self.fsdp > 1 else 0.0
+        return blocks + (2 + 4) * n.table
+
+    def activations(self) -> float:
+        """Of the micro-batch on a device: what blocks keep, and a gigabyte of logits twice."""
+        config = models()[self.model]
+        blocks = config.num_hidden_layers * activation_bytes(config, self.remat)
+        return self.micro * LENGTH * blocks / self.tensor + 1.5 * 2**30
+
+    def memory(self) -> float:
+        """Bytes on a device."""
+        return self.state_bytes() + self.gathered_bytes() + self.activations()
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes that a device sends in a step, by axis; ring algorithms.
+
+        `fsdp`: bfloat16 matrices gathered for the forward and again for the backward pass and their
+        gradients scattered, for every micro-batch. `data`: gradients of a device's part added up.
+        `tensor`: activations `[tokens, hidden]` added up twice a block, forward and backward. The
+        output projection, which every device has: gathered in bfloat16, its gradient added up in
+        float32.
+        """
+        n, config = size(self.model), models()[self.model]
+        f, t, d = self.fsdp, self.tensor, self.data
+        tokens = self.micro * LENGTH
+        sums = 4 * 2 * 2 * tokens * config.hidden_size * config.num_hidden_layers
+        share = (f - 1) / f
+        return {
+            "fsdp": self.accumulation * (6 * n.matrices / t + 10 * n.table) * share,
+            "data": 2 * (2 * n.matrices / t + 8 * n.table) / f * (d - 1) / d,
+            "tensor": self.accumulation * sums * (t - 1) / t,
+        }
+
+    def bandwidth(self, axis: str) -> float:
+        """Of the links that the axis crosses: the innermost axes lie within a node."""
+        within = {"tensor": self.tensor, "fsdp": self.fsdp * self.tensor, "data": self.devices}
+        return NVLINK if within[axis] <= NODE else NETWORK
+
+    def seconds(self, mfu: float, links: float) -> tuple[float, float]:
+        """Of computation and of communication in a step.
+
+        Args:
+          mfu: share of the peak that one GPU reaches by itself.
+          links: share of their bandwidth that collectives reach.
+        """
+        n, config = size(self.model), models()[self.model]
+        states = 12 * config.value_heads * config.head_dim * config.head_v_dim
+        per_token = 3 * (2 * (n.matrices + n.table) + states * config.num_hidden_layers)
+        compute = self.rows * LENGTH * per_token / (self.devices * H100_FLOPS * mfu)
+        sent = sum(x / (self.bandwidth(axis) * links) for axis, x in self.traffic().items())
+        return compute, sent
+
+
+PLANS = (
+    Plan("1.3B", 8, 1, 1, rows=256, micro=4),
+    Plan("1.3B", 1, 8, 1, rows=256, micro=4),
+    Plan("1.3B", 64, 1, 1, rows=256, micro=4),
+    Plan("1.3B", 8, 8, 1, rows=256, micro=4),
+    Plan("1.3B", 1024, 1, 1, rows=1024, micro=1),
+    Plan("1.3B", 128, 8, 1, rows=1024, micro=1),
+    Plan("7B", 1, 8, 1, rows=1024, micro=2),
+    Plan("7B", 1, 4, 2, rows=1024, micro=4),
+    Plan("7B", 8, 8, 1, rows=1024, micro=2),
+    Plan("7B", 1, 64, 1, rows=1024, micro=2),
+    Plan("7B", 128, 8, 1, rows=1024, micro=1),
+    Plan("7B", 128, 4, 2, rows=1024, micro=2),
+)
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """What the times are worked out with."""
+
+    mfu: float = 0.35
+    """Share of 989 TFLOP/s that one GPU is taken to reach by itself."""
+    links: float = 0.8
+    """Share of their bandwidth that collectives are taken to reach."""
+
+
+def scaling(config: Annotated[ScalingConfig, tyro.conf.arg(name="")]) -> None:
+    """Prints the tables of docs/scaling.md."""
+    print("\n\n".join(tables(config)))
+
+
+def tables(config: ScalingConfig) -> list[str]:
+    """Memory, traffic and time of every plan, in Markdown."""
+    memory = [
+        [
+            *_name(plan),
+            plan.accumulation,
+            f"{plan.state_bytes() / GB:.1f}",
+            f"{plan.gathered_bytes() / GB:.1f}",
+            f"{plan.activations() / GB:.1f}",
+            f"{plan.memory() / GB:.1f}",
+        ]
+        for plan in PLANS
+    ]
+    times = []
+    for plan in PLANS:
+        compute, sent = plan.seconds(config.mfu, config.links)
+        traffic = [f"{x / GB:.1f}" for x in plan.traffic().values()]
+        speed = plan.rows * LENGTH / (compute + sent)
+        worst, best = compute / (compute + sent), compute / max(compute, sent)
+        times.append(
+            [
+                *_name(plan),
+                *traffic,
+                f"{compute:.2f}",
+                f"{sent:.2f}",
+                f"{worst:.0%} to {best:.0%}",
+                f"{speed:,.0f}",
+            ]
+        )
+    names = ["model", "GPUs", "data x fsdp x tensor"]
+    parts = ["micro-batches", "state", "gathered", "activations", "GB a GPU"]
+    links = ["fsdp GB", "data GB", "tensor GB", "compute s", "links s", "efficiency", "tokens/s"]
+    return [
+        tabulate(memory, headers=[*names, *parts], tablefmt="github", disable_numparse=True),
+        tabulate(times, headers=[*names, *links], tablefmt="github", disable_numparse=True),
+    ]
+
+
+def _name(plan: Plan) -> list[str]:
+    mesh = f"{plan.data} x {plan.fsdp} x {plan.tensor}"
+    return [plan.model, f"{plan.devices:,}", mesh]
+
+
+def residual_bytes(config: MDNConfig, remat: str, rows: int) -> int:
+    """Bytes that the derivative of a block holds, its parameters apart, as JAX traces it."""
+    from mdn_jax.models.causal_lm import Block
+    from mdn_jax.models.remat import with_remat
+
+    block = nnx.eval_shape(
+        lambda: Block(
+            config,
+            0,
+            remat=remat,  # type: ignore[arg-type]
+            dtype=jnp.bfloat16,
+            param_dtype=jnp.bfloat16,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    graph, state = nnx.split(block)
+    h = jax.ShapeDtypeStruct((rows, LENGTH, config.hidden_size), jnp.bfloat16)
+
+    def pullback(state: object, h: jax.Array) -> object:
+        run = with_remat(lambda state, h: nnx.merge(graph, state)(h)[0], remat)  # type: ignore[arg-type]
+        return jax.vjp(run, state, h)[1]
+
+    held = jax.tree.leaves(jax.eval_shape(pullback, state, h))
+    return sum(x.size * x.dtype.itemsize for x in held if x.ndim > 2)
