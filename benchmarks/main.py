@@ -8,6 +8,7 @@ from benchmarks.generation import generation
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.parity import parity
+from benchmarks.scaling import scaling
 from benchmarks.stages import stages
 from benchmarks.training import training
 
@@ -22,6 +23,7 @@ def main() -> None:
             "inspect": inspect,
             "kernels": kernels,
             "parity": parity,
+            "scaling": scaling,
             "stages": stages,
             "training": training,
         },

@@ -82,7 +82,7 @@ def activation_bytes(config: MDNConfig, remat: str) -> float:
     # three matrices and the factors of a chunk, six gates, in every head
     per_head = 3 * 2 * CHUNK + 4 * FACTORS + 4 * 6
     if remat == "none":  # and two states a chunk
-        per_head += 2 * 2 * config.head_dim * config.head_v_dim / CHUNK
+        per_head += 2 * 2 * config.head_dim * config.head_v_dim // CHUNK
     return 2.0 * wide + config.value_heads * per_head
 
 
@@ -127,17 +127,22 @@ class Plan:
     def gathered_bytes(self) -> float:
         """What a device has of parameters beside its own part while it computes.
 
-        Matrices of two blocks; the output projection and the sum of its gradient, all of it.
+        The rounded matrices, gathered before the loop over micro-batches; the output projection
+        and the sum of its gradient, all of it.
         """
-        n, layers = size(self.model), models()[self.model].num_hidden_layers
-        blocks = 2 * 2 * n.matrices / layers / self.tensor if self.fsdp > 1 else 0.0
-        return blocks + (2 + 4) * n.table
+        n = size(self.model)
+        gathered = 2 * n.matrices / self.tensor if self.fsdp > 1 else 0.0
+        return gathered + (2 + 4) * n.table
 
     def activations(self) -> float:
-        """Of the micro-batch on a device: what blocks keep, and a gigabyte of logits twice."""
+        """Of the micro-batch on a device: what blocks keep, and logits in float32 and bfloat16.
+
+        The axis `tensor` cuts all but the residual stream and its norms.
+        """
         config = models()[self.model]
-        blocks = config.num_hidden_layers * activation_bytes(config, self.remat)
-        return self.micro * LENGTH * blocks / self.tensor + 1.5 * 2**30
+        stream = 2 * 4 * config.hidden_size
+        block = stream + (activation_bytes(config, self.remat) - stream) / self.tensor
+        return self.micro * LENGTH * config.num_hidden_layers * block + 1.5 * 2**30
 
     def memory(self) -> float:
         """Bytes on a device."""
@@ -146,27 +151,33 @@ class Plan:
     def traffic(self) -> dict[str, float]:
         """Bytes that a device sends in a step, by axis; ring algorithms.
 
-        `fsdp`: bfloat16 matrices gathered for the forward and again for the backward pass and their
-        gradients scattered, for every micro-batch. `data`: gradients of a device's part added up.
-        `tensor`: activations `[tokens, hidden]` added up twice a block, forward and backward. The
-        output projection, which every device has: gathered in bfloat16, its gradient added up in
-        float32.
+        `fsdp`: rounded matrices gathered once, their gradients scattered for every micro-batch.
+        `data`: the gradients of a device's part added up for every micro-batch. `tensor`:
+        activations `[tokens, hidden]` added up twice a block, forward and backward. The gradient of
+        the output projection, which every device has, is added up over all axes in float32.
         """
         n, config = size(self.model), models()[self.model]
         f, t, d = self.fsdp, self.tensor, self.data
-        tokens = self.micro * LENGTH
+        matrices, tokens = 2 * n.matrices / t, self.micro * LENGTH
         sums = 4 * 2 * 2 * tokens * config.hidden_size * config.num_hidden_layers
-        share = (f - 1) / f
+        head = self.accumulation * 2 * 4 * n.table
+        of_fsdp, of_data = (f - 1) / f, (d - 1) / d
         return {
-            "fsdp": self.accumulation * (6 * n.matrices / t + 10 * n.table) * share,
-            "data": 2 * (2 * n.matrices / t + 8 * n.table) / f * (d - 1) / d,
+            "fsdp": (matrices * (1 + self.accumulation) + head) * of_fsdp,
+            "data": (2 * self.accumulation * matrices + head) / f * of_data,
             "tensor": self.accumulation * sums * (t - 1) / t,
         }
 
-    def bandwidth(self, axis: str) -> float:
-        """Of the links that the axis crosses: the innermost axes lie within a node."""
-        within = {"tensor": self.tensor, "fsdp": self.fsdp * self.tensor, "data": self.devices}
-        return NVLINK if within[axis] <= NODE else NETWORK
+    def link_seconds(self, axis: str, sent: float) -> float:
+        """The least time of a device's bytes; tensor lies innermost, then fsdp, then data.
+
+        Of a ring over several nodes only one in so many as it has members in a node leaves it.
+        """
+        inner = {"tensor": 1, "fsdp": self.tensor, "data": self.tensor * self.fsdp}[axis]
+        length = {"tensor": self.tensor, "fsdp": self.fsdp, "data": self.data}[axis]
+        if inner * length <= NODE:
+            return sent / NVLINK
+        return max(sent / NVLINK, sent / max(1, NODE // inner) / NETWORK)
 
     def seconds(self, mfu: float, links: float) -> tuple[float, float]:
         """Of computation and of communication in a step.
@@ -179,7 +190,7 @@ class Plan:
         states = 12 * config.value_heads * config.head_dim * config.head_v_dim
         per_token = 3 * (2 * (n.matrices + n.table) + states * config.num_hidden_layers)
         compute = self.rows * LENGTH * per_token / (self.devices * H100_FLOPS * mfu)
-        sent = sum(x / (self.bandwidth(axis) * links) for axis, x in self.traffic().items())
+        sent = sum(self.link_seconds(axis, x) for axis, x in self.traffic().items()) / links
         return compute, sent
 
 
@@ -190,9 +201,9 @@ PLANS = (
     Plan("1.3B", 8, 8, 1, rows=256, micro=4),
     Plan("1.3B", 1024, 1, 1, rows=1024, micro=1),
     Plan("1.3B", 128, 8, 1, rows=1024, micro=1),
-    Plan("7B", 1, 8, 1, rows=1024, micro=2),
-    Plan("7B", 1, 4, 2, rows=1024, micro=4),
-    Plan("7B", 8, 8, 1, rows=1024, micro=2),
+    Plan("7B", 1, 8, 1, rows=1024, micro=1),
+    Plan("7B", 1, 4, 2, rows=1024, micro=2),
+    Plan("7B", 8, 8, 1, rows=1024, micro=1),
     Plan("7B", 1, 64, 1, rows=1024, micro=2),
     Plan("7B", 128, 8, 1, rows=1024, micro=1),
     Plan("7B", 128, 4, 2, rows=1024, micro=2),
