@@ -1,5 +1,6 @@
 """What a run says while it runs: a JSONL file and a progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import IO, Self
 
 from tqdm import tqdm
 
+from train.errors import RunError
 from train.writers import Writer
 
 Record = dict[str, int | float | None]
@@ -43,7 +45,7 @@ class MetricsLog:
           writes: False for all processes of a run but one; what they are given goes nowhere.
           others: opens what gets the same values, where it writes.
         """
-        self._others: Sequence[Writer] = []
+        self._path, self._others = path, list[Writer]()
         self._file: IO[str] | None = None
         if not writes:
             self.records: list[Record] = []
@@ -53,15 +55,25 @@ class MetricsLog:
         replacement.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         os.replace(replacement, path)
         self._file = path.open("a")
-        self._others = others()
+        self._others = list(others())
 
     def write(self, **values: int | float) -> None:
-        """Appends a line; a number that is not finite becomes null."""
+        """Appends a line; a number that is not finite becomes null.
+
+        Raises:
+          RunError: a file that cannot be written.
+        """
         record: Record = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.records.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise RunError(
+                    f"output_dir: expected to write to {self._path}, got: {error.strerror}; the "
+                    "checkpoints are as they were; make room and continue with --resume"
+                ) from None
         finite = {k: v for k, v in values.items() if k != "step" and math.isfinite(v)}
         for other in self._others:
             other.write(int(values["step"]), finite)
@@ -76,7 +88,8 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which was said before
+                self._file.close()
         for other in self._others:
             other.close()
 

@@ -1,6 +1,7 @@
 import json
 import math
 
+from train.errors import RunError
 from train.metrics import MetricsLog, Progress, read_metrics
 from train.plot import plot_losses
 
@@ -61,3 +62,11 @@ def test_plot_is_a_png(tmp_path):
     plot_losses(records, unigram=3.2, title="test", path=path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl", resume_step=0) as log:
+        log._file.close()
+        log._file = open("/dev/full", "a")
+        with pytest.raises(RunError, match=r"output_dir: .*metrics.jsonl, got: No space left"):
+            log.write(step=1, loss=2.0)
