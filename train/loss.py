@@ -22,6 +22,8 @@ from train.data.packing import IGNORED
 
 LOGIT_BYTES = 2**30
 """Most bytes of the float32 logits that a device holds at once."""
+ALIGNMENT = 64
+"""The vocabulary is filled up to a multiple of this: products of other widths are slow on GPUs."""
 
 
 def summed_loss(
@@ -64,9 +66,12 @@ def token_losses(
     """
     targets = jnp.asarray(targets)
     length = targets.shape[1]
-    kernel = kernel.astype(h.dtype)
-    parts = parts or _parts(h.shape[0], length, kernel.shape[1])
-    losses = lax.map(lambda x: _losses(x[0], x[1], kernel)[0], _cut_time((h, targets), parts))
+    vocab = kernel.shape[1]
+    kernel = _aligned(kernel.astype(h.dtype))
+    parts = parts or _parts(h.shape[0], length, vocab)
+    losses = lax.map(
+        lambda x: _losses(x[0], x[1], kernel, vocab)[0], _cut_time((h, targets), parts)
+    )
     return _join_time(losses, length)
 
 
@@ -125,13 +130,14 @@ def _loss_and_gradients(
 ) -> tuple[Array, Array, Array]:
     """The sum and its derivatives: by `h` in its dtype, by the kernel in float32."""
     wide = jnp.promote_types(h.dtype, jnp.float32)
-    length = targets.shape[1]
-    parts = parts or _parts(h.shape[0], length, kernel.shape[1])
+    length, vocab = targets.shape[1], kernel.shape[1]
+    kernel = _aligned(kernel)
+    parts = parts or _parts(h.shape[0], length, vocab)
 
     def add(carry: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Any, Array]:
         loss, d_kernel = carry
         h, targets = part
-        losses, logits, total = _losses(h, targets, kernel)
+        losses, logits, total = _losses(h, targets, kernel, vocab)
         hot = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[:, :, None]
         d_logits = jnp.exp(logits - total[:, :, None]) - hot
         d_logits = jnp.where(targets[:, :, None] == IGNORED, 0.0, d_logits).astype(h.dtype)
@@ -144,15 +150,28 @@ def _loss_and_gradients(
     axes = tuple(jax.typeof(h).manual_axis_type.varying)
     zeros = jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), zeros)
     (loss, d_kernel), d_h = lax.scan(add, zeros, _cut_time((h, targets), parts))
-    return loss, _join_time(d_h, length), d_kernel
+    return loss, _join_time(d_h, length), d_kernel[:, :vocab]
+
+
+def _aligned(kernel: Float[Array, "hidden vocab"]) -> Float[Array, "hidden _"]:
+    return jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % ALIGNMENT)))
 
 
 def _losses(
-    h: Float[Array, "B t hidden"], targets: Int[Array, "B t"], kernel: Float[Array, "hidden vocab"]
-) -> tuple[Float[Array, "B t"], Float[Array, "B t vocab"], Float[Array, "B t"]]:
-    """Losses, logits and the logarithm of the sum of their exponentials."""
+    h: Float[Array, "B t hidden"],
+    targets: Int[Array, "B t"],
+    kernel: Float[Array, "hidden aligned"],
+    vocab: int,
+) -> tuple[Float[Array, "B t"], Float[Array, "B t aligned"], Float[Array, "B t"]]:
+    """Losses, logits and the logarithm of the sum of their exponentials.
+
+    The logits of ids above the vocabulary are -inf.
+    """
     wide = jnp.promote_types(h.dtype, jnp.float32)
     logits = jnp.matmul(h, kernel, preferred_element_type=wide)
+    if vocab < kernel.shape[1]:
+        inside = lax.broadcasted_iota(jnp.int32, logits.shape, 2) < vocab
+        logits = jnp.where(inside, logits, -jnp.inf)
     total = jax.nn.logsumexp(logits, axis=-1)
     counted = targets != IGNORED
     index = jnp.where(counted, targets, 0)[:, :, None]

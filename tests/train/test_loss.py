@@ -63,6 +63,18 @@ def test_the_kernel_gradient_adds_up_in_float32():
     np.testing.assert_array_equal(gradient, [[-2048.0, 2048.0]])
 
 
+def test_targets_at_the_end_of_a_vocabulary_of_any_size():
+    h, _, _ = inputs("float32")
+    for vocab in (1, 63, 64, 65, 130):
+        kernel = jax.random.normal(jax.random.key(vocab), (HIDDEN, vocab))
+        targets = np.full((ROWS, LENGTH), vocab - 1)
+        expected = np.sum(on_all_logits(h, kernel, targets))
+        np.testing.assert_allclose(summed_loss(h, kernel, targets), expected, rtol=1e-5, atol=1e-6)
+        gradient = jax.grad(summed_loss, 1)(h, kernel, targets)
+        wanted = jax.grad(lambda *inputs: jnp.sum(on_all_logits(*inputs)), 1)(h, kernel, targets)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_ignored_positions_contribute_nothing_even_with_logits_that_overflow():
     h, kernel, targets = inputs("float32")
     poisoned = jnp.where(targets[..., None] == IGNORED, 1e30, h)
@@ -101,16 +113,17 @@ def test_no_array_has_the_logits_of_all_tokens(tied, dtype):
 
     def largest(function):
         jaxpr = jax.make_jaxpr(function)(params, batch).jaxpr
-        return max(np.prod(shape) for shape, _ in shapes(jaxpr) if config.vocab_size in shape)
+        wide = [shape for shape, _ in shapes(jaxpr) if shape and shape[-1] >= config.vocab_size]
+        return max(map(np.prod, wide))
 
-    assert largest(loss) <= size / 2
-    assert largest(jax.value_and_grad(loss)) <= size / 2
+    assert largest(loss) < size
+    assert largest(jax.value_and_grad(loss)) < size
 
     def of_all(params, batch):  # the search finds what it looks for
         h = jnp.ones((4, 16, config.hidden_size), dtype)
         return jnp.sum(on_all_logits(h, params["embeddings"].T, batch["targets"]))
 
-    assert largest(of_all) == size
+    assert largest(of_all) >= size
 
 
 @pytest.mark.parametrize(

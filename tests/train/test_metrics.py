@@ -70,6 +70,8 @@ def test_plot_is_a_png(tmp_path):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with MetricsLog(tmp_path / "metrics.jsonl", resume_step=0) as log:
         log._file.close()
-        log._file = Path("/dev/full").open("a")
-        with pytest.raises(RunError, match=r"output_dir: .*metrics.jsonl, got: No space left"):
-            log.write(step=1, loss=2.0)
+        with Path("/dev/full").open("a") as full:
+            log._file = full
+            with pytest.raises(RunError, match=r"output_dir: .*metrics.jsonl, got: No space left"):
+                log.write(step=1, loss=2.0)
+            log._file = None
