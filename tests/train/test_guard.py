@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.helpers import tiny_config
+from tests.train.helpers import assert_identical, random_batch, tiny_config
 from train import loop
-from train.config import GuardConfig
+from train.config import GuardConfig, OptimizerConfig
 from train.errors import RunError
 from train.guard import init_guard, judge, raise_refused
 from train.loop import train
-from train.metrics import read_metrics
+from train.loss import summed_loss
+from train.optimizer import make_optimizer, make_schedule
+from train.step import init_state, make_train_step
 
 
 def run(config, losses, norms=None):
@@ -74,35 +76,58 @@ def test_errors_say_what_was_expected():
         call(GuardConfig(), spike=False, refused=50)
 
 
-def poisoned(step_of_spike):
-    """Batches whose targets are far from likely at one step."""
-    batch = loop.PackedRows.batch
+def table_loss(params, batch):
+    return summed_loss(params["embeddings"][batch["tokens"]], params["lm_head"], batch["targets"])
 
-    def changed(self, step):
-        values = batch(self, step)
-        if step == step_of_spike:
-            values = values | {"targets": np.full_like(values["targets"], 255)}
-        return values
 
-    return changed
+def test_a_step_that_is_a_spike_changes_nothing_but_the_counts():
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=1, decay_steps=100)
+    schedule = make_schedule(config, 100)
+    optimizer = make_optimizer(config, schedule)
+    guard = GuardConfig(action="skip", window=4, loss_deviations=4.0, grad_norm_factor=50.0)
+    step = make_train_step(table_loss, optimizer, schedule, guard=guard)
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "embeddings": jax.random.normal(keys[0], (257, 8)),
+        "lm_head": jax.random.normal(keys[1], (8, 257)),
+    }
+    state = init_state(params, optimizer)
+    for seed in range(6):
+        state, metrics = step(state, random_batch(seed, 16, 16))
+        assert not metrics.spike
+    before = jax.tree.map(np.array, state)
+    odd = random_batch(6, 16, 16)
+    unlikely = jnp.argmin(before.params["embeddings"] @ before.params["lm_head"], axis=1)
+    odd["targets"] = np.asarray(unlikely)[odd["tokens"]]
+    state, metrics = step(state, odd)
+    assert metrics.spike
+    assert int(metrics.skipped) == int(metrics.refused) == 1
+    assert_identical(jax.tree.map(np.array, (state.params, state.opt_state)), before[:2])
+    assert state.guard.loss == before.guard.loss
+    state, metrics = step(state, random_batch(7, 16, 16))
+    assert (int(metrics.skipped), int(metrics.refused), int(state.step)) == (1, 0, 8)
+    assert metrics.learning_rate == pytest.approx(float(schedule(6)))
 
 
 @pytest.mark.slow
-def test_runs_skip_or_stop_at_a_spike(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.PackedRows, "batch", poisoned(5))
-    options = {"steps": 8, "eval_every": 9, "checkpoint_every": 4}
+def test_a_run_stops_at_a_spike(corpus, tmp_path, monkeypatch):
+    make = loop.make_train_step
 
-    def config(action):
-        guard = GuardConfig(action=action, window=3, loss_deviations=1.0, grad_norm_factor=100.0)
-        return tiny_config(corpus, tmp_path / action, guard=guard, **options)
+    def with_a_spike(*arguments, **options):
+        step = make(*arguments, **options)
 
-    assert int(train(config("off")).state.skipped) == 0
-    skipped = train(config("skip"))
-    assert int(skipped.state.skipped) == 1
-    records = read_metrics(tmp_path / "skip" / "metrics.jsonl")
-    assert [r["skipped"] for r in records if "skipped" in r] == [0, 0, 0, 0, 0, 1, 1, 1]
+        def run(state, batch):
+            if int(state.step) == 5:  # a byte that the text has not
+                batch = batch | {"targets": jnp.full_like(batch["targets"], 255)}
+            return step(state, batch)
+
+        return run
+
+    monkeypatch.setattr(loop, "make_train_step", with_a_spike)
+    guard = GuardConfig(action="stop", window=3, loss_deviations=1.0, grad_norm_factor=100.0)
+    options = {"steps": 8, "eval_every": 9, "checkpoint_every": 4, "log_every": 4}
+    config = tiny_config(corpus, tmp_path / "run", guard=guard, **options)
     with pytest.raises(RunError, match=r"guard: expected a loss within 1 .* at step 6"):
-        train(config("stop"))
-    assert {p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()} == {"4"}
-    saved = json.loads((tmp_path / "stop" / "config.json").read_text())
-    assert saved["guard"]["action"] == "stop"
+        train(config)
+    assert {path.name for path in (config.directory / "checkpoints").iterdir()} == {"4"}
+    assert json.loads((config.directory / "config.json").read_text())["guard"]["action"] == "stop"
