@@ -65,8 +65,7 @@ def token_losses(
     Not to be differentiated: the logits of all tokens would be kept.
     """
     targets = jnp.asarray(targets)
-    length = targets.shape[1]
-    vocab = kernel.shape[1]
+    length, vocab = targets.shape[1], kernel.shape[1]
     kernel = _aligned(kernel.astype(h.dtype))
     parts = parts or _parts(h.shape[0], length, vocab)
     losses = lax.map(
@@ -86,10 +85,9 @@ def _summed(parts: int | None, h: Array, kernel: Array, targets: Array) -> Array
 def _summed_forward(
     parts: int | None, h: Array, kernel: Array, targets: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    dtype = kernel.dtype
     local = partial(_loss_and_gradients, parts)
     loss, d_h, d_kernel = _on_devices(local, True, h, kernel, targets)
-    return loss, (d_h, d_kernel.astype(dtype))
+    return loss, (d_h, d_kernel.astype(kernel.dtype))
 
 
 def _summed_backward(

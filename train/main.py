@@ -124,7 +124,9 @@ def _report(config: TrainConfig, result: Result) -> None:
     files = ", ".join((METRICS_FILE, PLOT_FILE, SAMPLE_FILE))
     print(f"after step {step}: checkpoint, {files} in {directory}")
     if result.state.skipped:
-        print(f"{int(result.state.skipped)} step(s) skipped: loss or gradient not finite")
+        print(
+            f"{int(result.state.skipped)} step(s) refused: loss or gradient not finite, or a spike"
+        )
     print(
         f"held-out loss {result.held_out_loss:.3f} nats/byte, unigram entropy of the same bytes "
         f"{result.unigram_entropy:.3f}, margin {result.unigram_entropy - result.held_out_loss:+.3f}"
