@@ -239,8 +239,9 @@ class Checkpoints:
     ) -> None:
         self._raise_conflicts(step, resume_conflicts(configuration, to_dict(self._config)))
         if documents != corpus:
+            name = "data.files" if self._config.data.dataset is None else "data.dataset"
             raise RunError(
-                f"data.files: expected the documents of the checkpoint of step {step} in "
+                f"{name}: expected the documents of the checkpoint of step {step} in "
                 f"{self._directory} (digest {documents[:12]}), got others ({corpus[:12]})"
             )
 

@@ -13,12 +13,12 @@ import tyro
 from mdn_jax.models.config import MDNConfig
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
-from train.tokenizer import VOCAB_SIZE
 
 # What a run may change when it resumes: nothing that the parameters or the data order depend on,
 # but `guard`, which is there to get a run past a place where it failed.
-# `data.files` may, because the checkpoint knows the documents themselves by their digest. `steps`
-# may, because the learning rate follows `optimizer.decay_steps`.
+# `data.files` and `data.tokenizer` may, because the checkpoint knows the documents by their digest
+# and the run's directory has its tokenizer. `steps` may, because the learning rate follows
+# `optimizer.decay_steps`.
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "name",
@@ -43,6 +43,9 @@ CHANGEABLE_ON_RESUME = frozenset(
         "distributed.index",
         "steps",
         "data.files",
+        "data.tokenizer",
+        "data.prefetch",
+        "data.verify",
         "implementation",
         "remat",
         "log_every",
@@ -63,13 +66,52 @@ def _check(name: str, value: object, expected: str, holds: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which text, and how much of it is held out."""
+    """Which documents, what tokens they become, and how much of them is held out."""
 
     files: tuple[str, ...] = ()
-    """Files or globs ('**' crosses directories); none: the standard library's source text."""
+    """Files or globs ('**' crosses directories): text, JSONL, Parquet or shards of mdn-tokenize, by
+    their suffix; or directories of shards, or of Parquet files as Hugging Face lays them out. None:
+    the standard library's source text."""
+
+    format: Literal["text", "jsonl", "parquet", "tokens"] | None = None
+    """What the files are; None: .jsonl, .ndjson (or .gz of them), .parquet and .tokens say so by
+    their suffix, and any other file is a document of text."""
+
+    field: str = "text"
+    """Field of JSONL, or column of Parquet and of a data set, that holds the text."""
+
+    dataset: str | None = None
+    """Hugging Face data set to stream, by name or local directory; `files` are then data files
+    within it, and "json" or "parquet" with `files` streams local files."""
+
+    subset: str | None = None
+    """Configuration of the data set."""
+
+    split: str = "train"
+    """Split of the data set, or of a directory of Parquet files."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the data set; a commit never changes."""
+
+    shuffle_buffer: int = 10_000
+    """Documents of a stream that are shuffled together; files are shuffled as a whole."""
+
+    tokenizer: str | None = None
+    """A tokenizer.json, a directory with one or with GPT-2's vocab.json and merges.txt, or "bytes".
+    None: that of the shards, and bytes for everything else."""
+
+    start_token: str | None = None
+    """Token that opens every document; None: what the tokenizer adds by itself, or <|endoftext|>
+    if it adds nothing and has that token."""
 
     held_out_fraction: float = 0.05
-    """Share of the documents (files) never trained on; each file's content decides its side."""
+    """Share of the documents never trained on; each document's content decides its side."""
+
+    prefetch: int = 4
+    """Batches prepared ahead of the step."""
+
+    verify: bool = True
+    """Check the digest of every shard at the start, which reads all of it."""
 
     def __post_init__(self) -> None:
         _check(
@@ -78,6 +120,12 @@ class DataConfig:
             "a number above 0 and below 1",
             0 < self.held_out_fraction < 1,
         )
+        for name in ("prefetch", "shuffle_buffer"):
+            value = getattr(self, name)
+            _check(f"data.{name}", value, "an int >= 1", value >= 1)
+        for name in ("subset", "revision"):
+            value, streamed = getattr(self, name), self.dataset is not None
+            _check(f"data.{name}", value, "None without data.dataset", streamed or value is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,12 +388,6 @@ class TrainConfig:
             f"a divisor of batch_size = {self.batch_size}",
             self.batch_size % self.accumulation == 0,
         )
-        _check(
-            "model.vocab_size",
-            self.model.vocab_size,
-            f"at least the tokenizer's {VOCAB_SIZE}",
-            self.model.vocab_size >= VOCAB_SIZE,
-        )
         decay_steps = self.decay_steps
         _check(
             "optimizer.warmup_steps",
@@ -412,8 +454,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def resume_conflicts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs between two configurations (`to_dict`) and may not; one line a field."""
+    """What differs between two configurations (`to_dict`) and may not; one line a field.
+
+    A field that there was none of when the first was saved had its default.
+    """
     old, new = flatten(saved), flatten(current)
+    old = {name: x for name, x in flatten(to_dict(TrainConfig())).items() if name in new} | old
     return [
         f"{name}: the checkpoint has {old.get(name)!r}, this run {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

@@ -1,11 +1,14 @@
 """Several processes as one run: who they are, who speaks, and what they agree on."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from train.config import DistributedConfig
@@ -47,6 +50,17 @@ def only_first_prints() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process brings to a call, in JSON values, by the number of the process."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value, default=int).encode(), np.uint8)
+    length = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    padded = np.full(length, ord(" "), np.uint8)
+    padded[: len(text)] = text
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
 
 
 class Agreement:

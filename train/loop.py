@@ -15,7 +15,8 @@ from flax import nnx
 from mdn_jax import MDNForCausalLM
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import TrainConfig, flatten, to_dict
-from train.data import Batch, PackedRows, held_out_batches, load_corpus, unigram_entropy
+from train.data.batches import Batches, load_data
+from train.data.packing import Batch, unigram_entropy
 from train.distributed import Agreement, is_first
 from train.errors import RunError
 from train.evaluate import make_evaluate
@@ -38,6 +39,7 @@ from train.sharding import (
     replicated,
 )
 from train.step import StepMetrics, TrainState, make_train_step, scalars, split_model
+from train.text import text_of
 from train.writers import check_packages, make_writers
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
@@ -50,15 +52,19 @@ class Result:
 
     Attributes:
       state: the last training state.
-      unigram_entropy: of the held-out bytes, nats/byte.
-      held_out_loss: on the same bytes, nats/byte; None if a signal ended the run.
+      unigram_entropy: of the held-out tokens, nats/token.
+      held_out_loss: on the same tokens, nats/token; None if a signal ended the run.
       signal: number of the signal that ended the run before its last step, or None.
+      unit: of both, in words: a token may be a byte.
+      bytes_per_token: of the held-out documents.
     """
 
     state: TrainState
     unigram_entropy: float
     held_out_loss: float | None
     signal: int | None = None
+    unit: str = "nats/byte"
+    bytes_per_token: float = 1.0
 
 
 class Trainer:
@@ -75,21 +81,8 @@ class Trainer:
           RunError: a corpus that cannot be used, or a mesh that does not fit.
         """
         self.config = config
-        corpus = load_corpus(config.data)
-        self.corpus_digest = corpus.fingerprint
-        self.rows = PackedRows(
-            corpus.train,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-        )
-        held_out = held_out_batches(
-            corpus.held_out,
-            batch_size=config.batch_size // config.accumulation,
-            sequence_length=config.sequence_length,
-            max_rows=config.eval_rows,
-        )
-        self.unigram = unigram_entropy(held_out)
+        self.data = load_data(config)
+        self.unigram = unigram_entropy(self.data.held_out)
         self.schedule = make_schedule(config.optimizer, config.decay_steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.mesh = make_mesh(config.mesh, devices)
@@ -117,7 +110,9 @@ class Trainer:
             batch_sharding=batch_sharding(self.mesh),
             metrics_sharding=replicated(self.mesh),
         )
-        evaluate = make_evaluate(self.loss, held_out, place=partial(from_global, self.mesh))
+        evaluate = make_evaluate(
+            self.loss, self.data.held_out, place=partial(from_global, self.mesh)
+        )
         self.train_step = on_mesh(self.mesh, step)
         self.evaluate = on_mesh(self.mesh, evaluate)
 
@@ -130,18 +125,16 @@ class Trainer:
         """The state before the first step with these parameters, whose buffers it takes over."""
         return place_state(params, self.optimizer, self.like)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step (from 0) on the devices."""
-        rows = self.share.rows(self.config.batch_size)
-        batch = self.rows.batch(step)
-        return from_local(self.mesh, jax.tree.map(lambda x: x[rows], batch))
+    def place(self, batch: Batch) -> Batch:
+        """A batch on the devices, from each process's rows."""
+        return from_local(self.mesh, batch)
 
     def describe(self) -> str:
         """One line on the size of the run."""
         parameters = sum(x.size for x in jax.tree.leaves(self.like.params))
         devices = self.mesh.devices
         return (
-            f"{parameters:,} parameters, {self.rows.tokens:,} tokens to train on, "
+            f"{parameters:,} parameters, {self.data.size}, "
             f"{self.config.tokens_per_step:,} tokens a step, on {devices.size} x "
             f"{devices.flat[0].device_kind} in {jax.process_count()} process(es)"
         )
@@ -172,23 +165,26 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
     _make_directory(directory)
     with Checkpoints(config) as checkpoints:
         if not config.resume:
-            state = trainer.initial_state()
+            state, position = trainer.initial_state(), None
         else:
-            state, _ = checkpoints.restore(
-                trainer.like, corpus=trainer.corpus_digest, begin=trainer.begin
+            state, position = checkpoints.restore(
+                trainer.like, corpus=trainer.data.fingerprint, begin=trainer.begin
             )
             print(f"resumed after step {int(state.step)} of {config.steps}", flush=True)
             if int(state.step) >= config.steps:
                 print(f"no steps left; to train on, add for example --steps {2 * config.steps}")
+        batches = trainer.data.batches(trainer.share, position)
         if is_first():
+            trainer.data.tokenizer.save(directory)
             _write(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
         path = directory / METRICS_FILE
         done = int(state.step)
         others = partial(make_writers, config, resume_step=done)
-        with MetricsLog(path, resume_step=done, writes=is_first(), others=others) as log:
+        log = MetricsLog(path, resume_step=done, writes=is_first(), others=others)
+        with batches, log:
             with Interrupt() as interrupt:
-                result = _run_steps(trainer, state, checkpoints, log, interrupt)
-            _save(trainer, checkpoints, result.state, result.held_out_loss)
+                result = _run_steps(trainer, state, batches, checkpoints, log, interrupt)
+            _save(trainer, batches, checkpoints, result.state, result.held_out_loss)
             checkpoints.wait()
             if result.signal is None:
                 _finish(trainer, result, log)
@@ -236,12 +232,16 @@ def _write(path: Path, text: str) -> None:
 
 
 def _save(
-    trainer: Trainer, checkpoints: Checkpoints, state: TrainState, held_out_loss: float | None
+    trainer: Trainer,
+    batches: Batches,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    held_out_loss: float | None,
 ) -> None:
     checkpoints.save(
         state,
-        data={"step": int(state.step)},
-        corpus=trainer.corpus_digest,
+        data=batches.position(),
+        corpus=trainer.data.fingerprint,
         held_out_loss=held_out_loss,
     )
 
@@ -249,6 +249,7 @@ def _save(
 def _run_steps(
     trainer: Trainer,
     state: TrainState,
+    batches: Batches,
     checkpoints: Checkpoints,
     log: MetricsLog,
     interrupt: Interrupt,
@@ -261,7 +262,14 @@ def _run_steps(
     start, last = int(state.step), config.steps
     held_out, pending = None, None
     agreed = Agreement()  # processes stop after the same step
-    seconds, counted = 0.0, 0  # since the last line of metrics, checkpoints and evaluations apart
+    result = partial(
+        Result,
+        unigram_entropy=trainer.unigram,
+        unit=trainer.data.unit,
+        bytes_per_token=trainer.data.bytes_per_token,
+    )
+    # since the last line of metrics, checkpoints and evaluations apart; and until it
+    seconds, counted, waited = 0.0, 0, 0.0
     monitor = Monitor(
         config, state.params, list(trainer.mesh.devices.flat), start=start, traces=is_first()
     )
@@ -269,7 +277,7 @@ def _run_steps(
         for step in range(start + 1, last + 1):
             monitor.before(step)
             began = time.perf_counter()
-            state, metrics = trainer.train_step(state, trainer.batch(step - 1))
+            state, metrics = trainer.train_step(state, trainer.place(next(batches)))
             if pending is not None:  # one step ahead of the device, no more
                 _check_refused(config, step - 1, pending)
             pending = metrics
@@ -280,24 +288,27 @@ def _run_steps(
             monitor.after(step, metrics)
             if logged:
                 speed = counted * config.tokens_per_step / seconds
-                seconds, counted = 0.0, 0
-                values |= {"tokens_per_second": round(speed), **monitor.values(speed)}
+                data_wait = round((batches.waited - waited) / seconds, 5)
+                seconds, counted, waited = 0.0, 0, batches.waited
+                values |= {"tokens_per_second": round(speed), "data_wait": data_wait}
+                values |= monitor.values(speed)
                 log.write(step=step, **values)
-                progress.report(step, values["loss"], speed)
+                progress.report(step, values["loss"], speed, data_wait)
             held_out = None
             if step % config.eval_every == 0 or step == last:
                 held_out = trainer.evaluate(state.params)
-                log.write(step=step, held_out_loss=held_out)
-                progress.say(f"step {step}: held-out loss {held_out:.4f} nats/byte")
+                per_byte = held_out / trainer.data.bytes_per_token
+                log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte)
+                progress.say(f"step {step}: held-out loss {held_out:.4f} {trainer.data.unit}")
             if step % config.checkpoint_every == 0 or step == last:
                 _check_refused(config, step, metrics)
-                _save(trainer, checkpoints, state, held_out)
+                _save(trainer, batches, checkpoints, state, held_out)
             stop = agreed(interrupt.signal or 0)
             if stop and step < last:
-                return Result(state, trainer.unigram, None, stop)
+                return result(state, held_out_loss=None, signal=stop)
     if held_out is None:  # resumed after the last step
         held_out = trainer.evaluate(state.params)
-    return Result(state, trainer.unigram, held_out)
+    return result(state, held_out_loss=held_out)
 
 
 def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None:
@@ -322,11 +333,16 @@ def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
         length=config.sample_tokens,
         temperature=config.sample_temperature,
         seed=config.seed,
+        text=text_of(trainer.data.tokenizer),
     )
     if not is_first():  # all of them had to compute
         return
     plot_losses(
-        log.records, unigram=result.unigram_entropy, title=config.name, path=directory / PLOT_FILE
+        log.records,
+        unigram=result.unigram_entropy,
+        title=config.name,
+        path=directory / PLOT_FILE,
+        unit=result.unit,
     )
     _write(directory / SAMPLE_FILE, text)
     print(f"sample at temperature {config.sample_temperature}:\n{text}\n{'-' * 80}", flush=True)

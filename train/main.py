@@ -127,9 +127,15 @@ def _report(config: TrainConfig, result: Result) -> None:
         print(
             f"{int(result.state.skipped)} step(s) refused: loss or gradient not finite, or a spike"
         )
+    unit, of, loss = result.unit, result.unit.removeprefix("nats/"), result.held_out_loss
+    if unit != "nats/byte":
+        print(
+            f"held-out loss {loss / result.bytes_per_token:.3f} nats/byte, at "
+            f"{result.bytes_per_token:.2f} bytes a token of the held-out documents"
+        )
     print(
-        f"held-out loss {result.held_out_loss:.3f} nats/byte, unigram entropy of the same bytes "
-        f"{result.unigram_entropy:.3f}, margin {result.unigram_entropy - result.held_out_loss:+.3f}"
+        f"held-out loss {loss:.3f} {unit}, unigram entropy of the same {of}s "
+        f"{result.unigram_entropy:.3f}, margin {result.unigram_entropy - loss:+.3f}"
     )
 
 

@@ -19,6 +19,7 @@ from train.writers import Writer
 
 Record = dict[str, int | float | None]
 
+_MUCH = 0.05  # of the time without data, to be said
 _PLAIN_SECONDS = 15.0  # between lines where there is no terminal
 
 
@@ -145,9 +146,14 @@ class Progress:
         """Counts a step."""
         self._bar.update()
 
-    def report(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Shows the numbers of a step: loss in nats/token, speed in tokens/s."""
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
+    def report(
+        self, step: int, loss: float, tokens_per_second: float, data_wait: float = 0.0
+    ) -> None:
+        """Shows a step: loss in nats/token, speed, share of the time that it waited for data."""
+        speed = f"{tokens_per_second:,.0f} tokens/s"
+        if data_wait >= _MUCH:
+            speed += f", {data_wait:.0%} of the time waiting for data"
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
         now = time.monotonic()
         if step == self._first:  # compiled until now: says nothing about the time left
             self._began = self._said = now
@@ -155,10 +161,7 @@ class Progress:
             return
         self._said = now
         left = (now - self._began) / (step - self._first) * (self._steps - step)
-        self.say(
-            f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
-            f"{left / 60:.1f} min left"
-        )
+        self.say(f"step {step}/{self._steps}  loss {loss:.3f}  {speed}  {left / 60:.1f} min left")
 
     def say(self, line: str) -> None:
         """Prints a line without disturbing the bar."""

@@ -9,14 +9,17 @@ from matplotlib.figure import Figure
 from train.metrics import Record
 
 
-def plot_losses(records: Sequence[Record], *, unigram: float, title: str, path: Path) -> None:
+def plot_losses(
+    records: Sequence[Record], *, unigram: float, title: str, path: Path, unit: str = "nats/byte"
+) -> None:
     """Draws training and held-out loss against steps.
 
     Args:
       records: lines of the metrics file.
-      unigram: entropy of the held-out text's bytes, nats/byte, drawn as a line.
+      unigram: entropy of the held-out text's tokens, drawn as a line.
       title: name of the run.
       path: PNG file to write.
+      unit: of all of them.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -30,7 +33,7 @@ def plot_losses(records: Sequence[Record], *, unigram: float, title: str, path: 
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, label=label, color=color, marker=marker, markersize=4)
     axes.axhline(unigram, color="#636363", linestyle="--", label="unigram entropy of held-out")
-    axes.set(xlabel="step", ylabel="loss (nats/byte)", title=title)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_suffix(".tmp")

@@ -4,7 +4,7 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM, Sampling, generate
 from train.optimizer import Params
-from train.tokenizer import DOCUMENT_START, decode, encode
+from train.text import ByteText, Text
 
 
 def sample(
@@ -15,28 +15,32 @@ def sample(
     length: int,
     temperature: float,
     seed: int,
+    text: Text | None = None,
 ) -> str:
     """Generates text: one pass over the prompt, then one token at a time.
 
     Args:
       model: the model; its own parameters are not used.
       params: parameters to use.
-      prompt: text to continue, UTF-8; empty means the start of a document.
+      prompt: text to continue; empty means the start of a document, which has to be a token.
       length: tokens to generate.
       temperature: of the sampling; 0 takes the likeliest token.
       seed: of the sampling.
+      text: its tokens; None: bytes.
 
     Returns:
       The prompt and its continuation.
     """
     if not length:
         return prompt
+    text = text or ByteText()
     graph, _, *rest = nnx.split(model, nnx.Param, ...)
     piece = generate(
         nnx.merge(graph, params, *rest),
-        [encode(prompt.encode()).tolist()],
+        [text.encode(prompt)],
         max_new_tokens=length,
-        sampling=Sampling(vocab_limit=DOCUMENT_START, temperature=temperature),
+        sampling=Sampling(vocab_limit=text.vocab_limit, temperature=temperature),
         seed=seed,
     )
-    return prompt + decode(piece.tokens[0])
+    decoder = text.decoder()
+    return prompt + decoder.add(piece.tokens[0]) + decoder.finish()

@@ -6,9 +6,15 @@ from typing import Any, Literal, NamedTuple, Protocol, override
 
 from train.errors import RunError
 from train.saved_model import Saved
-from train.tokenizer import DOCUMENT_START, VOCAB_SIZE, encode
-
-TOKENIZER_FILE = "tokenizer.json"
+from train.tokenizer import (
+    DOCUMENT_START,
+    TOKENIZER_FILE,
+    VOCAB_SIZE,
+    FileTokenizer,
+    Tokenizer,
+    encode,
+    read_tokenizer,
+)
 
 
 class Pair(NamedTuple):
@@ -101,18 +107,19 @@ class _ByteDecoder(Decoder):
 class FileText(Text):
     """The tokens of a `tokenizer.json`, by the tokenizers library."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise RunError(
-                f"tokenizer: {path} needs the tokenizers library: "
-                "pip install 'mdn-jax[huggingface]'"
-            ) from None
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise RunError(f"tokenizer: expected a tokenizer.json, got {path}: {error}") from None
+    def __init__(self, source: Path | FileTokenizer) -> None:
+        """Reads the tokenizer, unless that is done.
+
+        Args:
+          source: a `tokenizer.json`, or what training read.
+
+        Raises:
+          RunError: a file that cannot be used.
+        """
+        if isinstance(source, FileTokenizer):
+            self._tokenizer = source.library
+        else:
+            self._tokenizer = read_tokenizer(source)
         self.vocab_limit = self._tokenizer.get_vocab_size()
 
     @override
@@ -165,6 +172,11 @@ class _FileDecoder(Decoder):
     def _show(self, new: str) -> str:
         self._shown, self._waiting = (self._shown + self._waiting)[-4:], []
         return new
+
+
+def text_of(tokenizer: Tokenizer) -> Text:
+    """The tokens of a run."""
+    return FileText(tokenizer) if isinstance(tokenizer, FileTokenizer) else ByteText()
 
 
 def load_text(choice: Path | Literal["bytes"] | None, directory: Path, saved: Saved) -> Text:

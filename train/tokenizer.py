@@ -1,12 +1,192 @@
-"""Byte-level tokens: ids 0 to 255 are the bytes, 256 opens a document."""
+"""Tokens of training text: bytes, or what a `tokenizer.json` or a GPT-2 vocabulary says."""
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, override
 
 import numpy as np
 from numpy.typing import NDArray
 
+from train.errors import RunError
+
 DOCUMENT_START = 256
 VOCAB_SIZE = 257
+BYTES = "bytes"
+TOKENIZER_FILE = "tokenizer.json"
+
+_GPT2_FILES = ("vocab.json", "merges.txt")
+_END_OF_TEXT = "<|endoftext|>"  # opens documents where nothing else does, as in GPT-2's training
+
+
+class Tokenizer(Protocol):
+    """Token ids of documents.
+
+    Attributes:
+      vocab_size: ids are below it.
+      fingerprint: equal only for tokenizers that give the same ids.
+    """
+
+    vocab_size: int
+    fingerprint: str
+
+    def encode_documents(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """Token ids of each of several documents.
+
+        Raises:
+          RunError: text that this tokenizer cannot take.
+        """
+
+    def bytes_of_first(self, tokens: NDArray[np.uint32]) -> int:
+        """Bytes of text in a document's first token, which nothing predicts."""
+
+    def save(self, directory: Path) -> None:
+        """Writes the tokenizer for whoever reads the tokens later, where there is a file for it."""
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes, 256 opens a document."""
+
+    vocab_size = VOCAB_SIZE
+    fingerprint = BYTES
+
+    @override
+    def encode_documents(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        return [encode(text).astype(np.uint32) for text in texts]
+
+    @override
+    def bytes_of_first(self, tokens: NDArray[np.uint32]) -> int:
+        return 0
+
+    @override
+    def save(self, directory: Path) -> None:
+        pass
+
+
+class FileTokenizer(Tokenizer):
+    """A tokenizer of the tokenizers library."""
+
+    def __init__(self, path: Path, *, start_token: str | None = None) -> None:
+        """Reads a tokenizer.
+
+        Args:
+          path: a `tokenizer.json`, or a directory with one, or with GPT-2's `vocab.json` and
+            `merges.txt`.
+          start_token: opens every document; None: what the tokenizer itself adds, or
+            `<|endoftext|>` if it adds nothing and has that token.
+
+        Raises:
+          RunError: no such files, or a token that the vocabulary lacks.
+        """
+        self.library = read_tokenizer(path)
+        vocabulary = self.library.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise RunError(f"tokenizer: expected a vocabulary in {path}, got none")
+        self.vocab_size = max(vocabulary.values()) + 1
+        if start_token is None and not self.library.encode("").ids and _END_OF_TEXT in vocabulary:
+            start_token = _END_OF_TEXT
+        if start_token is not None:
+            self._open_with(start_token, path)
+        self.fingerprint = self._fingerprint(vocabulary)
+
+    def _open_with(self, token: str, path: Path) -> None:
+        from tokenizers.processors import Sequence as InSequence
+        from tokenizers.processors import TemplateProcessing
+
+        number = self.library.token_to_id(token)
+        if number is None:
+            raise RunError(f"data.start_token: expected a token of {path}, got {token!r}")
+        if self.library.encode("").ids[:1] == [number]:
+            return
+        opening = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, number)])
+        own = self.library.post_processor
+        self.library.post_processor = opening if own is None else InSequence([own, opening])
+
+    def _fingerprint(self, vocabulary: dict[str, int]) -> str:
+        """Of the vocabulary, its merges, and the tokens of a text with all of its words in it.
+
+        And not of the file, which versions of the library write differently.
+        """
+        words = sorted(vocabulary.items(), key=lambda word: word[1])
+        texts = self.library.decode_batch([[number] for _, number in words])
+        ids = self.library.encode(" ".join(texts)).ids
+        merges = json.loads(self.library.to_str())["model"].get("merges", [])
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        return hashlib.sha256(json.dumps([words, merges, ids]).encode()).hexdigest()
+
+    @override
+    def encode_documents(self, texts: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        try:
+            decoded = [text.decode() for text in texts]
+        except UnicodeDecodeError as error:
+            around = error.object[max(0, error.start - 20) : error.start + 20]
+            raise RunError(
+                "data.tokenizer: expected UTF-8 text for a tokenizer other than bytes, got "
+                f"{around!r} in a document"
+            ) from None
+        encodings = self.library.encode_batch_fast(decoded)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    @override
+    def bytes_of_first(self, tokens: NDArray[np.uint32]) -> int:
+        return len(self.library.decode(tokens[:1].tolist()).encode())
+
+    @override
+    def save(self, directory: Path) -> None:
+        temporary = directory / f"{TOKENIZER_FILE}.tmp"
+        temporary.write_text(self.library.to_str(pretty=True), encoding="utf-8")
+        temporary.replace(directory / TOKENIZER_FILE)
+
+
+def make_tokenizer(choice: str | None, start_token: str | None) -> Tokenizer:
+    """The tokenizer that a configuration names: "bytes" (or None), or a path.
+
+    Raises:
+      RunError: files that cannot be used.
+    """
+    if choice in (None, BYTES):
+        if start_token is not None:
+            raise RunError(
+                f"data.start_token: expected None with the tokenizer of bytes, got {start_token!r}"
+            )
+        return ByteTokenizer()
+    return FileTokenizer(Path(str(choice)).expanduser(), start_token=start_token)
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A `tokenizers.Tokenizer` that neither truncates nor pads.
+
+    Args:
+      path: a `tokenizer.json`, or a directory with one, or with GPT-2's two files.
+
+    Raises:
+      RunError: no such files, files that cannot be used, or no library to read them.
+    """
+    try:
+        from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    except ImportError:
+        raise RunError(
+            f"tokenizer: {path} needs the tokenizers library: pip install 'mdn-jax[huggingface]'"
+        ) from None
+    try:
+        gpt2 = [path / name for name in _GPT2_FILES]
+        if path.is_dir() and (path / TOKENIZER_FILE).exists():
+            library = Tokenizer.from_file(str(path / TOKENIZER_FILE))
+        elif path.is_dir() and all(file.exists() for file in gpt2):
+            library = ByteLevelBPETokenizer(*map(str, gpt2))._tokenizer
+            if library.token_to_id(_END_OF_TEXT) is not None:
+                library.add_special_tokens([_END_OF_TEXT])
+        else:
+            library = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise RunError(
+            f"tokenizer: expected a tokenizer.json, or a directory with one or with "
+            f"{' and '.join(_GPT2_FILES)}, got {path}: {error}"
+        ) from None
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 def encode(text: bytes) -> NDArray[np.uint16]:

@@ -1,5 +1,6 @@
 """A model and a run small enough to compile and train in seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from mdn_jax import MDNConfig
 from train.config import DataConfig, OptimizerConfig, TrainConfig
 from train.data import Batch
+from train.data.documents import Documents, tokenize
+from train.tokenizer import ByteTokenizer
 
 TINY_MODEL = {
     "vocab_size": 257,
@@ -42,6 +45,10 @@ def tiny_config(corpus: Path, output: Path, **changes: Any) -> TrainConfig:
         optimizer=changes.pop("optimizer", OptimizerConfig(learning_rate=1e-2, warmup_steps=1)),
         **TINY_RUN | changes,
     )
+
+
+def byte_documents(texts: Sequence[bytes]) -> Documents:
+    return tokenize(texts, ByteTokenizer())
 
 
 def random_batch(seed: int, rows: int, length: int, *, ignored: float = 0.3) -> Batch:

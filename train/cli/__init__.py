@@ -1,1 +1,1 @@
-"""What a checkpoint is used for: `mdn-generate`, `mdn-eval`, `mdn-convert`."""
+"""Commands beside `mdn-train`: `mdn-tokenize` before it, the others for its checkpoints."""

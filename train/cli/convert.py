@@ -14,7 +14,7 @@ import tyro
 from mdn_jax.interop import folder_parameters, new_directory, read_folder, write_folder
 from train.cli.common import parse_command, run
 from train.saved_model import find_checkpoint, iterate_params, save_model
-from train.text import TOKENIZER_FILE
+from train.tokenizer import TOKENIZER_FILE
 
 PROGRAM = "mdn-convert"
 

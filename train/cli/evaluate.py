@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from train.choices import answer_questions, read_questions
 from train.cli.common import CheckpointConfig, open_checkpoint, parse_command, run
-from train.data.corpus import matching_files
+from train.data.files import matching_files
 from train.data.packing import IGNORED
 from train.errors import RunError
 from train.evaluate import Row, packed_rows, strided_rows, token_losses

@@ -1,13 +1,5 @@
-"""From files to batches: documents, their split, fixed-length rows."""
+"""From files or a stream to batches: documents, their split, tokens, fixed-length rows."""
 
-from train.data.corpus import Corpus, load_corpus
-from train.data.packing import Batch, PackedRows, held_out_batches, unigram_entropy
+from train.data.packing import Batch
 
-__all__ = [
-    "Batch",
-    "Corpus",
-    "PackedRows",
-    "held_out_batches",
-    "load_corpus",
-    "unigram_entropy",
-]
+__all__ = ["Batch"]

@@ -1,20 +1,14 @@
-"""Documents: the user's files, or the source text of Python's own standard library."""
+"""Documents in memory, and which of them are held out."""
 
-import glob
 import hashlib
-import os
-import sysconfig
-from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
-from train.config import DataConfig
-from train.errors import RunError
+import numpy as np
+from numpy.typing import NDArray
 
-# Installed packages, tests, and modules that are tables rather than code.
-_NOT_READ = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-)
+from train.config import DataConfig
+from train.data.files import cut_files, find_files, read_documents
+from train.errors import RunError
 
 
 class Corpus(NamedTuple):
@@ -31,82 +25,47 @@ class Corpus(NamedTuple):
     fingerprint: str
 
 
-def load_corpus(config: DataConfig) -> Corpus:
+def load_corpus(config: DataConfig, *, utf8: bool = False) -> Corpus:
     """Reads the documents and splits them into train and held-out.
 
-    A document is one file. Its own content decides its set (the first 8 bytes of its SHA-256, as a
-    fraction of their range, against `held_out_fraction`), so the split does not depend on where the
-    files lie, on their order or on the other files, and copies of a file are one document. Neither
-    set is ever empty; a single document is cut, its end held out.
+    A document is a file of text, a line of JSONL or a row of Parquet. Its own content decides its
+    set (`place` against `held_out_fraction`), so the split does not depend on where the files lie,
+    on their order or on the other files, and copies of a document are one. Neither set is ever
+    empty; a single document is cut, its end held out.
 
     Args:
       config: which files, and the fraction to hold out.
+      utf8: refuse plain text that is not UTF-8.
 
     Returns:
       The two sets.
 
     Raises:
-      RunError: a name that matches no file, or files without any text.
+      RunError: files that cannot be read, a record that does not fit, or no text at all.
     """
-    paths = matching_files(config.files) if config.files else standard_library_files()
+    files = find_files(config)
     documents = {}
-    for path in paths:
-        try:
-            text = path.read_bytes()
-        except OSError as error:
-            raise RunError(
-                f"data.files: expected readable files, got {path}: {error.strerror}"
-            ) from None
-        if text:
-            documents[hashlib.sha256(text).digest()] = text
+    for piece in cut_files(files, size=1 << 62):
+        for text in read_documents(piece, config.field, utf8=utf8):
+            documents[digest_of(text)] = text
     if not documents:
         source = ", ".join(map(repr, config.files)) or "the standard library's *.py files"
         raise RunError(
-            f"data.files: expected files with text in them, got {len(paths)} file(s), "
+            f"data.files: expected files with text in them, got {len(files)} file(s), "
             f"all of them empty ({source})"
         )
     train, held_out = _split(documents, config.held_out_fraction)
     return Corpus(train, held_out, _fingerprint(train, held_out))
 
 
-def standard_library_files() -> list[Path]:
-    """The standard library's Python files, found through `sysconfig`, sorted by relative path.
-
-    Installed packages, the library's own tests and its tables (`encodings`, `pydoc_data`) are left
-    out: some 10 MB of code and prose remain.
-
-    Raises:
-      RunError: the standard library is not on the disk as source text.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    relative = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-    files = [root / path for path in relative if not _NOT_READ.intersection(path.parts[:-1])]
-    if not files:
-        raise RunError(
-            f"data.files: expected the standard library's source text in {root}, found no *.py "
-            "file there; name your own files with --data.files"
-        )
-    return files
+def digest_of(text: bytes) -> bytes:
+    """What decides a document's side: its SHA-256."""
+    return hashlib.sha256(text).digest()
 
 
-def matching_files(patterns: Iterable[str]) -> list[Path]:
-    """The files that paths or globs (`**` crosses directories) name, sorted, each once.
-
-    Raises:
-      RunError: a pattern that matches no file.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        names = glob.glob(os.path.expanduser(pattern), recursive=True, include_hidden=False)
-        files = {path.resolve() for path in map(Path, names) if path.is_file()}
-        if not files:
-            hint = f" (a directory: try '{pattern}/**/*')" if Path(pattern).is_dir() else ""
-            raise RunError(
-                f"data.files: expected a file or a glob that matches files, "
-                f"got {pattern!r}, which matches none{hint}"
-            )
-        found |= files
-    return sorted(found)
+def place(digest: bytes) -> float:
+    """The first 8 bytes of a digest as a fraction of their range."""
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 def _split(documents: dict[bytes, bytes], fraction: float) -> tuple[list[bytes], list[bytes]]:
@@ -114,15 +73,28 @@ def _split(documents: dict[bytes, bytes], fraction: float) -> tuple[list[bytes],
     if len(documents) == 1:
         (text,) = documents.values()
         cut = len(text) - max(1, round(len(text) * fraction))
+        while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # within a character
+            cut -= 1
         return [text[:cut]], [text[cut:]]
-    place = {digest: int.from_bytes(digest[:8]) / 2**64 for digest in documents}
-    ranked = sorted(documents, key=lambda digest: (place[digest], digest))
-    count = sum(place[digest] < fraction for digest in documents)
-    held = set(ranked[: min(max(count, 1), len(documents) - 1)])
+    held = held_out_of(np.array([int.from_bytes(d[:8]) for d in documents], np.uint64), fraction)
     return (
-        [text for digest, text in documents.items() if digest not in held],
-        [text for digest, text in documents.items() if digest in held],
+        [text for text, out in zip(documents.values(), held, strict=True) if not out],
+        [text for text, out in zip(documents.values(), held, strict=True) if out],
     )
+
+
+def held_out_of(digests: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
+    """Which of two or more documents are held out: at least one, and not all.
+
+    Args:
+      digests: the first 8 bytes of the SHA-256 of each.
+      fraction: of their range that is held out.
+    """
+    held = digests / np.float64(2**64) < fraction
+    order = np.argsort(digests, kind="stable")
+    held[order[:1]] = True
+    held[order[-1:]] = False
+    return held
 
 
 def _fingerprint(train: list[bytes], held_out: list[bytes]) -> str:

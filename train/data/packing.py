@@ -1,13 +1,13 @@
 """Fixed-length rows cut from the concatenated documents; a batch is a function of its step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from train.data.documents import Documents
 from train.errors import RunError
-from train.tokenizer import DOCUMENT_START, VOCAB_SIZE, encode
 
 IGNORED = -100
 
@@ -28,8 +28,9 @@ class PackedRows:
     """Batches of packed documents, addressed by step.
 
     The documents are shuffled and concatenated once; row `i` is the `i`-th stretch of
-    `sequence_length` tokens. Every epoch visits every row once, in an order of its own. Nothing is
-    kept between calls, so a run that resumes at a step sees what an uninterrupted one would.
+    `sequence_length` tokens. Every epoch visits every row once, in an order of its own. A batch
+    depends on nothing that was asked for before, so a run that resumes at a step sees what an
+    uninterrupted one would.
 
     Attributes:
       tokens: tokens of all documents.
@@ -37,12 +38,12 @@ class PackedRows:
     """
 
     def __init__(
-        self, documents: Sequence[bytes], *, batch_size: int, sequence_length: int, seed: int
+        self, documents: Documents, *, batch_size: int, sequence_length: int, seed: int
     ) -> None:
-        """Lays the documents out as one array of tokens.
+        """Lays the documents out one behind the other, where they are.
 
         Args:
-          documents: texts to pack, at least `sequence_length + 1` tokens together.
+          documents: to pack, at least `sequence_length + 1` tokens together.
           batch_size: rows in a batch, `B`.
           sequence_length: tokens in a row, `T`.
           seed: of the order of documents and rows.
@@ -50,10 +51,11 @@ class PackedRows:
         Raises:
           RunError: too little text for one row.
         """
-        self._batch_size, self._length, self._seed = batch_size, sequence_length, seed
+        self._batch_size, self._seed = batch_size, seed
         order = np.random.default_rng((seed, 0)).permutation(len(documents))
-        self._tokens = np.concatenate([encode(documents[i]) for i in order])
-        self.tokens = len(self._tokens)
+        self._packed = _Packed(documents[order], sequence_length)
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the epochs around the last batch
+        self.tokens = documents.tokens
         self.rows = (self.tokens - 1) // sequence_length
         if not self.rows:
             raise RunError(
@@ -61,24 +63,36 @@ class PackedRows:
                 f"of text to train on, got {self.tokens}"
             )
 
-    def batch(self, step: int) -> Batch:
-        """The batch of step `step` (from 0): a pure function of the documents, seed and step."""
-        position = step * self._batch_size + np.arange(self._batch_size)
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The batch of a step: a pure function of the documents, seed and step.
+
+        Args:
+          step: from 0.
+          rows: of the batch; all of them if not given.
+        """
+        position = step * self._batch_size + np.arange(self._batch_size)[rows]
         epoch, index = np.divmod(position, self.rows)
         row = np.empty_like(index)
         for number in np.unique(epoch):
-            order = np.random.default_rng((self._seed, 1, number)).permutation(self.rows)
-            row[epoch == number] = order[index[epoch == number]]
-        return _to_batch(_cut(self._tokens, row, self._length))
+            row[epoch == number] = self._order_of(int(number))[index[epoch == number]]
+        return self._packed.batch(row)
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        orders = self._orders  # several threads come here: what one of them has is not changed
+        if epoch not in orders:
+            order = np.random.default_rng((self._seed, 1, epoch)).permutation(self.rows)
+            near = {e: o for e, o in orders.items() if abs(e - epoch) == 1}
+            self._orders = orders = near | {epoch: order}
+        return orders[epoch]
 
 
 def held_out_batches(
-    documents: Sequence[bytes], *, batch_size: int, sequence_length: int, max_rows: int
+    documents: Documents, *, batch_size: int, sequence_length: int, max_rows: int
 ) -> list[Batch]:
     """The fixed batches that the held-out loss is measured on.
 
     Args:
-      documents: held-out texts.
+      documents: held out.
       batch_size: rows in a batch; the last batch is filled up with rows without targets.
       sequence_length: tokens in a row.
       max_rows: rows to use; where there are more, as many at even distances.
@@ -86,40 +100,59 @@ def held_out_batches(
     Returns:
       The batches, in the order of the documents.
     """
-    tokens = np.concatenate([encode(text) for text in documents])
-    total = max(1, -(-(len(tokens) - 1) // sequence_length))
-    filler = np.full(total * sequence_length + 1 - len(tokens), DOCUMENT_START, np.uint16)
-    tokens = np.concatenate([tokens, filler])
+    packed = _Packed(documents, sequence_length)
+    total = max(1, -(-(documents.tokens - 1) // sequence_length))
     count = min(total, max_rows)
-    rows = _cut(tokens, np.arange(count) * total // count, sequence_length)
-    empty = np.full((-count % batch_size, sequence_length + 1), DOCUMENT_START, rows.dtype)
-    rows = np.concatenate([rows, empty])
-    return [_to_batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    filled = -(-count // batch_size) * batch_size
+    rows = np.append(np.arange(count) * total // count, np.full(filled - count, total))
+    return [packed.batch(rows[i : i + batch_size]) for i in range(0, filled, batch_size)]
 
 
 def unigram_entropy(batches: Iterable[Batch]) -> float:
-    """Entropy of the targets' own byte frequencies, in nats/byte.
+    """Entropy of the targets' own frequencies, in nats/token.
 
     It is the lowest loss that a model without context could reach on exactly these targets.
     """
-    counts = np.zeros(VOCAB_SIZE, np.int64)
-    for batch in batches:
-        targets = batch["targets"]
-        counts += np.bincount(targets[targets != IGNORED], minlength=VOCAB_SIZE)
+    targets = np.concatenate([batch["targets"].ravel() for batch in batches])
+    counts = np.bincount(targets[targets != IGNORED])
     frequency = counts[counts > 0] / counts.sum()
     return float(-np.sum(frequency * np.log(frequency)))
 
 
-def _cut(
-    tokens: NDArray[np.uint16], rows: NDArray[np.int64], length: int
-) -> NDArray[np.int32]:  # [B, T + 1]: neighbours share one token, which is a target only once
-    return tokens[rows[:, None] * length + np.arange(length + 1)].astype(np.int32)
+class _Packed:
+    """Documents one behind the other, cut into rows; behind the last there is nothing to see."""
 
+    def __init__(self, documents: Documents, sequence_length: int) -> None:
+        self._documents, self._length = documents, sequence_length
+        self._ends = np.cumsum(documents.length)
 
-def _to_batch(rows: NDArray[np.int32]) -> Batch:
-    tokens, following = rows[:, :-1], rows[:, 1:]
-    return Batch(
-        tokens=np.ascontiguousarray(tokens),
-        segment_ids=np.cumsum(tokens == DOCUMENT_START, axis=1, dtype=np.int32),
-        targets=np.where(following == DOCUMENT_START, IGNORED, following),
-    )
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        # neighbours share one token, which is a target only once
+        tokens = np.zeros((len(rows), self._length + 1), np.int32)
+        segments = np.zeros_like(tokens)
+        targets = np.full((len(rows), self._length), IGNORED, np.int32)
+        for i, row in enumerate(rows):
+            filled = self._fill(int(row) * self._length, tokens[i], segments[i])
+            inside = slice(0, max(0, filled - 1))
+            same = segments[i, 1:] == segments[i, :-1]
+            targets[i, inside] = np.where(same, tokens[i, 1:], IGNORED)[inside]
+        return Batch(
+            tokens=np.ascontiguousarray(tokens[:, :-1]),
+            segment_ids=np.ascontiguousarray(segments[:, :-1]),
+            targets=targets,
+        )
+
+    def _fill(self, position: int, tokens: NDArray[np.int32], segments: NDArray[np.int32]) -> int:
+        """One row from a position of the concatenated documents; how much of it there is."""
+        document = first = int(np.searchsorted(self._ends, position, side="right"))
+        filled = 0
+        while filled < len(tokens) and document < len(self._ends):
+            left = int(self._ends[document]) - position - filled
+            start = int(self._documents.length[document]) - left
+            count = min(len(tokens) - filled, left)
+            stretch = slice(filled, filled + count)
+            tokens[stretch] = self._documents.read(document, start, start + count)
+            segments[stretch] = document - first
+            filled, document = filled + count, document + 1
+        segments[filled:] = document - first
+        return filled

@@ -1,0 +1,94 @@
+"""`mdn-tokenize`: files to shards of tokens, which mdn-train maps instead of reading."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from train.cli.common import parse, run
+from train.config import DataConfig
+from train.data.tokenizing import write_shards
+
+PROGRAM = "mdn-tokenize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """Tokenises files into shards; the same command goes on after an interruption."""
+
+    output: tyro.conf.Positional[Path]
+    """Directory for the shards; mdn-train takes it as --data.files."""
+
+    files: tuple[str, ...]
+    """Files or globs ('**' crosses directories): text, JSONL or Parquet, by their suffix; or
+    directories of Parquet files as Hugging Face lays them out."""
+
+    format: Literal["text", "jsonl", "parquet"] | None = None
+    """What the files are; None: their suffix says so."""
+
+    field: str = "text"
+    """Field of JSONL or column of Parquet that holds the text."""
+
+    split: str = "train"
+    """Split of a directory of Parquet files."""
+
+    tokenizer: str = "bytes"
+    """A tokenizer.json, a directory with one or with GPT-2's vocab.json and merges.txt, or
+    "bytes"."""
+
+    start_token: str | None = None
+    """Token that opens every document; None: what the tokenizer adds by itself, or <|endoftext|>
+    if it adds nothing and has that token."""
+
+    shard_mb: float = 64.0
+    """MB (1e6 bytes) of the files in one shard, about; text files are not cut."""
+
+    processes: int = os.cpu_count() or 1
+    """Processes that work at the same time."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_mb", "processes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
+        if not self.files:
+            raise ValueError("files: expected at least one name, got none")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    config = parse(PROGRAM, __doc__, TokenizeConfig, arguments)
+    return run(PROGRAM, lambda: _tokenize(config))
+
+
+def _tokenize(config: TokenizeConfig) -> int:
+    began = time.perf_counter()
+    data = DataConfig(
+        files=config.files,
+        format=config.format,
+        field=config.field,
+        split=config.split,
+        tokenizer=config.tokenizer,
+        start_token=config.start_token,
+    )
+    headers, before = write_shards(
+        data,
+        config.output,
+        shard_bytes=max(1, round(config.shard_mb * 1e6)),
+        processes=config.processes,
+    )
+    print(
+        f"{config.output}: {sum(h.documents for h in headers):,} documents, "
+        f"{sum(h.tokens for h in headers):,} tokens of {headers[0].vocab_size:,} in "
+        f"{len(headers)} shards ({before} of them there before), "
+        f"{time.perf_counter() - began:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""From a configuration to batches: what a run trains on, one step after another."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grain
+from grain.experimental import ThreadPrefetchIterDataset
+
+from train.config import TrainConfig
+from train.data.corpus import load_corpus
+from train.data.documents import Documents, tokenize
+from train.data.files import find_files
+from train.data.packing import Batch, PackedRows, held_out_batches
+from train.data.shards import open_shards, read_header
+from train.data.stream import from_json, held_out_of_stream, open_stream, packed_stream
+from train.distributed import from_all
+from train.errors import RunError
+from train.sharding import Share
+from train.text import text_of
+from train.tokenizer import (
+    BYTES,
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    FileTokenizer,
+    Tokenizer,
+    make_tokenizer,
+)
+
+_THREADS = 2  # that cut rows
+_STEPS = 1 << 40  # more than anyone takes
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The documents of a run as batches.
+
+    Attributes:
+      tokenizer: of the tokens.
+      held_out: batches that the held-out loss is measured on.
+      bytes_per_token: bytes of text for each token that is predicted, of the held-out documents.
+      fingerprint: digest of the documents; of a stream, of its name and the held-out ones.
+      size: what there is to train on, in words.
+      dataset: batches of a process's share, without an end.
+      streamed: whether the position is more than the number of steps.
+    """
+
+    tokenizer: Tokenizer
+    held_out: list[Batch]
+    bytes_per_token: float
+    fingerprint: str
+    size: str
+    dataset: Callable[[Share], grain.IterDataset[Batch]]
+    streamed: bool
+
+    @property
+    def unit(self) -> str:
+        """Of the loss."""
+        return "nats/byte" if isinstance(self.tokenizer, ByteTokenizer) else "nats/token"
+
+    def batches(self, share: Share, position: dict[str, Any] | None = None) -> "Batches":
+        """The batches of a process from a position (`Batches.position`) on; None: the start.
+
+        Raises:
+          RunError: the position of another number of processes in a stream.
+        """
+        step = 0 if position is None else int(position["step"])
+        state: dict[str, Any] | None = {"next_index": step}
+        if self.streamed:
+            parts = [None] * share.parts if position is None else position.get("parts", [])
+            if len(parts) != share.parts:
+                raise RunError(
+                    f"distributed: expected the {len(parts)} parts that the checkpoint's stream of "
+                    f"documents is in, one for each process, got {share.parts}; only files and "
+                    "shards can be continued with another number"
+                )
+            state = from_json(parts[share.part])
+        return Batches(self, share, step, state)
+
+
+class Batches:
+    """A process's rows of every step, prepared ahead; a context manager that ends the threads.
+
+    Attributes:
+      waited: seconds spent in waiting for batches.
+    """
+
+    def __init__(
+        self, data: TrainingData, share: Share, step: int, state: dict[str, Any] | None
+    ) -> None:
+        """Starts the threads.
+
+        Args:
+          data: what to train on.
+          share: of the process.
+          step: steps taken.
+          state: of Grain's iterator; None: the start.
+        """
+        self._data, self._share, self._step = data, share, step
+        self._iterator = iter(data.dataset(share))
+        self.waited = 0.0
+        if state is not None:
+            self._iterator.set_state(state)
+        self._iterator.start_prefetch()
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch = next(self._iterator)
+        self._step += 1
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def position(self) -> dict[str, Any]:
+        """Where to go on, in JSON values; every process makes the call, and gets the same."""
+        if not self._data.streamed:
+            return {"step": self._step}
+        states = dict(from_all((self._share.part, self._iterator.get_state())))
+        return {"step": self._step, "parts": [states[part] for part in range(self._share.parts)]}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._iterator.close()
+
+
+def load_data(config: TrainConfig) -> TrainingData:
+    """Opens what a configuration names.
+
+    Raises:
+      RunError: data that cannot be used, or a tokenizer that does not fit it, the model or the run
+        to resume.
+    """
+    if config.data.dataset is not None:
+        return _streamed(config)
+    files = find_files(config.data)
+    if files[0][1] == "tokens":
+        paths = [path for path, _ in files]
+        tokenizer = _tokenizer_of_shard(config, paths[0])
+        _check_tokenizer(config, tokenizer)
+        train, held_out, fingerprint = open_shards(
+            paths,
+            tokenizer,
+            held_out_fraction=config.data.held_out_fraction,
+            verify=config.data.verify,
+        )
+    else:
+        tokenizer = make_tokenizer(config.data.tokenizer, config.data.start_token)
+        _check_tokenizer(config, tokenizer)
+        corpus = load_corpus(config.data, utf8=not isinstance(tokenizer, ByteTokenizer))
+        train, held_out = (tokenize(texts, tokenizer) for texts in (corpus.train, corpus.held_out))
+        fingerprint = corpus.fingerprint
+    rows = PackedRows(
+        train,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+    )
+
+    def dataset(share: Share) -> grain.IterDataset[Batch]:
+        options = grain.ReadOptions(
+            num_threads=min(_THREADS, config.data.prefetch),
+            prefetch_buffer_size=config.data.prefetch,
+        )
+        mine = _Steps(rows, share.rows(config.batch_size))
+        return grain.MapDataset.source(mine).to_iter_dataset(options)
+
+    return TrainingData(
+        tokenizer=tokenizer,
+        held_out=_held_out(config, held_out),
+        bytes_per_token=held_out.bytes_per_target,
+        fingerprint=fingerprint,
+        size=f"{train.tokens:,} tokens to train on",
+        dataset=dataset,
+        streamed=False,
+    )
+
+
+class _Steps:
+    """Batches by the number of their step, as a source of Grain's."""
+
+    def __init__(self, rows: PackedRows, mine: slice) -> None:
+        self._rows, self._mine = rows, mine
+
+    def __len__(self) -> int:
+        return _STEPS
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._rows.batch(step, self._mine)
+
+
+def _streamed(config: TrainConfig) -> TrainingData:
+    tokenizer = make_tokenizer(config.data.tokenizer, config.data.start_token)
+    _check_tokenizer(config, tokenizer)
+    stream = open_stream(config.data)
+    tokens = config.eval_rows * config.sequence_length + 1
+    held_out, fingerprint = held_out_of_stream(stream, config.data, tokenizer, tokens=tokens)
+
+    def dataset(share: Share) -> grain.IterDataset[Batch]:
+        packed = packed_stream(
+            stream,
+            config.data,
+            tokenizer,
+            rows=config.batch_size // share.parts,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            part=share.part,
+            parts=share.parts,
+        )
+        return ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.data.prefetch)
+
+    return TrainingData(
+        tokenizer=tokenizer,
+        held_out=_held_out(config, held_out),
+        bytes_per_token=held_out.bytes_per_target,
+        fingerprint=fingerprint,
+        size=f"documents of {config.data.dataset} as they come",
+        dataset=dataset,
+        streamed=True,
+    )
+
+
+def _held_out(config: TrainConfig, documents: Documents) -> list[Batch]:
+    return held_out_batches(
+        documents,
+        batch_size=config.batch_size // config.accumulation,
+        sequence_length=config.sequence_length,
+        max_rows=config.eval_rows,
+    )
+
+
+def _tokenizer_of_shard(config: TrainConfig, path: Path) -> Tokenizer:
+    """The one that is named, or that of a shard: bytes, or the tokenizer.json beside it."""
+    choice, header = config.data.tokenizer, read_header(path)
+    if choice is None and header.tokenizer != BYTES:
+        choice = str(path.parent / TOKENIZER_FILE)
+    return make_tokenizer(choice, config.data.start_token)
+
+
+def _check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises unless the model, the sample and the run to resume can have these tokens."""
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise RunError(
+            f"model.vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {config.model.vocab_size}"
+        )
+    if config.sample_tokens and not text_of(tokenizer).encode(config.sample_prompt):
+        raise RunError(
+            "sample_prompt: expected text, as no token of the tokenizer opens a document "
+            f"(data.start_token names one), got {config.sample_prompt!r}"
+        )
+    saved = config.directory / TOKENIZER_FILE
+    if not config.resume:
+        return
+    if saved.exists():
+        expected = FileTokenizer(saved).fingerprint
+    elif (config.directory / "config.json").exists():
+        expected = BYTES
+    else:
+        return  # a converted model that nothing is known of
+    if tokenizer.fingerprint != expected:
+        raise RunError(
+            f"data.tokenizer: expected that of the run in {config.directory} "
+            f"({'bytes' if expected == BYTES else saved}), got "
+            f"{config.data.tokenizer or 'bytes'}, which gives other tokens"
+        )

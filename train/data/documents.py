@@ -1,0 +1,103 @@
+"""Tokenised documents, in memory or mapped from files."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.tokenizer import Tokenizer
+
+_TOGETHER = 1024  # documents tokenised in one call, in as many threads as the library has
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents as stretches of arrays of tokens.
+
+    Attributes:
+      arrays: tokens, unsigned integers; several documents in each.
+      array: index of each document's array, `[D]` int32.
+      start: of each document in its array, `[D]` int64.
+      length: of each document, `[D]` int64, at least 1.
+      size: bytes of text that each document's tokens but the first stand for, `[D]` int64.
+    """
+
+    arrays: Sequence[NDArray[np.unsignedinteger]]
+    array: NDArray[np.int32]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    size: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.length.sum())
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Bytes of text for each token that is predicted: all but the first of a document."""
+        targets = self.tokens - len(self)
+        return float(self.size.sum()) / targets if targets else 1.0
+
+    def __getitem__(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "Documents":
+        """Some of the documents, by a mask or indices."""
+        parts = (self.array[chosen], self.start[chosen], self.length[chosen], self.size[chosen])
+        return Documents(self.arrays, *parts)
+
+    def read(self, document: int, start: int, stop: int) -> NDArray[np.unsignedinteger]:
+        """Tokens of one document from `start` to before `stop`."""
+        first = self.start[document]
+        return self.arrays[self.array[document]][first + start : first + stop]
+
+    def cut(self, fraction: float) -> tuple["Documents", "Documents"]:
+        """One document as two: its end is `fraction` of its tokens, and at least one."""
+        (length,) = self.length
+        tail = max(1, round(int(length) * fraction))
+        sizes = self.size - self.size * tail // length, self.size * tail // length
+        return (
+            Documents(self.arrays, self.array, self.start, self.length - tail, sizes[0]),
+            Documents(
+                self.arrays,
+                self.array,
+                self.start + length - tail,
+                self.length * 0 + tail,
+                sizes[1],
+            ),
+        )
+
+
+def tokenize(texts: Sequence[bytes], tokenizer: Tokenizer) -> Documents:
+    """Documents in memory.
+
+    Raises:
+      RunError: text that the tokenizer cannot take.
+    """
+    small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    arrays, sizes = [], []
+    for tokens, text in tokens_of(texts, tokenizer):
+        arrays.append(tokens.astype(small))
+        sizes.append(len(text) - tokenizer.bytes_of_first(tokens))
+    lengths = np.array([len(tokens) for tokens in arrays], np.int64)
+    together: NDArray[np.unsignedinteger] = np.concatenate([np.empty(0, small), *arrays])
+    return Documents(
+        [together],
+        np.zeros(len(lengths), np.int32),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        np.array(sizes, np.int64),
+    )
+
+
+def tokens_of(
+    texts: Sequence[bytes], tokenizer: Tokenizer
+) -> Iterator[tuple[NDArray[np.uint32], bytes]]:
+    """Tokens of each text that has any, with the text."""
+    for several in batched(texts, _TOGETHER):
+        for tokens, text in zip(tokenizer.encode_documents(several), several, strict=True):
+            if len(tokens):
+                yield tokens, text

@@ -1,0 +1,252 @@
+"""Documents that come one after another: a Hugging Face data set, shuffled and packed by Grain."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, override
+
+import grain
+import numpy as np
+from grain.experimental import (
+    ConcatThenSplitIterDataset,
+    FlatMapIterDataset,
+    FlatMapTransform,
+    WindowShuffleIterDataset,
+)
+from numpy.typing import NDArray
+
+from train.config import DataConfig
+from train.data.corpus import digest_of, place
+from train.data.documents import Documents, tokenize
+from train.data.packing import IGNORED, Batch
+from train.errors import RunError
+from train.tokenizer import Tokenizer
+
+_TOKENS, _TARGETS = "tokens", "targets"
+_TOGETHER = 32  # documents tokenised in one call
+
+
+def open_stream(config: DataConfig) -> Any:
+    """A streamed `datasets.IterableDataset` with the column of the text alone.
+
+    Raises:
+      RunError: no such data set, split or column, or no library to read it.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise RunError(
+            "data.dataset: needs the datasets library: pip install 'mdn-jax[huggingface]'"
+        ) from None
+    try:
+        stream = datasets.load_dataset(
+            config.dataset,
+            config.subset,
+            data_files=list(config.files) or None,
+            split=config.split,
+            revision=config.revision,
+            streaming=True,
+        )
+        columns = stream.column_names or list(next(iter(stream), {}))
+    except Exception as error:  # of the file system, the network and several libraries
+        raise RunError(
+            f"data.dataset: expected a data set with the split {config.split!r}, got "
+            f"{config.dataset!r}: {error}"
+        ) from None
+    if not columns:
+        raise RunError(f"data.dataset: expected documents in {config.dataset!r}, got none")
+    if config.field not in columns:
+        raise RunError(
+            f"data.field: expected one of {sorted(columns)} (columns of {config.dataset}), "
+            f"got {config.field!r}"
+        )
+    return stream.select_columns([config.field])
+
+
+def held_out_of_stream(
+    stream: Any, config: DataConfig, tokenizer: Tokenizer, *, tokens: int
+) -> tuple[Documents, str]:
+    """The first documents of a stream that are held out.
+
+    Args:
+      stream: from `open_stream`, in its own order.
+      config: the field, and the fraction that is held out.
+      tokenizer: of the documents.
+      tokens: as many as there have to be, or all that the stream has.
+
+    Returns:
+      The documents, and a digest of their texts: what a stream is known by.
+
+    Raises:
+      RunError: a stream that cannot be read, or without any.
+    """
+    texts: list[bytes] = []
+    missing = tokens
+    digest = hashlib.sha256()
+    for text in _texts(iter(stream), config):
+        if place(digest_of(text)) < config.held_out_fraction:
+            texts.append(text)
+            digest.update(digest_of(text))
+            missing -= len(tokenizer.encode_documents([text])[0])
+            if missing <= 0:
+                break
+    documents = tokenize(texts, tokenizer)
+    if documents.tokens <= len(documents):
+        raise RunError(
+            f"data.held_out_fraction: expected documents of {config.dataset} that are held out, "
+            f"got none at {config.held_out_fraction}"
+        )
+    return documents, digest.hexdigest()
+
+
+def packed_stream(
+    stream: Any,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    sequence_length: int,
+    seed: int,
+    part: int,
+    parts: int,
+) -> grain.IterDataset[Batch]:
+    """Batches of one process's part of a stream, without an end.
+
+    Documents are shuffled within windows of `data.shuffle_buffer`, which may reach into the next
+    pass, and the files of the data set among themselves; every pass has an order of its own.
+
+    Args:
+      stream: from `open_stream`.
+      config: of the data.
+      tokenizer: of the documents.
+      rows: in a batch.
+      sequence_length: tokens in a row.
+      seed: of the order.
+      part: the process's part of the stream.
+      parts: that it is cut into.
+    """
+    from datasets.distributed import split_dataset_by_node
+
+    mine = split_dataset_by_node(stream, rank=part, world_size=parts)
+    texts = _TextStream(mine, config, seed)
+    shuffled = WindowShuffleIterDataset(texts, window_size=config.shuffle_buffer, seed=seed)
+    together = shuffled.batch(_TOGETHER, batch_fn=list)
+    documents = FlatMapIterDataset(together, _ToDocuments(tokenizer))
+    lengths = dict.fromkeys((_TOKENS, _TARGETS), sequence_length)
+    packed = ConcatThenSplitIterDataset(documents, length_struct=lengths)
+    return packed.map(_to_row).batch(rows)
+
+
+def from_json(state: Any) -> Any:
+    """The state of an iterator of `packed_stream` that has been JSON.
+
+    Grain knows the absence of a remainder by a pair that has to be a tuple.
+    """
+    if not isinstance(state, dict):
+        return state
+    values = {key: from_json(value) for key, value in state.items()}
+    if "remainder_slices" in values:
+        slices = values["remainder_slices"]
+        values["remainder_slices"] = {key: tuple(pair) for key, pair in slices.items()}
+    return values
+
+
+class _ToDocuments(FlatMapTransform):
+    """Tokens and targets of several documents, which the library makes in threads."""
+
+    max_fan_out = _TOGETHER
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @override
+    def flat_map(self, element: list[bytes]) -> list[dict[str, NDArray[np.int32]]]:
+        documents = [x.astype(np.int32) for x in self._tokenizer.encode_documents(element)]
+        return [  # a document's last token predicts nothing
+            {_TOKENS: x, _TARGETS: np.append(x[1:], np.int32(IGNORED))} for x in documents if len(x)
+        ]
+
+
+def _to_row(packed: Mapping[str, NDArray[np.int32]]) -> Batch:
+    return Batch(
+        tokens=packed[_TOKENS],
+        segment_ids=packed[f"{_TOKENS}_segment_ids"],
+        targets=packed[_TARGETS],
+    )
+
+
+def _texts(records: Iterator[Mapping[str, Any]], config: DataConfig) -> Iterator[bytes]:
+    """The texts of records, without empty ones."""
+    count = 0
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:  # of the file system, the network and several libraries
+            raise RunError(
+                f"data.dataset: expected readable records in {config.dataset}, got after {count} "
+                f"of them: {error}"
+            ) from error
+        text = record[config.field]
+        if not isinstance(text, str | bytes):
+            raise RunError(
+                f"data.field: expected text in {config.field!r} of {config.dataset}, got "
+                f"{type(text).__name__} in record {count}"
+            )
+        count += 1
+        if text:
+            yield text if isinstance(text, bytes) else text.encode()
+
+
+class _TextStream(grain.IterDataset[bytes]):
+    """The texts to train on, pass after pass."""
+
+    def __init__(self, stream: Any, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self._stream, self._config, self._seed = stream, config, seed
+
+    @override
+    def __iter__(self) -> "_TextIterator":
+        return _TextIterator(self._stream, self._config, self._seed)
+
+
+class _TextIterator(grain.DatasetIterator[bytes]):
+    """Its position is the number of the pass, and the library's own position in it."""
+
+    def __init__(self, stream: Any, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self._stream, self._config, self._seed = stream, config, seed
+        self._start(0, None)
+
+    def _start(self, number: int, position: dict[str, Any] | None) -> None:
+        self._pass, self._position, self._read = number, position, False
+        self._any = position is not None  # of the documents of this pass
+        # what the library draws the order of the files from, where it is not 0
+        order = np.random.default_rng((self._seed, 2, number)).integers(1, 1 << 31)
+        self._stream.set_epoch(int(order))
+        self._stream.load_state_dict(position)  # None: the beginning
+        self._texts = _texts(iter(self._stream), self._config)
+
+    @override
+    def __next__(self) -> bytes:
+        while True:
+            for text in self._texts:
+                self._read = True
+                if place(digest_of(text)) >= self._config.held_out_fraction:
+                    self._any = True
+                    return text
+            if not self._any:
+                raise RunError(
+                    f"data.dataset: expected documents to train on in {self._config.dataset}, got "
+                    "none in a whole pass of this process"
+                )
+            self._start(self._pass + 1, None)
+
+    @override
+    def get_state(self) -> dict[str, Any]:
+        position = self._stream.state_dict() if self._read else self._position
+        return {"pass": self._pass, "stream": position}
+
+    @override
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._start(state["pass"], state["stream"])
