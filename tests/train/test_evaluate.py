@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mdn_jax import MDNConfig, MDNForCausalLM
 from tests.layers.helpers import call
-from tests.train.helpers import TINY_MODEL
+from tests.train.helpers import TINY_MODEL, byte_documents
 from train.data.packing import IGNORED, held_out_batches
 from train.evaluate import packed_rows, strided_rows, token_losses
 from train.tokenizer import encode
@@ -79,7 +79,7 @@ def test_every_token_is_a_target_once(lengths, width, stride):
 
 def test_packed_rows_are_those_of_the_held_out_loss():
     texts = [b"one two three", b"x", b"four five, 6"]
-    (batch,) = held_out_batches(texts, batch_size=4, sequence_length=9, max_rows=99)
+    (batch,) = held_out_batches(byte_documents(texts), batch_size=4, sequence_length=9, max_rows=99)
     for i, row in enumerate(packed_rows(DOCUMENTS, width=9)):
         count = len(row.tokens)
         np.testing.assert_array_equal(batch["tokens"][i, :count], row.tokens)

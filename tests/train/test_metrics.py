@@ -49,9 +49,10 @@ def test_plain_progress_is_sparse(capsys, monkeypatch):
         for step in range(11, 111):
             now += 60 if step == 11 else 1  # the first step compiles
             progress.advance()
-            progress.report(step, 2.0, 1234.5)
+            progress.report(step, 2.0, 1234.5, 0.5 if step > 50 else 0.01)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "step 26/110  loss 2.000  1,234 tokens/s  1.4 min left"
+    assert "1,234 tokens/s, 50% of the time waiting for data  " in lines[-1]
     assert len(lines) == 6
 
 

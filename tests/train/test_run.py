@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from mdn_jax import MDNConfig
+from tests.train.data.helpers import data_of, write_bpe
 from tests.train.helpers import TINY_MODEL, assert_identical, tiny_config
-from train import loop
+from train.cli.evaluate import main as evaluate
+from train.cli.generate import main as generate
 from train.config import OptimizerConfig, from_dict
+from train.data.packing import PackedRows
 from train.errors import RunError
 from train.loop import Trainer, train
 from train.metrics import read_metrics
@@ -40,6 +43,7 @@ def test_what_a_run_leaves_behind(straight):
     assert {"loss", "grad_norm", "learning_rate", "skipped", "tokens_per_second"} < records[
         0
     ].keys()
+    assert all(0 <= r["data_wait"] <= 1 for r in records if "loss" in r)
     assert result.signal is None
     assert int(result.state.step) == 6
 
@@ -66,6 +70,37 @@ def test_resuming_is_identical_to_never_stopping(corpus, tmp_path, accumulation)
         for c in (whole, halved)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokens", "stream"])
+def test_resuming_shards_and_streams_is_identical_to_never_stopping(tmp_path, kind, capsys):
+    name = str(write_bpe(tmp_path / "bpe"))
+    config = dataclasses.replace(
+        tiny_config(tmp_path, tmp_path / "whole", sample_prompt="word"),
+        data=data_of(kind, tmp_path / "data", tokenizer=name),
+        model=MDNConfig(**TINY_MODEL | {"vocab_size": 300}),
+    )
+    expected = train(config)
+    halved = dataclasses.replace(config, output_dir=str(tmp_path / "halved"), resume=True)
+    shutil.copytree(config.directory, halved.directory)
+    shutil.rmtree(halved.directory / "checkpoints" / "6")
+    actual = train(halved)
+    assert_identical(actual.state, expected.state)
+    assert actual.held_out_loss == expected.held_out_loss
+    assert actual.unit == "nats/token"
+    last = read_metrics(halved.directory / "metrics.jsonl")[-1]
+    assert last["held_out_nats_per_byte"] == actual.held_out_loss / actual.bytes_per_token
+    if kind == "stream":
+        return
+    # what the run leaves is enough to use its model
+    capsys.readouterr()
+    assert generate([str(halved.directory), "--prompt", "word", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("word")
+    (tmp_path / "a.txt").write_text("word1 word2 word3")
+    files = ["--files", str(tmp_path / "a.txt"), "--json"]
+    assert evaluate(["perplexity", str(halved.directory), *files]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 17
 
 
 def test_resuming_a_finished_run_changes_nothing(straight, tmp_path, capsys):
@@ -145,14 +180,14 @@ def test_an_output_directory_that_cannot_be_made_is_named(corpus, tmp_path):
 def test_a_failed_run_loses_no_checkpoint(corpus, tmp_path, monkeypatch, straight):
     _, expected = straight
     config = tiny_config(corpus, tmp_path / "run")
-    batch = loop.PackedRows.batch
+    batch = PackedRows.batch
 
-    def failing(self, step):
+    def failing(self, step, rows):
         if step == 4:
             raise OSError("disk gone")
-        return batch(self, step)
+        return batch(self, step, rows)
 
-    monkeypatch.setattr(loop.PackedRows, "batch", failing)
+    monkeypatch.setattr(PackedRows, "batch", failing)
     with pytest.raises(OSError, match="disk gone"):
         train(config)
     monkeypatch.undo()
@@ -165,15 +200,16 @@ def test_a_failed_run_loses_no_checkpoint(corpus, tmp_path, monkeypatch, straigh
 def test_a_signal_saves_a_checkpoint_and_stops(corpus, tmp_path, monkeypatch, straight, number):
     _, expected = straight
     config = tiny_config(corpus, tmp_path / "run")
-    batch = loop.PackedRows.batch
+    place, placed = Trainer.place, []
 
-    def interrupted(self, step):
-        if step == 1:
+    def interrupted(self, batch):
+        placed.append(batch)
+        if len(placed) == 2:
             os.kill(os.getpid(), number)
-        return batch(self, step)
+        return place(self, batch)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(loop.PackedRows, "batch", interrupted)
+    monkeypatch.setattr(Trainer, "place", interrupted)
     result = train(config)
     monkeypatch.undo()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -1,10 +1,14 @@
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from train.data import PackedRows, held_out_batches, unigram_entropy
-from train.data.packing import IGNORED
+from mdn_jax import MDNConfig, MDNForCausalLM
+from tests.train.helpers import TINY_MODEL, byte_documents
+from train.data.packing import IGNORED, PackedRows, held_out_batches, unigram_entropy
 from train.errors import RunError
 from train.tokenizer import DOCUMENT_START, decode, encode
 
@@ -13,7 +17,7 @@ DOCUMENTS = [bytes([65 + i]) * (3 + 7 * i % 20) for i in range(12)]
 
 def packed(**changes):
     options = {"batch_size": 3, "sequence_length": 8, "seed": 0} | changes
-    return PackedRows(DOCUMENTS, **options)
+    return PackedRows(byte_documents(DOCUMENTS), **options)
 
 
 def test_bytes_come_back():
@@ -70,21 +74,68 @@ def test_no_target_crosses_a_document():
                 assert len(letters) <= 1
 
 
+@pytest.fixture
+def documents():
+    rng = np.random.default_rng(0)
+    return [rng.integers(97, 123, 3 + 5 * i, dtype=np.uint8).tobytes() for i in range(4)]
+
+
+@pytest.mark.slow
+def test_packed_training_is_that_of_separate_documents(documents):
+    """One row of all documents, and a row each: the same loss, the same gradient."""
+    config = MDNConfig(**TINY_MODEL | {"initializer_range": 0.2})
+    model = MDNForCausalLM(config, implementation="xla", rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def summed(params, batch):
+        model = nnx.merge(graph, params)
+        logits, _ = model(batch["tokens"], segment_ids=batch["segment_ids"])
+        counted = batch["targets"] != IGNORED
+        likelihood = jax.nn.log_softmax(logits)
+        chosen = jnp.where(counted, batch["targets"], 0)[..., None]
+        return -jnp.sum(jnp.take_along_axis(likelihood, chosen, -1)[..., 0] * counted)
+
+    tokens = sum(len(text) + 1 for text in documents)
+    packed = PackedRows(
+        byte_documents(documents), batch_size=1, sequence_length=tokens - 1, seed=0
+    ).batch(0)
+    assert len(np.unique(packed["segment_ids"])) == 4
+    loss, gradient = summed(params, packed)
+    width = max(map(len, documents))
+    apart = {key: np.zeros((4, width), np.int32) for key in ("tokens", "segment_ids")}
+    apart["targets"] = np.full((4, width), IGNORED, np.int32)
+    for i, text in enumerate(documents):
+        apart["tokens"][i, : len(text)] = encode(text)[:-1]
+        apart["targets"][i, : len(text)] = encode(text)[1:]
+    expected, expected_gradient = summed(params, apart)
+    assert (packed["targets"] != IGNORED).sum() == (apart["targets"] != IGNORED).sum()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for ours, theirs in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        assert np.abs(theirs).max() > 0
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
 def test_too_little_text_is_named():
     with pytest.raises(RunError, match=r"data\.files: expected at least .* = 9 tokens.*got 4"):
-        PackedRows([b"abc"], batch_size=1, sequence_length=8, seed=0)
+        PackedRows(byte_documents([b"abc"]), batch_size=1, sequence_length=8, seed=0)
 
 
 def test_held_out_covers_every_byte_once():
-    batches = held_out_batches(DOCUMENTS, batch_size=4, sequence_length=8, max_rows=1000)
+    batches = held_out_batches(
+        byte_documents(DOCUMENTS), batch_size=4, sequence_length=8, max_rows=1000
+    )
     targets = np.concatenate([batch["targets"] for batch in batches])
     assert all(batch["tokens"].shape == (4, 8) for batch in batches)
     assert bytes(targets[targets != IGNORED].tolist()) == b"".join(DOCUMENTS)
 
 
 def test_held_out_rows_are_capped_at_even_distances():
-    every = held_out_batches(DOCUMENTS, batch_size=1, sequence_length=8, max_rows=1000)
-    some = held_out_batches(DOCUMENTS, batch_size=1, sequence_length=8, max_rows=4)
+    every = held_out_batches(
+        byte_documents(DOCUMENTS), batch_size=1, sequence_length=8, max_rows=1000
+    )
+    some = held_out_batches(byte_documents(DOCUMENTS), batch_size=1, sequence_length=8, max_rows=4)
     step = len(every) / 4
     for i, batch in enumerate(some):
         np.testing.assert_array_equal(batch["tokens"], every[math.floor(i * step)]["tokens"])
@@ -92,11 +143,15 @@ def test_held_out_rows_are_capped_at_even_distances():
 
 
 def test_a_short_held_out_text_is_padded_without_targets():
-    (batch,) = held_out_batches([b"ab"], batch_size=2, sequence_length=8, max_rows=9)
+    (batch,) = held_out_batches(
+        byte_documents([b"ab"]), batch_size=2, sequence_length=8, max_rows=9
+    )
     assert batch["targets"][batch["targets"] != IGNORED].tolist() == [97, 98]
     assert (np.diff(batch["segment_ids"], axis=1) >= 0).all()
 
 
 def test_unigram_entropy():
-    batches = held_out_batches([b"aabb", b"cccc"], batch_size=1, sequence_length=4, max_rows=99)
+    batches = held_out_batches(
+        byte_documents([b"aabb", b"cccc"]), batch_size=1, sequence_length=4, max_rows=99
+    )
     assert unigram_entropy(batches) == pytest.approx(1.5 * math.log(2))

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from train.config import DataConfig
-from train.data import load_corpus
-from train.data.corpus import matching_files, standard_library_files
+from train.data.corpus import load_corpus
+from train.data.files import matching_files, standard_library_files
 from train.errors import RunError
 
 

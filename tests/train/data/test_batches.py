@@ -1,0 +1,271 @@
+"""Batches of every kind of source: positions, processes, waiting, and what does not fit."""
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mdn_jax import MDNConfig
+from tests.train.data import helpers
+from tests.train.data.helpers import TEXTS, data_of, write_bpe
+from tests.train.helpers import TINY_MODEL, TINY_RUN, assert_identical
+from train.config import DataConfig, OptimizerConfig, TrainConfig
+from train.data.batches import load_data
+from train.data.packing import PackedRows
+from train.errors import RunError
+from train.sharding import Share
+from train.tokenizer import FileTokenizer
+
+KINDS = ["text", "jsonl", "parquet", "tokens", "stream"]
+ALONE = Share(0, 1)
+
+
+def run_of(data, directory, vocab_size=300, **changes):
+    return TrainConfig(
+        output_dir=str(directory),
+        model=MDNConfig(**TINY_MODEL | {"vocab_size": vocab_size}),
+        data=data,
+        optimizer=OptimizerConfig(warmup_steps=1),
+        **TINY_RUN | changes,
+    )
+
+
+def read(run, count, position=None, share=ALONE):
+    with load_data(run).batches(share, position) as batches:
+        return [next(batches) for _ in range(count)], batches.position()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_position_is_exact(tmp_path, kind, tokenizer):
+    name = None if tokenizer == "bytes" else str(write_bpe(tmp_path / "bpe"))
+    run = run_of(data_of(kind, tmp_path / "data", tokenizer=name), tmp_path / "run")
+    straight, end = read(run, 30)
+    assert {x.shape for x in straight[0].values()} == {(4, 16)}
+    _, position = read(run, 11)
+    resumed, again = read(run, 19, json.loads(json.dumps(position)))
+    assert_identical(resumed, straight[11:])
+    assert again == end
+    assert end["step"] == 30
+    other = dataclasses.replace(run, seed=1)
+    pairs = zip(read(other, 30)[0], straight, strict=True)
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in pairs)
+
+
+def test_a_position_is_what_was_taken_and_not_what_was_prepared(tmp_path):
+    run = run_of(data_of("stream", tmp_path / "data", prefetch=8), tmp_path / "run")
+    with load_data(run).batches(ALONE) as batches:
+        next(batches)
+        time.sleep(0.3)
+        position = batches.position()
+        expected = next(batches)
+    assert_identical(read(run, 1, position)[0], [expected])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_each_process_has_its_rows(tmp_path, kind, parts):
+    run = run_of(data_of(kind, tmp_path / "data"), tmp_path / "run")
+    whole, position = read(run, 12)
+    shares = [read(run, 12, share=Share(part, parts)) for part in range(parts)]
+    for step, batch in enumerate(whole):
+        for key, rows in batch.items():
+            mine = [share[0][step][key] for share in shares]
+            assert all(len(x) == 4 // parts for x in mine)
+            np.testing.assert_array_equal(np.concatenate(mine), rows)
+    assert all(share[1] == position for share in shares)  # any number of them can go on
+    resumed, _ = read(run, 2, shares[1][1], Share(0, 1))
+    assert_identical(resumed, read(run, 14)[0][12:])
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_a_process_reads_no_rows_but_its_own(tmp_path, kind, monkeypatch):
+    run = run_of(data_of(kind, tmp_path / "data", prefetch=1), tmp_path / "run")
+    asked = []
+    batch = PackedRows.batch
+
+    def recorded(self, step, rows):
+        asked.append((step, rows))
+        return batch(self, step, rows)
+
+    monkeypatch.setattr(PackedRows, "batch", recorded)
+    read(run, 3, share=Share(1, 4))
+    assert {rows for _, rows in asked} == {slice(1, 2)}
+    assert [step for step, _ in asked][:3] == [0, 1, 2]
+
+
+def test_a_stream_goes_on_in_as_many_parts_as_it_was(tmp_path):
+    run = run_of(data_of("stream", tmp_path / "data"), tmp_path / "run")
+    _, position = read(run, 2)
+    with pytest.raises(RunError, match=r"distributed: expected the 1 parts .*, got 2; only files"):
+        load_data(run).batches(Share(0, 2), position)
+
+
+def one_of_two_processes(index, place, directory, output):
+    """Reads a part of a stream, and again from a position in the middle; prints what came."""
+    jax.distributed.initialize(place, 2, index)
+    run = run_of(DataConfig(dataset=directory, shuffle_buffer=16), output)
+    share = Share(index, 2)
+    with load_data(run).batches(share) as batches:
+        first = [next(batches) for _ in range(7)]
+        position = json.loads(json.dumps(batches.position()))
+        expected = [next(batches) for _ in range(7)]
+    with load_data(run).batches(share, position) as batches:
+        assert_identical([next(batches) for _ in range(7)], expected)
+    print(json.dumps([position, [batch["tokens"].tolist() for batch in first + expected]]))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_stream(tmp_path):
+    directory = data_of("stream", tmp_path / "data").dataset
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = [(i, place, directory, str(tmp_path / "run")) for i in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import *; one_of_two_processes(*{a!r})"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for a in arguments
+    ]
+    out = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    (position, rows), (other, other_rows) = (json.loads(lines[-1]) for lines in out)
+    assert position == other
+    assert position["step"] == 7
+    assert len(position["parts"]) == 2
+    assert position["parts"][0] != position["parts"][1]
+    assert np.shape(rows) == np.shape(other_rows) == (14, 2, 16)
+    assert rows != other_rows
+
+
+def test_preparation_goes_on_during_a_step_and_waiting_is_counted(tmp_path, monkeypatch):
+    batch = PackedRows.batch
+
+    def slow(self, step, rows):
+        time.sleep(0.03)
+        return batch(self, step, rows)
+
+    monkeypatch.setattr(PackedRows, "batch", slow)
+    run = run_of(data_of("jsonl", tmp_path / "data"), tmp_path / "run")
+    with load_data(run).batches(ALONE) as batches:
+        began = time.perf_counter()
+        for _ in range(10):
+            next(batches)
+        alone = time.perf_counter() - began
+        assert alone > 0.1
+        assert 0.9 * alone < batches.waited <= alone
+        before = batches.waited
+        for _ in range(10):
+            time.sleep(0.06)  # a step
+            next(batches)
+        assert batches.waited - before < 0.2 * 10 * 0.06
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_end_with_the_run(tmp_path, kind):
+    run = run_of(data_of(kind, tmp_path / "data"), tmp_path / "run")
+    before = {thread.name for thread in threading.enumerate()}
+    read(run, 3)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        left = [t for t in threading.enumerate() if "grain" in t.name and t.name not in before]
+        if not left:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{left}")
+
+
+def test_held_out_loss_per_byte_counts_the_bytes(tmp_path):
+    bpe = write_bpe(tmp_path / "bpe")
+    runs = {
+        kind: run_of(data_of(kind, tmp_path / kind, tokenizer=str(bpe)), tmp_path / "run")
+        for kind in KINDS
+    }
+    tokenizer = FileTokenizer(bpe)
+    for kind, run in runs.items():
+        data = load_data(run)
+        assert data.unit == "nats/token"
+        assert data.bytes_per_token > 1.2
+        if kind in ("text", "tokens"):  # the same split: whole documents, so that all bytes count
+            targets = np.concatenate([b["targets"][b["targets"] >= 0] for b in data.held_out])
+            texts = tokenizer.library.decode(targets.tolist())
+            assert data.bytes_per_token == pytest.approx(len(texts) / len(targets))
+    assert load_data(run_of(data_of("text", tmp_path / "b"), tmp_path / "run")).unit == "nats/byte"
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_the_tokenizer_has_to_fit_the_model(tmp_path, kind):
+    bpe = str(write_bpe(tmp_path / "bpe"))
+    data = data_of(kind, tmp_path / "data", tokenizer=bpe)
+    with pytest.raises(RunError, match=r"model\.vocab_size: .* tokenizer's 300, got 299"):
+        load_data(run_of(data, tmp_path / "run", vocab_size=299))
+
+
+def test_shards_bring_their_tokenizer(tmp_path):
+    bpe = str(write_bpe(tmp_path / "bpe"))
+    data = data_of("tokens", tmp_path / "data", tokenizer=bpe)
+    assert data.tokenizer is None
+    run = run_of(data, tmp_path / "run")
+    assert load_data(run).tokenizer.fingerprint == FileTokenizer(tmp_path / "bpe").fingerprint
+    other = dataclasses.replace(data, tokenizer="bytes")
+    with pytest.raises(RunError, match=r"data\.tokenizer: expected that of .*00000.* 300 tokens"):
+        load_data(run_of(other, tmp_path / "run"))
+    (tmp_path / "data" / "shards" / "tokenizer.json").unlink()
+    with pytest.raises(RunError, match=r"tokenizer: expected a tokenizer\.json.*shards"):
+        load_data(run)
+
+
+def test_a_run_is_resumed_with_its_own_tokenizer(tmp_path):
+    bpe, directory = str(write_bpe(tmp_path / "bpe")), tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    data = data_of("text", tmp_path / "data")
+    load_data(run_of(data, directory, resume=True))
+    with_file = dataclasses.replace(data, tokenizer=bpe)
+    with pytest.raises(RunError, match=r"data\.tokenizer: expected that of the run .*\(bytes\)"):
+        load_data(run_of(with_file, directory, resume=True))
+    FileTokenizer(tmp_path / "bpe").save(directory)
+    load_data(run_of(with_file, directory, resume=True))
+    with pytest.raises(RunError, match=r"data\.tokenizer: .*tokenizer\.json\), got bytes"):
+        load_data(run_of(data, directory, resume=True))
+
+
+def test_a_sample_needs_something_to_go_on_from(tmp_path):
+    path = write_bpe(tmp_path / "bpe")
+    values = json.loads((path / "vocab.json").read_text())
+    values["<|start|>"] = values.pop("<|endoftext|>")
+    (path / "vocab.json").write_text(json.dumps(values))
+    data = data_of("text", tmp_path / "data", tokenizer=str(path))
+    with pytest.raises(RunError, match=r"sample_prompt: expected text, .* got ''"):
+        load_data(run_of(data, tmp_path / "run"))
+    load_data(run_of(data, tmp_path / "run", sample_prompt="word"))
+    load_data(run_of(data, tmp_path / "run", sample_tokens=0))
+    opened = dataclasses.replace(data, start_token="<|start|>")
+    load_data(run_of(opened, tmp_path / "run"))
+
+
+def test_the_digest_is_that_of_the_documents(tmp_path, monkeypatch):
+    def digest(data):
+        return load_data(run_of(data, tmp_path / "run")).fingerprint
+
+    data = data_of("jsonl", tmp_path / "a")
+    assert digest(data) == digest(data_of("text", tmp_path / "b"))
+    assert digest(data) == digest(data_of("parquet", tmp_path / "c"))
+    shards, stream = (data_of(kind, tmp_path / kind) for kind in ("tokens", "stream"))
+    before = digest(shards), digest(stream)
+    assert before == (digest(shards), digest(stream))
+    expected = digest(data)
+    monkeypatch.setattr(helpers, "TEXTS", [text.replace("word1", "word2") for text in TEXTS])
+    assert digest(data_of("jsonl", tmp_path / "a")) != expected
+    changed = (data_of("tokens", tmp_path / "changed"), data_of("stream", tmp_path / "stream"))
+    assert not {*map(digest, changed)} & {*before}
