@@ -1,6 +1,8 @@
+import errno
+import io
 import json
 import math
-from pathlib import Path
+import os
 
 import pytest
 
@@ -68,11 +70,14 @@ def test_plot_is_a_png(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+class FullDisk(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with MetricsLog(tmp_path / "metrics.jsonl", resume_step=0) as log:
         log._file.close()
-        with Path("/dev/full").open("a") as full:
-            log._file = full
-            with pytest.raises(RunError, match=r"output_dir: .*metrics.jsonl, got: No space left"):
-                log.write(step=1, loss=2.0)
-            log._file = None
+        log._file = FullDisk()
+        with pytest.raises(RunError, match=r"output_dir: .*metrics.jsonl, got: No space left"):
+            log.write(step=1, loss=2.0)
