@@ -7,6 +7,7 @@ from benchmarks.decode import decode
 from benchmarks.generation import generation
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
+from benchmarks.numerics import numerics
 from benchmarks.parity import parity
 from benchmarks.scaling import scaling
 from benchmarks.stages import stages
@@ -22,6 +23,7 @@ def main() -> None:
             "generation": generation,
             "inspect": inspect,
             "kernels": kernels,
+            "numerics": numerics,
             "parity": parity,
             "scaling": scaling,
             "stages": stages,

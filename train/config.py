@@ -49,6 +49,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "implementation",
         "remat",
         "log_every",
+        "stability_every",
         "eval_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -335,6 +336,10 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics."""
 
+    stability_every: int = 0
+    """Steps between measurements, in every layer, of the share of heads whose gates leave the
+    stable region or whose states grow, and of the states' norms (docs/stability.md); 0: none."""
+
     eval_every: int = 500
     """Steps between measurements of the held-out loss."""
 
@@ -379,6 +384,7 @@ class TrainConfig:
         _check("name", self.name, "a name without '/'", bool(self.name) and "/" not in self.name)
         _check("seed", self.seed, "an int >= 0", self.seed >= 0)
         _check("sample_tokens", self.sample_tokens, "an int >= 0", self.sample_tokens >= 0)
+        _check("stability_every", self.stability_every, "an int >= 0", self.stability_every >= 0)
         temperature = self.sample_temperature
         _check("sample_temperature", temperature, "a number >= 0", 0 <= temperature < math.inf)
         _check("sequence_length", self.sequence_length, "an int >= 2", self.sequence_length >= 2)

@@ -38,6 +38,7 @@ from train.sharding import (
     process_share,
     replicated,
 )
+from train.stability import make_stability
 from train.step import StepMetrics, TrainState, make_train_step, scalars, split_model
 from train.text import text_of
 from train.writers import check_packages, make_writers
@@ -115,6 +116,7 @@ class Trainer:
         )
         self.train_step = on_mesh(self.mesh, step)
         self.evaluate = on_mesh(self.mesh, evaluate)
+        self.stability = on_mesh(self.mesh, make_stability(self.model))
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
@@ -277,7 +279,8 @@ def _run_steps(
         for step in range(start + 1, last + 1):
             monitor.before(step)
             began = time.perf_counter()
-            state, metrics = trainer.train_step(state, trainer.place(next(batches)))
+            batch = trainer.place(next(batches))
+            state, metrics = trainer.train_step(state, batch)
             if pending is not None:  # one step ahead of the device, no more
                 _check_refused(config, step - 1, pending)
             pending = metrics
@@ -294,6 +297,9 @@ def _run_steps(
                 values |= monitor.values(speed)
                 log.write(step=step, **values)
                 progress.report(step, values["loss"], speed, data_wait)
+            if config.stability_every and step % config.stability_every == 0:
+                measured = jax.device_get(trainer.stability(state.params, batch))
+                log.write(step=step, **{name: x.item() for name, x in measured.items()})
             held_out = None
             if step % config.eval_every == 0 or step == last:
                 held_out = trainer.evaluate(state.params)

@@ -1,0 +1,73 @@
+"""A guard on the recurrence during training: gates inside the stable region, states that stay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mdn_jax import MDNForCausalLM
+from mdn_jax.analysis import is_stable, record_layers, state_norms
+from train.data import Batch
+from train.optimizer import Params
+
+GROWTH = 2.0
+"""A state grows if its norm is more than this many times that of half a row before. From zero, a
+state that forgets nothing and is written alike at every step doubles; only instability does more.
+"""
+
+
+def make_stability(model: MDNForCausalLM) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """Builds the measurement of gates and states on the first row of a batch.
+
+    A forward pass of its own over that row, read as one document, in two halves. Its cost is that
+    of one row forward, whatever the batch; nothing is added to the step.
+
+    Args:
+      model: the model, shapes suffice; its own parameters are not used.
+
+    Returns:
+      Compiled function `(parameters, batch) -> metrics`: for every MDN layer `i`
+
+        layers.i.unstable_heads  share of heads with a step outside the region in which constant
+                                 gates are stable along the key (`mdn_jax.analysis.is_stable`)
+        layers.i.growing_heads   share of heads whose memory or momentum ends the row with more
+                                 than twice the norm of half way, or with nan
+        layers.i.memory_norm     Frobenius norm of the memory at the row's end, mean over heads
+        layers.i.momentum_norm   the same of the momentum
+    """
+    graph, _, *rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def stability(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        run = nnx.merge(graph, params, *rest)
+        tokens = jnp.asarray(batch["tokens"])[:1]
+        half = tokens.shape[1] // 2
+        first, cache = record_layers(run, tokens[:, :half])
+        second, _ = record_layers(run, tokens[:, half:], cache=cache)
+        metrics: dict[str, jax.Array] = {}
+        for layer in first:
+            metrics |= _layer_metrics(layer, first[layer], second[layer])
+        return metrics
+
+    return stability
+
+
+def _layer_metrics(layer: int, first: Any, second: Any) -> dict[str, jax.Array]:
+    stable = jnp.stack([_stable(record) for record in (first, second)]).all(0)  # [HV]
+    before, after = state_norms(first.state), state_norms(second.state)
+    kept = [y <= GROWTH * x for x, y in zip(before, after, strict=True)]  # False for nan
+    grown = ~jnp.stack(kept).all(0)[0]
+    return {
+        f"layers.{layer}.unstable_heads": jnp.mean(~stable),
+        f"layers.{layer}.growing_heads": jnp.mean(grown),
+        f"layers.{layer}.memory_norm": jnp.mean(after[0]),
+        f"layers.{layer}.momentum_norm": jnp.mean(after[1]),
+    }
+
+
+def _stable(record: Any) -> jax.Array:
+    gates = record.gates
+    values = jnp.exp(gates.log_alpha), jnp.exp(gates.log_mu), gates.beta, gates.eta
+    return is_stable(*values, erase=record.erase).all((0, 1))
