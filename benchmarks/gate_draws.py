@@ -76,6 +76,9 @@ REGIMES: dict[str, Gates] = {
     "log mu random, at least -2": partial(
         _long_memory, lambda rng, shape: np.maximum(-rng.exponential(4.0, shape), -2.0)
     ),
+    "a constant log mu a head, 0 to -1.5": partial(
+        _long_memory, lambda rng, shape: np.broadcast_to(np.linspace(0, -1.5, shape[2]), shape)
+    ),
     "beta = 0 on half of the steps": _half_beta_zero,
     "400M initialisation": partial(_at_initialisation, "400M"),
     "1.3B initialisation": partial(_at_initialisation, "1.3B"),

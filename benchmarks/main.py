@@ -5,6 +5,7 @@ import tyro
 from benchmarks.check import check
 from benchmarks.decode import decode
 from benchmarks.generation import generation
+from benchmarks.guard import guard
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.numerics import numerics
@@ -21,6 +22,7 @@ def main() -> None:
             "check": check,
             "decode": decode,
             "generation": generation,
+            "guard": guard,
             "inspect": inspect,
             "kernels": kernels,
             "numerics": numerics,

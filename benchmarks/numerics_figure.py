@@ -34,16 +34,15 @@ def draw(rows: Sequence["Errors"], path: Path) -> None:
             nats = np.concatenate([row.nats for row in chosen])
             error = np.concatenate([row.errors["o"] for row in chosen])
             lost = ~np.isfinite(error)
-            style = {"color": color, "marker": marker, "linestyle": "", "markersize": 4}
-            axes.plot(nats[~lost], error[~lost], alpha=0.45, label=label, **style)
-            if lost.any():
-                axes.plot(nats[lost], np.full(lost.sum(), 3 * top), alpha=0.45, **style)
+            error = np.where(lost, 3 * top, error)
+            points = {"marker": marker, "linestyle": "", "markersize": 4, "alpha": 0.45}
+            axes.plot(nats, error, color=color, label=label, **points)
         axes.axhline(top, color="#969696", linewidth=0.8)
         axes.text(0.015, 3 * top, "nan", transform=axes.get_yaxis_transform(), va="center")
         axes.axvline(_OVERFLOW, color="#969696", linewidth=0.8, linestyle=":")
         axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
         axes.set_yscale("log")
-        axes.set_ylim(np.nanmin(errors) / 2, 9 * top)
+        axes.set_ylim(1e-8, 9 * top)
         axes.set(
             title=f"q, k, v in {dtype}",
             xlabel="Σ (log α − log μ) over a chunk of 64 steps (nats)",
@@ -51,10 +50,9 @@ def draw(rows: Sequence["Errors"], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.tick_params(axis="x", labelsize=9)
     grid[0].set_ylabel("relative error of a head's outputs\nagainst the float64 recurrence")
-    grid[0].text(
-        _OVERFLOW * 0.93, np.nanmin(errors), "exp overflows", rotation=90, ha="right", va="bottom", color="#636363"
-    )
-    grid[0].legend(loc="lower left", framealpha=0.95)
+    style = {"rotation": 90, "ha": "right", "va": "center", "color": "#636363", "fontsize": 9}
+    grid[0].text(_OVERFLOW * 0.93, 1e-4, "exp overflows in float32", **style)
+    grid[0].legend(loc="upper left", bbox_to_anchor=(0.02, 0.86))
     temporary = path.with_suffix(".tmp")
     canvas.print_png(temporary)
     temporary.replace(path)

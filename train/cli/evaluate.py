@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _perplexity(config: PerplexityConfig) -> int:
     """Perplexity of a checkpoint over files."""
-    texts = _read_documents(config.files)
+    texts = read_documents(config.files)
     model, text = open_checkpoint(config)
     began = time.perf_counter()
     documents = [text.encode(document) for document in texts]
@@ -147,7 +147,12 @@ def _choices(config: ChoicesConfig) -> int:
     return 0
 
 
-def _read_documents(patterns: Sequence[str]) -> list[str]:
+def read_documents(patterns: Sequence[str]) -> list[str]:
+    """Texts of the files that paths or globs name, a document each, without the empty ones.
+
+    Raises:
+      RunError: a pattern that matches no file, or files without text.
+    """
     try:
         paths = matching_files(patterns)
     except RunError as error:
