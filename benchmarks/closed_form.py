@@ -9,7 +9,6 @@ space (MDN, arXiv 2605.05838). It divides by `a` and subtracts: docs/algorithm.m
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float

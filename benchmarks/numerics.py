@@ -15,7 +15,7 @@ from jaxtyping import Array
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from benchmarks.closed_form import chunk_rule, closed_form
+from benchmarks.closed_form import chunk_rule, closed_form, without_cancellation
 from benchmarks.gate_draws import REGIMES, Gates, published_gates
 from mdn_jax import MDNState, momentum_delta_rule
 
@@ -128,7 +128,9 @@ def _inputs(
 ) -> tuple[dict[str, Any], Array]:
     shape = (1, config.length, config.heads)
     q, k, v = rng.normal(size=(3, *shape, config.width))
-    inputs: dict[str, Any] = {n: jnp.asarray(x, dtype) for n, x in zip("qkv", (q, k, v), strict=True)}
+    inputs: dict[str, Any] = {
+        n: jnp.asarray(x, dtype) for n, x in zip("qkv", (q, k, v), strict=True)
+    }
     inputs |= {n: jnp.asarray(x, jnp.float32) for n, x in gates(rng, shape).items()}
     return inputs, jnp.asarray(rng.normal(size=v.shape), jnp.float32)
 
@@ -153,7 +155,7 @@ def _compiled(rule: Callable[..., Any]) -> Callable[[dict[str, Any], Array], dic
     return run
 
 
-def _by_head(actual: Array, expected: Array) -> NDArray[np.float64]:
+def _by_head(actual: Array, expected: Array | NDArray[Any]) -> NDArray[np.float64]:
     a, b = (np.asarray(x, np.float64)[0].reshape(x.shape[1], -1) for x in (actual, expected))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         # the largest is taken out: squares of 1e200 are finite in no dtype
@@ -168,14 +170,14 @@ def wrong_share(config: NumericsConfig, name: Literal["400M", "1.3B"]) -> dict[s
 
     In float32, over one chunk, against the recurrence of gamma in float64.
     """
-    from benchmarks.closed_form import without_cancellation
-
     gates = published_gates(name, config.draws, CHUNK, seed=config.seed)
     log_alpha, log_mu, beta = (gates[n][0].T for n in ("log_alpha", "log_mu", "beta"))
     expected = gamma_by_recurrence(log_alpha, log_mu, beta)
     out: dict[str, float] = {}
     for form, coefficients in zip(FORMS, (closed_form, without_cancellation), strict=True):
-        co = jax.jit(coefficients)(*(jnp.asarray(x, jnp.float32) for x in (log_alpha, log_mu, beta)))
+        co = jax.jit(coefficients)(
+            *(jnp.asarray(x, jnp.float32) for x in (log_alpha, log_mu, beta))
+        )
         error = _by_head(co.gamma[None], expected[None])
         out[form] = float(np.mean(~(error <= 0.1)))
         out[f"worst {form}"] = float(error.max())
@@ -185,11 +187,12 @@ def wrong_share(config: NumericsConfig, name: Literal["400M", "1.3B"]) -> dict[s
 def gamma_by_recurrence(
     log_alpha: NDArray[Any], log_mu: NDArray[Any], beta: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """gamma `[H, C, C]` of gates `[H, C]`: what step j's write has become in the memory at step t.
+    """Gamma `[H, C, C]` of gates `[H, C]`: what step j's write has become in the memory at step t.
 
     The recurrence itself with one write a column, in float64.
     """
-    alpha, mu, beta = np.exp(np.float64(log_alpha)), np.exp(np.float64(log_mu)), np.float64(beta)
+    a, m, beta = (np.asarray(x, np.float64) for x in (log_alpha, log_mu, beta))
+    alpha, mu = np.exp(a), np.exp(m)
     heads, steps = alpha.shape
     memory, momentum = np.zeros((2, heads, steps))  # a column a write
     out = np.zeros((heads, steps, steps))
@@ -218,7 +221,11 @@ def _cell(errors: NDArray[np.float64]) -> str:
 
 
 def _text(x: float) -> str:
-    return f"{x:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e") if np.isfinite(x) else "nan"
+    return (
+        f"{x:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+        if np.isfinite(x)
+        else "nan"
+    )
 
 
 def summary(errors: NDArray[np.float64]) -> tuple[float, float]:

@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from benchmarks.numerics import Errors
 
-_LOOKS = {"closed form": ("#d94801", "o", "published closed form"), "mdn_jax": ("#2171b5", "x", "mdn_jax")}
+_LOOKS = {
+    "closed form": ("#d94801", "o", "published closed form"),
+    "mdn_jax": ("#2171b5", "x", "mdn_jax"),
+}
 _OVERFLOW = 88.7  # log of the largest float32
 
 

@@ -110,7 +110,7 @@ def record_steps(
     for tokens, documents, count in _batches(rows, batch_size):
         records = _record(graph, weights, tokens, documents)
         for layer, (gates, norms) in jax.device_get(records).items():
-            own = tuple(np.float64(x[:count]) for x in (*gates, *norms))
+            own = tuple(np.asarray(x[:count], np.float64) for x in (*gates, *norms))
             parts.setdefault(layer, []).append(own)
     return {
         layer: LayerSteps(*map(np.concatenate, zip(*pieces, strict=True)))

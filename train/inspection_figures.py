@@ -40,9 +40,7 @@ def draw_eigenvalues(layers: Mapping[int, LayerSteps], path: Path) -> None:
         axes.axvline(0, color="#d9d9d9", linewidth=0.8, zorder=0)
         for head, color in enumerate(_colors(values.shape[1])):
             points = values[:, head].ravel()
-            axes.plot(
-                points.real, points.imag, ".", color=color, markersize=4, alpha=0.35, mew=0
-            )
+            axes.plot(points.real, points.imag, ".", color=color, markersize=4, alpha=0.35, mew=0)
             axes.plot([], [], "o", color=color, markersize=6, label=f"head {head}")
         reach = max(reach, np.abs(values).max())
         axes.set_title(f"layer {layer}", fontsize=11)

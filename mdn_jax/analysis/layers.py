@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.gates import Gates
-from mdn_jax.layers.momentum_deltanet import MomentumDeltaNet
+from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
 from mdn_jax.ops.state import MDNState
 
@@ -51,13 +51,11 @@ def record_layers(
     h = jnp.take(model.embeddings[...], tokens, axis=0).astype(model.dtype)
     before = cache or (None,) * len(model.layers)
     for index, (block, entering) in enumerate(zip(model.layers, before, strict=True)):
-        mixer = block.mixer
-        gates = None
-        if isinstance(mixer, MomentumDeltaNet):
-            gates = mixer.gates(block.mixer_norm(h).astype(mixer.dtype))
+        mixer, x = block.mixer, block.mixer_norm(h)
         h, after = block(h, segment_ids, entering)
         caches.append(after)
-        if gates is not None:
+        if isinstance(mixer, MomentumDeltaNet) and isinstance(after, MDNCache):
+            gates = mixer.gates(x.astype(mixer.dtype))
             alpha = jnp.exp(gates.log_alpha)
             erase = alpha if mixer.config.use_p_times_alpha else jnp.ones_like(alpha)
             records[index] = LayerRecord(gates, erase, after.state)

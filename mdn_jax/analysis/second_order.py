@@ -100,7 +100,9 @@ def spectral_radius(
     return jnp.where(quarter < 0, jnp.sqrt(alpha * mu), real)
 
 
-def complex_region(alpha: ArrayLike, mu: ArrayLike) -> tuple[Float[Array, "*g"], Float[Array, "*g"]]:
+def complex_region(
+    alpha: ArrayLike, mu: ArrayLike
+) -> tuple[Float[Array, "*g"], Float[Array, "*g"]]:
     """The ends of the open interval of `beta eta c` in which the eigenvalues are complex.
 
     `(sqrt(alpha) - sqrt(mu))^2` and `(sqrt(alpha) + sqrt(mu))^2`; at either end they are equal.

@@ -36,21 +36,15 @@ def window_products(
     length = matrices.shape[-3]
     if not 1 <= window <= length:
         raise ValueError(f"window: expected an int from 1 to T = {length}, got {window!r}")
-    product, covered = None, 0  # over `covered` steps
-    power, size = matrices, 1  # over `size` steps, a power of two
-    while True:
-        if window & size:
-            count = length - covered - size + 1
-            if product is None:
-                product = power
-            else:
-                product = _steps(power, covered, count) @ _steps(product, 0, count)
-            covered += size
-        if covered == window:
-            return product
-        count = length - 2 * size + 1
-        power = _steps(power, size, count) @ _steps(power, 0, count)
-        size *= 2
+    if window == 1:
+        return matrices
+    half = window // 2
+    products, count = window_products(matrices, half), length - 2 * half + 1
+    products = _steps(products, half, count) @ _steps(products, 0, count)
+    if window % 2:
+        count -= 1
+        products = _steps(matrices, window - 1, count) @ _steps(products, 0, count)
+    return products
 
 
 def window_growth(matrices: Float[Array, "*g T 2 2"], window: int) -> Float[Array, "*g T-window+1"]:

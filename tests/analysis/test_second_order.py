@@ -1,5 +1,7 @@
 """Each formula against numpy's eigenvalues, and against the operator itself, in float64."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,6 +84,7 @@ def test_spectral_radius(setting):
     np.testing.assert_allclose(actual[oscillating], root[oscillating], rtol=1e-15)
 
 
+@pytest.mark.slow
 def test_impulse_response_is_that_of_the_scan():
     steps, rows = 24, 10_000
     gates = [np.repeat(x[:, None], steps, axis=1) for x in random_gates(3, rows)]
@@ -90,8 +93,12 @@ def test_impulse_response_is_that_of_the_scan():
     values[:, 0] = 1.0
     memory, momentum = operator_rows(*gates, values, seed=4)
     scale = np.abs(predicted).max(axis=(1, 2), keepdims=True) + 1.0
-    np.testing.assert_allclose(memory / scale[..., 0], predicted[..., 0] / scale[..., 0], atol=1e-13)
-    np.testing.assert_allclose(momentum / scale[:, 0, 0], predicted[:, -1, 1] / scale[:, 0, 0], atol=1e-13)
+    np.testing.assert_allclose(
+        memory / scale[..., 0], predicted[..., 0] / scale[..., 0], atol=1e-13
+    )
+    np.testing.assert_allclose(
+        momentum / scale[:, 0, 0], predicted[:, -1, 1] / scale[:, 0, 0], atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("erase", [None, 1.0, 0.3])
@@ -117,7 +124,7 @@ def test_an_oscillation_has_the_predicted_period_and_decay():
     crossings = t + memory[t] / (memory[t] - memory[t + 1])
     period = float(analysis.period(alpha, mu, beta, eta))
     np.testing.assert_allclose(np.diff(crossings), period, rtol=1e-3)
-    peaks = [memory[int(a) : int(b)].max() for a, b in zip(crossings, crossings[1:], strict=False)]
+    peaks = [memory[int(a) : int(b)].max() for a, b in itertools.pairwise(crossings)]
     halves = period / float(analysis.half_life(analysis.spectral_radius(alpha, mu, beta, eta)))
     np.testing.assert_allclose(np.diff(np.log2(peaks)), -halves, rtol=0.05)
     rate, angle = -np.log(np.sqrt(alpha * mu)), 2 * np.pi / period
@@ -189,7 +196,9 @@ def test_periods_half_lives_and_damping_at_their_ends():
     assert analysis.period(0.5, 0.25, 0.0, 1.0) == np.inf
     assert analysis.period(0.5, 0.0, 2.0, 1.5) == 2.0
     assert analysis.period(0.0, 0.0, 0.0, 0.0) == np.inf
-    np.testing.assert_array_equal(analysis.half_life([0.0, 0.5, 0.25, 1.0, 1.5]), [0, 1, 0.5, np.inf, np.inf])
+    np.testing.assert_array_equal(
+        analysis.half_life([0.0, 0.5, 0.25, 1.0, 1.5]), [0, 1, 0.5, np.inf, np.inf]
+    )
     assert analysis.damping_ratio(0.5, 0.25, 0.0, 1.0) == 1.0
     assert analysis.damping_ratio(0.0, 0.0, 0.0, 0.0) == 1.0
     assert analysis.damping_ratio(1.0, 0.0, 0.0, 0.0) == 1.0

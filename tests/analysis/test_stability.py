@@ -45,7 +45,10 @@ def test_outside_of_the_region_the_operator_grows(x64):
 @pytest.mark.parametrize(
     ("gates", "stable"),
     [
-        ((0.25, 0.25, 2.0, 3.125), False),  # alpha beta eta = (1 + alpha) (1 + mu): an eigenvalue -1
+        (
+            (0.25, 0.25, 2.0, 3.125),
+            False,
+        ),  # alpha beta eta = (1 + alpha) (1 + mu): an eigenvalue -1
         ((0.25, 0.25, 2.0, 3.1249999), True),
         ((1.0, 0.5, 0.0, 1.0), False),  # nothing forgets
         ((1.0, 0.5, 1e-9, 1.0), True),

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,5 +106,3 @@ def test_a_run_logs_it_and_is_otherwise_the_same(corpus, tmp_path):
         assert line["layers.0.memory_norm"] > 0
     with pytest.raises(ValueError, match="stability_every: expected an int >= 0, got -1"):
         dataclasses.replace(config, stability_every=-1)
-
-

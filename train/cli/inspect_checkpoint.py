@@ -154,7 +154,13 @@ def table(reports: Sequence[HeadReport], window: int) -> str:
         for report in reports
     ]
     headers = ["layer", "head", "decay α", "momentum μ", "step β", "write η", "complex\nsteps"]
-    headers += ["period\nsteps", "radius\nmedian", "radius\n95 %", "load\nmax", f"growth\nin {window}"]
+    headers += [
+        "period\nsteps",
+        "radius\nmedian",
+        "radius\n95 %",
+        "load\nmax",
+        f"growth\nin {window}",
+    ]
     headers += ["memory\nhalf-life", "momentum\nhalf-life", "key\nhalf-life"]
     right = ["right"] * len(headers)
     return tabulate(lines, headers=headers, colalign=right, disable_numparse=True)
