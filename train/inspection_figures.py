@@ -23,9 +23,12 @@ _LONGEST = 1e5  # tokens; a longer half-life has the colour of this one
 
 def draw_eigenvalues(layers: Mapping[int, LayerSteps], path: Path) -> None:
     """Both eigenvalues of the steps along the key in the complex plane, a panel a layer."""
-    columns = min(4, len(layers))
+    columns = min(4 if len(layers) <= 8 else 6, len(layers))
     lines = math.ceil(len(layers) / columns)
-    figure = Figure(figsize=(4.2 * columns + 0.4, 4.0 * lines + 0.8), layout="constrained")
+    size = 4.0 if len(layers) <= 8 else 2.8
+    figure = Figure(
+        figsize=((size + 0.2) * columns + 0.4, size * lines + 0.8), layout="constrained"
+    )
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 400))
     reach = 1.0
@@ -45,8 +48,9 @@ def draw_eigenvalues(layers: Mapping[int, LayerSteps], path: Path) -> None:
         reach = max(reach, np.abs(values).max())
         axes.set_title(f"layer {layer}", fontsize=11)
         axes.set_aspect("equal")
-    for axes in list(grid.flat)[len(layers) :]:
-        axes.set_visible(False)
+    for panel, axes in enumerate(grid.flat):
+        axes.set_visible(panel < len(layers))
+        axes.tick_params(labelbottom=panel + columns >= len(layers))  # nothing is shown below
     grid[0, 0].set(xlim=(-1.05 * reach, 1.05 * reach), ylim=(-1.05 * reach, 1.05 * reach))
     figure.supxlabel("Re λ (factor per step)")
     figure.supylabel("Im λ (factor per step)")
@@ -89,7 +93,8 @@ def draw_half_lives(reports: Sequence[HeadReport], path: Path) -> None:
 
 def draw_gates(layers: Mapping[int, LayerSteps], path: Path) -> None:
     """Histograms of the four gates, a line a layer, a colour a head."""
-    figure = Figure(figsize=(14, 1.9 * len(layers) + 1.3), layout="constrained")
+    height = 1.9 if len(layers) <= 8 else 1.3
+    figure = Figure(figsize=(14, height * len(layers) + 1.3), layout="constrained")
     grid = figure.subplots(len(layers), len(GATES), sharex="col", squeeze=False)
     for column, name in enumerate(GATES):
         everything = [steps.gates[column] for steps in layers.values()]
