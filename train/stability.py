@@ -12,9 +12,11 @@ from mdn_jax.analysis import is_stable, record_layers, state_norms
 from train.data import Batch
 from train.optimizer import Params
 
-GROWTH = 2.0
-"""A state grows if its norm is more than this many times that of half a row before. From zero, a
-state that forgets nothing and is written alike at every step doubles; only instability does more.
+GROWTH = 4.0
+"""A state grows if its norm is more than this many times that of half a row before.
+
+From zero, and written alike at every step, a momentum that forgets nothing grows linearly and a
+memory that it feeds quadratically, four times from half of a row to its end; more is exponential.
 """
 
 
@@ -33,7 +35,7 @@ def make_stability(model: MDNForCausalLM) -> Callable[[Params, Batch], dict[str,
         layers.i.unstable_heads  share of heads with a step outside the region in which constant
                                  gates are stable along the key (`mdn_jax.analysis.is_stable`)
         layers.i.growing_heads   share of heads whose memory or momentum ends the row with more
-                                 than twice the norm of half way, or with nan
+                                 than four times the norm of half way, or with nan
         layers.i.memory_norm     Frobenius norm of the memory at the row's end, mean over heads
         layers.i.momentum_norm   the same of the momentum
     """
