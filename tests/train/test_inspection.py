@@ -29,6 +29,7 @@ def random_rows(count, width, documents=True):
     return [Row(t, t, i if documents else None) for t, i in zip(tokens, ids, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_model_whatever_the_batch():
     model, rows = build(attn=AttentionConfig(layers=(0,), num_heads=2)), random_rows(3, 9)
     layers = record_steps(model, rows, batch_size=2)

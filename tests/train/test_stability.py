@@ -92,6 +92,7 @@ def test_layers_of_softmax_attention_have_no_gates():
     assert metrics.keys() == {f"layers.1.{name}" for name in NAMES}
 
 
+@pytest.mark.slow
 def test_a_run_logs_it_and_is_otherwise_the_same(corpus, tmp_path):
     plain = train(tiny_config(corpus, tmp_path / "plain"))
     config = tiny_config(corpus, tmp_path / "guarded", stability_every=2)

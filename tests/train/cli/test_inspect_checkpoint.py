@@ -23,6 +23,7 @@ def text(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_table_json_and_figures(checkpoint, tmp_path, text, capsys):
     directory = tmp_path / "model"
     shutil.copytree(checkpoint, directory)
