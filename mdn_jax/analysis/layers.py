@@ -47,6 +47,10 @@ def record_layers(
       TypeError: a dtype or type that does not fit.
       ValueError: a shape, or a number of cache entries, that does not fit.
     """
+    if cache is not None and len(cache) != len(model.layers):
+        raise ValueError(
+            f"cache: expected {len(model.layers)} entries (the layers), got {len(cache)}"
+        )
     records, caches = {}, []
     h = jnp.take(model.embeddings[...], tokens, axis=0).astype(model.dtype)
     before = cache or (None,) * len(model.layers)
