@@ -37,8 +37,8 @@ def assert_close(actual, expected):
 
 def test_the_states_are_those_of_the_model(model, tokens):
     ids = jnp.asarray([[0] * 5 + [1] * 7, [0] * 12])
-    records, cache = record_layers(model, tokens, ids)
-    _, expected = model(tokens, segment_ids=ids)
+    records, cache = nnx.jit(record_layers)(model, tokens, ids)
+    _, expected = nnx.jit(lambda model, *x: model(*x))(model, tokens, ids)
     assert_close(cache, expected)
     assert list(records) == [0, 2]
     for layer, record in records.items():
@@ -50,9 +50,10 @@ def test_the_states_are_those_of_the_model(model, tokens):
 
 
 def test_pieces_are_the_whole(model, tokens):
-    whole, _ = record_layers(model, tokens)
-    first, cache = record_layers(model, tokens[:, :5])
-    rest, _ = record_layers(model, tokens[:, 5:], cache=cache)
+    record = nnx.jit(record_layers)
+    whole, _ = record(model, tokens)
+    first, cache = record(model, tokens[:, :5])
+    rest, _ = record(model, tokens[:, 5:], cache=cache)
     for layer in whole:
         pieces = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b], axis=1), first[layer].gates, rest[layer].gates

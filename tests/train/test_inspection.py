@@ -37,13 +37,18 @@ def test_the_steps_are_those_of_the_model_whatever_the_batch():
     steps = layers[1]
     assert steps.beta.shape == (3, 9, 2)
     assert steps.memory_norm.shape == (3, 2)
+
+    @nnx.jit
+    def reference(model, tokens, ids):
+        h, _ = model.layers[0](jnp.take(model.embeddings[...], tokens, axis=0), ids)
+        mixer = model.layers[1].mixer
+        return mixer.gates(model.layers[1].mixer_norm(h)), model(tokens, ids)[1]
+
     for i, row in [(0, rows[0]), (2, rows[2])]:
         tokens, ids = jnp.asarray(row.tokens)[None], jnp.asarray(row.documents)[None]
-        h, _ = model.layers[0](jnp.take(model.embeddings[...], tokens, axis=0), ids)
-        gates = model.layers[1].mixer.gates(model.layers[1].mixer_norm(h))
+        gates, cache = reference(model, tokens, ids)
         for name, expected in gates._asdict().items():
             np.testing.assert_allclose(getattr(steps, name)[i], expected[0], rtol=1e-4, atol=1e-6)
-        _, cache = model(tokens, ids)
         for name, state in zip(("memory", "momentum"), cache[1].state, strict=True):
             norm = np.linalg.norm(np.asarray(state[0]).reshape(2, -1), axis=1)
             np.testing.assert_allclose(getattr(steps, f"{name}_norm")[i], norm, rtol=1e-4)
