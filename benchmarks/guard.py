@@ -34,15 +34,16 @@ def guard(config: Annotated[GuardConfig, tyro.conf.arg(name="")]) -> None:
     trainer = Trainer(CONFIGS[config.name]().resolved())
     state = trainer.initial_state()
     steps, guards = [], []
-    for number in range(config.runs + 1):
-        batch = trainer.batch(number)
-        began = time.perf_counter()
-        state, metrics = trainer.train_step(state, batch)
-        jax.block_until_ready(metrics)
-        between = time.perf_counter()
-        jax.device_get(trainer.stability(state.params, batch))
-        steps.append(between - began)
-        guards.append(time.perf_counter() - between)
+    with trainer.data.batches(trainer.share) as batches:
+        for _ in range(config.runs + 1):
+            batch = trainer.place(next(batches))
+            began = time.perf_counter()
+            state, metrics = trainer.train_step(state, batch)
+            jax.block_until_ready(metrics)
+            between = time.perf_counter()
+            jax.device_get(trainer.stability(state.params, batch))
+            steps.append(between - began)
+            guards.append(time.perf_counter() - between)
     step, measured = (statistics.median(x[1:]) for x in (steps, guards))  # without compiling
     share = measured / config.every / step
     print(
