@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from mdn_jax.ops.api import check_segment_ids
+from mdn_jax.ops.arguments import check_segment_ids
 
 
 def check_activations(

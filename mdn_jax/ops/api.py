@@ -1,15 +1,20 @@
 """`momentum_delta_rule`: checks its arguments and picks the implementation."""
 
 import importlib.util
-import math
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mdn_jax.ops.arguments import (
+    check_array,
+    check_dtype,
+    check_options,
+    check_segment_ids,
+    check_values,
+)
 from mdn_jax.ops.chunkwise import chunkwise_rule
 from mdn_jax.ops.inputs import RuleInputs, document_starts, l2_normalize
 from mdn_jax.ops.scan import scan_rule
@@ -18,8 +23,6 @@ from mdn_jax.ops.state import MDNState
 Implementation = Literal["scan", "xla", "pallas_triton", "triton"]
 
 _KERNELS: tuple[Implementation, ...] = ("pallas_triton", "triton")
-
-_VALUE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def momentum_delta_rule(
@@ -87,7 +90,7 @@ def momentum_delta_rule(
         what came.
     """
     _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
-    _check_options(scale, chunk_size, implementation)
+    check_options(scale, chunk_size, implementation, get_args(Implementation))
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -97,10 +100,10 @@ def momentum_delta_rule(
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
     scale = key_dim**-0.5 if scale is None else scale
     if implementation is None:
-        lacking = _lacking("pallas_triton", q, v, p, scale, chunk_size)
+        lacking = kernels_lack("pallas_triton", q, v, p, scale, chunk_size)
         implementation = "xla" if lacking else "pallas_triton"
     elif implementation in _KERNELS:
-        lacking = _lacking(implementation, q, v, p, scale, chunk_size)
+        lacking = kernels_lack(implementation, q, v, p, scale, chunk_size)
         if lacking:
             raise ValueError(
                 f'implementation: "{implementation}" expects {lacking}; '
@@ -159,7 +162,7 @@ def _capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
-def _lacking(
+def kernels_lack(
     implementation: Implementation,
     q: Array,
     v: Array,
@@ -221,24 +224,6 @@ def _on_kernels(
     return o, MDNState(*memory)
 
 
-def _describe(x: object) -> str:
-    if isinstance(x, (jax.Array, np.ndarray)):
-        return f"{x.dtype.name}{list(x.shape)}"
-    return f"{type(x).__name__} {x!r}"
-
-
-def _check_array(name: str, x: object, shape: tuple[int, ...], letters: str) -> None:
-    if not isinstance(x, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name}: expected an array {letters}, got {_describe(x)}")
-    if x.shape != shape:
-        raise ValueError(f"{name}: expected shape {letters} = {list(shape)}, got {_describe(x)}")
-
-
-def _check_dtype(name: str, x: Array, allowed: tuple[str, ...], why: str) -> None:
-    if x.dtype.name not in allowed:
-        raise TypeError(f"{name}: expected {' or '.join(allowed)} {why}, got {x.dtype.name}")
-
-
 def _check(
     q: Array,
     k: Array,
@@ -252,41 +237,23 @@ def _check(
     segment_ids: Array | None,
 ) -> None:
     """Raises ValueError or TypeError for the first array that does not fit."""
-    for name, x, letters in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, HV, V]")):
-        if not isinstance(x, (jax.Array, np.ndarray)):
-            raise TypeError(f"{name}: expected an array {letters}, got {_describe(x)}")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: expected rank 4, {letters}, got {_describe(x)}")
-        if 0 in x.shape:
-            raise ValueError(f"{name}: expected every dimension >= 1, got {_describe(x)}")
+    check_values(q, k, v)
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
-    _check_array("k", k, q.shape, "[B, T, H, K] (as q)")
-    if v.shape[:2] != (batch, length):
-        raise ValueError(
-            f"v: expected [B, T, HV, V] with B, T = {batch}, {length} (as q), got {_describe(v)}"
-        )
-    if value_heads % heads:
-        raise ValueError(
-            f"v: expected HV a multiple of H = {heads} (q's heads), got HV = {value_heads}"
-        )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_dtype(name, x, _VALUE_DTYPES, "")
-        _check_dtype(name, x, (q.dtype.name,), "(as q)")
     double = q.dtype == jnp.float64
     wide = ("float32", "float64") if double else ("float32",)
     per_head = (batch, length, value_heads)
     for name, x in (("log_alpha", log_alpha), ("log_mu", log_mu)):
-        _check_array(name, x, per_head, "[B, T, HV]")
-        _check_dtype(name, x, wide, f"(with {q.dtype.name} q)")
+        check_array(name, x, per_head, "[B, T, HV]")
+        check_dtype(name, x, wide, f"(with {q.dtype.name} q)")
     for name, x in (("beta", beta), ("eta", eta)):
-        _check_array(name, x, per_head, "[B, T, HV]")
-        _check_dtype(name, x, ("bfloat16", "float16", *wide), f"(with {q.dtype.name} q)")
+        check_array(name, x, per_head, "[B, T, HV]")
+        check_dtype(name, x, ("bfloat16", "float16", *wide), f"(with {q.dtype.name} q)")
     if p is not None:
         p_heads = p.shape[2] if getattr(p, "ndim", 0) == 4 else value_heads
         allowed = p_heads if p_heads in (heads, value_heads) else value_heads
-        _check_array("p", p, (batch, length, allowed, key_dim), "[B, T, H or HV, K]")
-        _check_dtype("p", p, (q.dtype.name,), "(as q)")
+        check_array("p", p, (batch, length, allowed, key_dim), "[B, T, H or HV, K]")
+        check_dtype("p", p, (q.dtype.name,), "(as q)")
     if initial_state is not None:
         if not isinstance(initial_state, tuple) or len(initial_state) != 2:
             raise TypeError(
@@ -294,37 +261,7 @@ def _check(
             )
         for name, x in zip(("s", "m"), initial_state, strict=True):
             shape = (batch, value_heads, key_dim, value_dim)
-            _check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
-            _check_dtype(f"initial_state.{name}", x, wide, f"(with {q.dtype.name} q)")
+            check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
+            check_dtype(f"initial_state.{name}", x, wide, f"(with {q.dtype.name} q)")
     if segment_ids is not None:
         check_segment_ids(segment_ids, (batch, length))
-
-
-def check_segment_ids(segment_ids: Int[Array, "B T"], shape: tuple[int, int]) -> None:
-    """Raises unless `segment_ids` is `[B, T]`, integer, and (where known) non-decreasing."""
-    _check_array("segment_ids", segment_ids, shape, "[B, T]")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype.name}")
-    if not isinstance(segment_ids, jax.core.Tracer):
-        decreasing = np.argwhere(np.diff(np.asarray(segment_ids), axis=1) < 0)
-        if decreasing.size:
-            row, step = decreasing[0]
-            raise ValueError(
-                "segment_ids: expected values that never decrease along T, got "
-                f"{segment_ids[row, step]} then {segment_ids[row, step + 1]} "
-                f"in row {row} at step {step + 1}"
-            )
-
-
-def _check_options(scale: float | None, chunk_size: int | None, implementation: str | None) -> None:
-    if chunk_size is not None and (
-        not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1
-    ):
-        raise ValueError(f"chunk_size: expected an int >= 1 or None, got {chunk_size!r}")
-    if isinstance(scale, (int, float)) and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation: expected one of {', '.join(get_args(Implementation))} or None, "
-            f"got {implementation!r}"
-        )

@@ -34,7 +34,7 @@ def default_chunk_size() -> int:
     return 32 if jax.default_backend() == "cpu" else 64
 
 
-def _largest_block() -> int:
+def largest_block() -> int:
     """Steps: on a CPU a block should stay in the cache; elsewhere it should fill the device."""
     return 128 if jax.default_backend() == "cpu" else 512
 
@@ -65,7 +65,7 @@ def chunkwise_rule(
     batch, length, heads, groups, value_dim = inputs.v.shape
     chunk = min(chunk_size or default_chunk_size(), length)
     chunks = -(-length // chunk)
-    blocks = -(-chunks // max(1, _largest_block() // chunk))
+    blocks = -(-chunks // max(1, largest_block() // chunk))
     block = -(-chunks // blocks) * chunk  # even blocks: the least padding
     inputs = pad_time(inputs._replace(q=scale * inputs.q), blocks * block - length)
 

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 # A log-gate below this is a gate of exactly zero; finite, so that -inf never meets a zero.
-_LOG_ZERO = -1e4
+LOG_ZERO = -1e4
 
 
 class ChunkCoefficients(NamedTuple):
@@ -37,7 +37,7 @@ class ChunkCoefficients(NamedTuple):
     carry_last: Float[Array, "*h C"]  # row C of carry
 
 
-def _segment_sums(steps: Float[Array, "*h C"], to: Bool[Array, "C C"]) -> Float[Array, "*h C C"]:
+def segment_sums(steps: Float[Array, "*h C"], to: Bool[Array, "C C"]) -> Float[Array, "*h C C"]:
     """`D[t, i] = sum of steps s with i < s and to[t, s]`.
 
     One product with masks: terms of one sign, never the difference of two cumulative sums.
@@ -64,8 +64,8 @@ def chunk_coefficients(
     Returns:
       The coefficients, in the dtype of the gates.
     """
-    log_alpha = jnp.maximum(log_alpha, _LOG_ZERO)
-    log_mu = jnp.maximum(log_mu, _LOG_ZERO)
+    log_alpha = jnp.maximum(log_alpha, LOG_ZERO)
+    log_mu = jnp.maximum(log_mu, LOG_ZERO)
     index = jnp.arange(log_alpha.shape[-1])
     row, column = index[:, None], index[None, :]
     document = jnp.cumsum(starts, axis=-1)
@@ -73,8 +73,8 @@ def chunk_coefficients(
     first = document == 0  # the document that the entering states belong to
 
     # A_ti: decay from after step i to before step t;  W_ij: momentum from after step j to step i
-    a = jnp.exp(_segment_sums(log_alpha, column < row)) * (same & (column < row))
-    w = jnp.exp(_segment_sums(log_mu, column <= row)) * (same & (column <= row))
+    a = jnp.exp(segment_sums(log_alpha, column < row)) * (same & (column < row))
+    w = jnp.exp(segment_sums(log_mu, column <= row)) * (same & (column <= row))
     a_beta = a * beta[..., None, :]
     alpha = jnp.exp(log_alpha)
 

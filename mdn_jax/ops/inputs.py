@@ -39,8 +39,8 @@ def document_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int
     return jnp.pad(changes, ((0, 0), (1, 0)))
 
 
-def pad_time(inputs: RuleInputs, count: int) -> RuleInputs:
-    """Appends `count` steps that leave both states as they are (alpha = mu = 1, beta = eta = 0)."""
+def pad_time[Inputs](inputs: Inputs, count: int) -> Inputs:
+    """Appends `count` steps of zeros: they leave the states as they are (decays 1, writes 0)."""
     if count == 0:
         return inputs
 
@@ -50,7 +50,7 @@ def pad_time(inputs: RuleInputs, count: int) -> RuleInputs:
     return jax.tree.map(pad, inputs)
 
 
-def split_time(inputs: RuleInputs, chunk: int) -> RuleInputs:
+def split_time[Inputs](inputs: Inputs, chunk: int) -> Inputs:
     """`[B, NT * C, ...] -> [NT, B, C, ...]` for every array."""
 
     def split(x: Array) -> Array:

@@ -1,0 +1,33 @@
+"""The recurrences of the papers over numpy arrays, one head and step at a time."""
+
+import numpy as np
+
+
+def loops(rule, *, q, k, v, log_alpha, beta, initial_state, p=None, segment_ids=None):
+    """Outputs and final state of a rule (q and k are normalised here)."""
+    q, k, v, log_alpha, beta = (np.asarray(x) for x in (q, k, v, log_alpha, beta))
+    if rule != "mamba2":
+        q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+    states, o = np.array(initial_state), np.zeros(v.shape)
+    batch, length, heads = v.shape[:3]
+    per_key = heads // q.shape[2]
+    identity = np.eye(q.shape[-1])
+    for b, h in np.ndindex(batch, heads):
+        s = states[b, h]
+        for t in range(length):
+            if segment_ids is not None and t and segment_ids[b, t] != segment_ids[b, t - 1]:
+                s = np.zeros_like(s)
+            key, write = k[b, t, h // per_key], np.outer(k[b, t, h // per_key], v[b, t, h])
+            alpha, step = np.exp(log_alpha[b, t, h]), beta[b, t, h]
+            if rule == "mamba2":
+                s = alpha * s + step * write
+            elif rule == "comba":
+                erase = np.asarray(p)[b, t, h // per_key]
+                s = alpha * s - step * np.outer(key, erase @ s) + step * write
+            elif rule == "gdn":
+                s = alpha * (identity - step * np.outer(key, key)) @ s + step * write
+            else:
+                s = (identity - step * np.outer(key, key)) @ (alpha[:, None] * s) + step * write
+            o[b, t, h] = s.T @ q[b, t, h // per_key] / np.sqrt(q.shape[-1])
+        states[b, h] = s
+    return o, states
