@@ -1,9 +1,9 @@
-"""Named configurations of `mdn-train`: one small file each, with a function `config`."""
+"""Named configurations of `mdn-train`: files with a function `config`, and `baselines`."""
 
 import inspect
 from collections.abc import Callable
 
-from configs import hybrid_400m_3to1, hybrid_400m_7to1, mdn_1_3b, mdn_400m, smoke
+from configs import baselines, hybrid_400m_3to1, hybrid_400m_7to1, mdn_1_3b, mdn_400m, smoke
 from train.config import TrainConfig
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {
@@ -12,6 +12,7 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "mdn_1_3b": mdn_1_3b.config,
     "hybrid_400m_3to1": hybrid_400m_3to1.config,
     "hybrid_400m_7to1": hybrid_400m_7to1.config,
+    **baselines.BASELINES,
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from mdn_jax import MDNConfig
+from mdn_jax.models import Mixer
 
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -14,6 +15,17 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989.4e12,
 }
 """Operations a second of dense bfloat16 products by device kind, from NVIDIA's data sheets."""
+
+
+# an entry of one state and token, of the recurrence
+_STATE_FLOPS: dict[Mixer, int] = {
+    "mdn": 12,
+    "gdn": 6,
+    "kda": 6,
+    "comba": 6,
+    "mamba2": 4,
+    "attention": 0,
+}
 
 
 def projection_sizes(params: Any) -> int:
@@ -34,8 +46,9 @@ def flops_per_token(config: MDNConfig, params: Any, sequence_length: int) -> flo
     """Operations of a training step for each token, the forward pass and twice that for the other.
 
     Products with weights, two operations an entry; with the states of MDN layers, twelve an entry
-    of one state (six products: read, write, decay and output in the recurrence); of softmax
-    attention with the tokens that one sees on average. What rematerialisation repeats and what an
+    of one state (six products: read, write, decay and output in the recurrence), of delta rules
+    without momentum six, of Mamba-2 four; of softmax attention with the tokens that one sees on
+    average. What rematerialisation repeats and what an
     algorithm in chunks adds is not asked for by the model and not counted.
 
     Args:
@@ -46,10 +59,10 @@ def flops_per_token(config: MDNConfig, params: Any, sequence_length: int) -> flo
     attention = sum(config.is_attention(i) for i in range(config.num_hidden_layers))
     weights = 2 * (projection_sizes(params) + config.hidden_size * config.vocab_size)
     state = config.value_heads * config.head_dim * config.head_v_dim
-    states = 12 * state * (config.num_hidden_layers - attention)
+    states = state * sum(_STATE_FLOPS[mixer] for mixer in config.mixers)
     seen = 0.0
-    if config.attn is not None:
-        window = min(config.attn.window_size or sequence_length, sequence_length)
+    if attention:
+        window = min(config.attention.window_size or sequence_length, sequence_length)
         seen = window - window * (window - 1) / (2 * sequence_length)
     return 3 * (weights + states + attention * 4 * seen * config.hidden_size)
 

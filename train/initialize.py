@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.models import Mixer
 from mdn_jax.models.causal_lm import Block
 from train.optimizer import Params
 from train.sharding import with_shardings
@@ -50,12 +51,12 @@ def initial_params(config: MDNConfig, *, seed: int, like: Params) -> Params:
 
     places = {name: x for name, x in shardings.items() if name != "layers"}
     params: Params = jax.jit(outside, out_shardings=places)()
-    first: dict[bool, Any] = {}  # a function for each kind of block
+    first: dict[Mixer, Any] = {}  # a function for each kind of block
     draws = 1  # the embedding's is the first
     params["layers"] = {}
     for layer in range(config.num_hidden_layers):
         make = first.setdefault(
-            config.is_attention(layer),
+            config.mixer_of(layer),
             jax.jit(partial(block, layer), out_shardings=(shardings["layers"][layer], None)),
         )
         params["layers"][layer], after = make(np.uint32(draws))

@@ -13,7 +13,7 @@ Params = Any  # nested dictionaries of arrays, by the names of the model's param
 # Every parameter's own name is in one of the two sets, so that a new one needs a decision.
 DECAYED = frozenset({"kernel", "embeddings", "lm_head", "a_proj", "b_proj", "m_proj", "e_proj"})
 NOT_DECAYED = frozenset(
-    {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log", "bias", "scale"}
+    {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log", "decay", "d", "bias", "scale"}
 )
 
 
@@ -65,6 +65,7 @@ _GROUPS = {
     "lm_head": "head",
     "gates": "gates",
     "d_log": "gates",
+    **dict.fromkeys(("a_proj", "b_proj", "f_proj", "a_log", "dt_bias", "decay", "d"), "gates"),
     "q_conv1d": "convolutions",
     "k_conv1d": "convolutions",
     "v_conv1d": "convolutions",

@@ -25,12 +25,13 @@ PARTITION = {
     "scale": _REPLICATED,
     **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj"), _TO_HEADS),
     **dict.fromkeys(("a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log"), _PER_HEAD),
+    **dict.fromkeys(("decay", "d"), _PER_HEAD),
     **dict.fromkeys((f"{name}_proj.kernel" for name in ("q", "k", "v", "g")), _TO_HEADS),
     **dict.fromkeys((f"{name}_proj.bias" for name in ("q", "k", "v")), _PER_HEAD),
     **dict.fromkeys((f"{x}_conv1d.kernel" for x in "qkv"), PartitionSpec(None, TENSOR)),
     **dict.fromkeys((f"{x}_conv1d.bias" for x in "qkv"), _PER_HEAD),
-    "g_proj.0.kernel": PartitionSpec(FSDP, None),
-    "g_proj.1.kernel": PartitionSpec(None, TENSOR),
+    **dict.fromkeys(("g_proj.0.kernel", "f_proj.0.kernel"), PartitionSpec(FSDP, None)),
+    **dict.fromkeys(("g_proj.1.kernel", "f_proj.1.kernel"), PartitionSpec(None, TENSOR)),
     "g_proj.1.bias": _PER_HEAD,
     "o_proj.kernel": _FROM_HEADS,
     **dict.fromkeys(("gate_proj.kernel", "up_proj.kernel"), _TO_HEADS),
@@ -100,9 +101,13 @@ def check_divisible(config: TrainConfig, mesh: Mesh, params: Any) -> None:
     rows = config.batch_size // config.accumulation
     _check_divisor(mesh, ROWS, f"batch_size / accumulation = {rows}", rows)
     model = config.model
-    tensor = {"num_heads": model.num_heads, "mlp_width": model.mlp_width}
-    if model.attn is not None:
-        kv_heads = model.attn.num_kv_heads or model.attn.num_heads
+    tensor = {"mlp_width": model.mlp_width}
+    if set(model.mixers) != {"attention"}:
+        # groups of one are shared by all heads
+        many = model.num_heads > 1 or model.value_heads == 1
+        tensor |= {"num_heads": model.num_heads} if many else {"num_v_heads": model.value_heads}
+    if "attention" in model.mixers:
+        kv_heads = model.attention.num_kv_heads or model.attention.num_heads
         tensor |= {"attn.num_kv_heads": kv_heads}  # the query heads are a multiple
     for name, size in tensor.items():
         _check_divisor(mesh, (TENSOR,), f"model.{name} = {size}", size)

@@ -194,6 +194,7 @@ def official_state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
 
     Raises:
       TypeError: another kind of module.
+      ValueError: a model with mixers that the published implementation does not have.
     """
     table = _table(module)
     tensors = {}
@@ -251,6 +252,7 @@ def _table(module: nnx.Module) -> dict[str, _Published]:
     if isinstance(module, MomentumDeltaNet | SoftmaxAttention):
         return _MIXER
     if isinstance(module, MDNForCausalLM):
+        check_published(module.config)
         layers = {
             f"layers.{i}.{ours}": _Published(f"model.layers.{i}.{p.name}", p.layout)
             for i in range(module.config.num_hidden_layers)
@@ -261,6 +263,18 @@ def _table(module: nnx.Module) -> dict[str, _Published]:
         "module: expected MDNForCausalLM, MomentumDeltaNet or SoftmaxAttention, got "
         f"{type(module).__name__}"
     )
+
+
+def check_published(config: MDNConfig) -> None:
+    """Raises ValueError unless the published implementation has this model."""
+    for name, expected in (("mixer", "mdn"), ("other_mixer", None)):
+        if (got := getattr(config, name)) != expected:
+            raise ValueError(
+                f"{name}: expected {expected!r} in a published model, whose layers are MDN and, at "
+                f"attn.layers, softmax attention; got {got!r}"
+            )
+    if config.mlp_width == 0:
+        raise ValueError("intermediate_size: expected an MLP in a published model, got 0")
 
 
 def _join(path: tuple[Any, ...]) -> str:

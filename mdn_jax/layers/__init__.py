@@ -1,6 +1,18 @@
 """Flax NNX layers."""
 
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
+from mdn_jax.layers.gated import Comba, GatedDeltaNet, KimiDeltaAttention, Mamba2
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
+from mdn_jax.layers.state_mixer import StateCache
 
-__all__ = ["AttentionCache", "MDNCache", "MomentumDeltaNet", "SoftmaxAttention"]
+__all__ = [
+    "AttentionCache",
+    "Comba",
+    "GatedDeltaNet",
+    "KimiDeltaAttention",
+    "MDNCache",
+    "Mamba2",
+    "MomentumDeltaNet",
+    "SoftmaxAttention",
+    "StateCache",
+]

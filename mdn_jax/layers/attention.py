@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.arguments import check_activations, check_cache, counted
+from mdn_jax.layers.attend import Tokens, attend
 from mdn_jax.layers.rotary import rotate
 from mdn_jax.ops.inputs import document_starts
 
@@ -185,9 +185,13 @@ class SoftmaxAttention(nnx.Module):
 
         k = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)  # [B, L + T, KVH, D]
         v = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)
-        before = _Tokens(positions=cache.positions, documents=jnp.zeros_like(cache.positions))
-        keys = _Tokens(*(jnp.concatenate(x, axis=1) for x in zip(before, queries, strict=True)))
-        y = self.o_proj(_attend(q, k, v, queries, keys, self.window_size).reshape(x.shape))
+        before = Tokens(positions=cache.positions, documents=jnp.zeros_like(cache.positions))
+        keys = Tokens(*(jnp.concatenate(x, axis=1) for x in zip(before, queries, strict=True)))
+        y = self.o_proj(
+            attend(
+                q, k, v, queries, keys, self.window_size, packed=segment_ids is not None
+            ).reshape(x.shape)
+        )
 
         kept = keys.documents == queries.documents[:, -1:]
         next_position = queries.positions[:, -1] + 1
@@ -219,61 +223,13 @@ def _padding_first(x: Array, shift: Int[Array, " B"]) -> Array:
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-class _Tokens(NamedTuple):
-    """Where tokens are: in which document of the row, and at which position of it (-1: nowhere)."""
-
-    positions: Int[Array, "B N"]
-    documents: Int[Array, "B N"]
-
-
 def _tokens(
     segment_ids: Int[Array, "B T"] | None, first: Int[Array, " B"], shape: tuple[int, int]
-) -> _Tokens:
+) -> Tokens:
     """Counts documents from 0, and positions from 0 in each; from `first` in document 0."""
     starts = document_starts(segment_ids, shape)
     documents = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
     steps = jnp.arange(shape[1], dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(starts, steps, 0), axis=1)
     positions = steps - start + jnp.where(documents == 0, first[:, None], 0)
-    return _Tokens(positions=positions, documents=documents)
-
-
-def _attend(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S KVH D"],
-    v: Float[Array, "B S KVH D"],
-    queries: _Tokens,
-    keys: _Tokens,
-    window: int | None,
-    *,
-    block: int = 512,
-) -> Float[Array, "B T H D"]:
-    """Softmax attention of each query to itself and to the keys before it that it may see.
-
-    The last `T` keys are those of the queries. The queries go in blocks, each with the keys within
-    its reach and recomputed in the backward pass, so that memory is linear in `S`, not in `T S`.
-    """
-    offset = k.shape[1] - q.shape[1]
-
-    @jax.checkpoint
-    def attend_block(q: Array, k: Array, v: Array, queries: _Tokens, keys: _Tokens) -> Array:
-        distance = queries.positions[:, :, None] - keys.positions[:, None, :]  # [B, T, S]
-        visible = (distance >= 0) & (keys.positions >= 0)[:, None, :]
-        visible &= queries.documents[:, :, None] == keys.documents[:, None, :]
-        if window is not None:
-            visible &= distance < window
-        wide = jnp.promote_types(q.dtype, jnp.float32)
-        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=wide)
-        logits = jnp.where(visible[:, None, None], logits * q.shape[3] ** -0.5, -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
-
-    outputs = []
-    for start in range(0, q.shape[1], block):
-        stop = min(start + block, q.shape[1])
-        first = 0 if window is None else max(0, offset + start + 1 - window)
-        ours, theirs = slice(start, stop), slice(first, offset + stop)
-        tokens = (_Tokens(*(x[:, ours] for x in queries)), _Tokens(*(x[:, theirs] for x in keys)))
-        outputs.append(attend_block(q[:, ours], k[:, theirs], v[:, theirs], *tokens))
-    return jnp.concatenate(outputs, axis=1)
+    return Tokens(positions=positions, documents=documents)

@@ -10,10 +10,16 @@ _RATE_MIN, _RATE_MAX, _RATE_FLOOR = 1e-3, 1e-1, 1e-4
 
 
 def log_uniform(
-    key: PRNGKeyArray, heads: int, upper: float, dtype: jax.typing.DTypeLike
+    key: PRNGKeyArray,
+    heads: int,
+    upper: float,
+    dtype: jax.typing.DTypeLike,
+    *,
+    lower: float = 0.0,
 ) -> Float[Array, " HV"]:
-    """`log U(0, upper)`; the uniform excludes 0, so that the result is finite."""
-    return jnp.log(upper * (1.0 - jax.random.uniform(key, (heads,)))).astype(dtype)
+    """`log U(lower, upper)`; the uniform excludes `lower`, so that the result is finite."""
+    uniform = 1.0 - jax.random.uniform(key, (heads,))
+    return jnp.log(lower + (upper - lower) * uniform).astype(dtype)
 
 
 def rate_bias(key: PRNGKeyArray, heads: int, dtype: jax.typing.DTypeLike) -> Float[Array, " HV"]:

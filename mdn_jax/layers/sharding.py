@@ -6,6 +6,7 @@ Without such axes nothing is said and nothing is paid.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,10 +53,7 @@ def sharded_momentum_delta_rule(
     segment_ids: Array | None = None,
     **options: Any,
 ) -> tuple[Array, MDNState]:
-    """`momentum_delta_rule` on each device's rows and heads.
-
-    The partitioner cannot look into a GPU kernel and would gather all of its operands on every
-    device; inside `jax.shard_map` each device calls it with what it holds.
+    """`momentum_delta_rule` on each device's rows and heads, see `sharded_rule`.
 
     Args:
       *arrays: `q, k, v, log_alpha, log_mu, beta, eta` of the rule.
@@ -64,26 +62,55 @@ def sharded_momentum_delta_rule(
       segment_ids: as the rule's.
       **options: its other arguments.
     """
-    rows = cut(ROWS, arrays[0].shape[0])
-    heads = [x.shape[2] for x in (*arrays, p) if x is not None]  # HV is a multiple of H
-    head_axes = cut(HEADS, math.gcd(*heads))
+    names = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta")
+    return sharded_rule(
+        momentum_delta_rule,
+        **dict(zip(names, arrays, strict=True)),
+        p=p,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        **options,
+    )
+
+
+def sharded_rule[State](
+    rule: Callable[..., tuple[Array, State]],
+    *,
+    initial_state: State,
+    segment_ids: Array | None = None,
+    **arguments: Any,
+) -> tuple[Array, State]:
+    """A rule on each device's rows and heads.
+
+    The partitioner cannot look into a GPU kernel and would gather all of its operands on every
+    device; inside `jax.shard_map` each device calls it with what it holds.
+
+    Args:
+      rule: function of arrays `[B, T, heads, ...]` by name, `initial_state` `[B, HV, ...]` and
+        `segment_ids` `[B, T]`, to an output and a state of the same axes.
+      initial_state: as the rule's.
+      segment_ids: as the rule's.
+      **arguments: its arrays and its options. A single head that others share goes to all devices.
+    """
+    arrays = {name: x for name, x in arguments.items() if getattr(x, "ndim", 0) >= 3}
+    options = {name: x for name, x in arguments.items() if name not in arrays}
+    rows = cut(ROWS, next(iter(arrays.values())).shape[0])
+    heads = [x.shape[2] for x in arrays.values() if x.shape[2] > 1]  # HV is a multiple of H
+    head_axes = cut(HEADS, math.gcd(*heads) if heads else 1)
     if rows is None and head_axes is None:
-        return momentum_delta_rule(
-            *arrays, p=p, initial_state=initial_state, segment_ids=segment_ids, **options
-        )
+        return rule(**arrays, initial_state=initial_state, segment_ids=segment_ids, **options)
     per_step, per_state = PartitionSpec(rows, None, head_axes), PartitionSpec(rows, head_axes)
+    cuts = {name: per_step if x.shape[2] > 1 else PartitionSpec(rows) for name, x in arrays.items()}
     states = jax.tree.map(lambda _: per_state, initial_state)
 
-    def rule(
-        arrays: tuple[Array, ...], p: Array | None, state: MDNState, segment_ids: Array | None
-    ) -> tuple[Array, MDNState]:
-        return momentum_delta_rule(
-            *arrays, p=p, initial_state=state, segment_ids=segment_ids, **options
-        )
+    def run(
+        arrays: dict[str, Array], state: State, segment_ids: Array | None
+    ) -> tuple[Array, State]:
+        return rule(**arrays, initial_state=state, segment_ids=segment_ids, **options)
 
     return jax.shard_map(
-        rule,
-        in_specs=(per_step, per_step, states, PartitionSpec(rows)),
+        run,
+        in_specs=(cuts, states, PartitionSpec(rows)),
         out_specs=(per_step, states),
         axis_names=frozenset(partitioned()),
-    )(arrays, p, initial_state, segment_ids)
+    )(arrays, initial_state, segment_ids)

@@ -1,7 +1,7 @@
 """Language models."""
 
 from mdn_jax.models.causal_lm import MDNForCausalLM
-from mdn_jax.models.config import AttentionConfig, MDNConfig
+from mdn_jax.models.config import AttentionConfig, MDNConfig, Mixer
 from mdn_jax.models.generate import GenerationState, generate, initial_state, prefill, stream
 from mdn_jax.models.sampling import Sampling
 from mdn_jax.models.state_file import load_state, save_state
@@ -11,6 +11,7 @@ __all__ = [
     "GenerationState",
     "MDNConfig",
     "MDNForCausalLM",
+    "Mixer",
     "Sampling",
     "generate",
     "initial_state",

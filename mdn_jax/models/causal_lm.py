@@ -10,24 +10,37 @@ from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.arguments import check_lengths
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
+from mdn_jax.layers.gated import Comba, GatedDeltaNet, KimiDeltaAttention, Mamba2
 from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
-from mdn_jax.models.config import MDNConfig
+from mdn_jax.layers.state_mixer import StateCache, StateMixer
+from mdn_jax.models.config import MDNConfig, Mixer
 from mdn_jax.models.remat import Remat, check_remat, with_remat
-from mdn_jax.ops.api import Implementation, check_segment_ids
+from mdn_jax.ops.api import Implementation
+from mdn_jax.ops.arguments import check_segment_ids
 
-ModelCache = tuple[MDNCache | AttentionCache, ...]
+LayerCache = MDNCache | StateCache | AttentionCache
+ModelCache = tuple[LayerCache, ...]
+
+STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
+    "mdn": MomentumDeltaNet,
+    "gdn": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "comba": Comba,
+    "mamba2": Mamba2,
+}
+"""Every mixer but softmax attention."""
 
 
 class Block(nnx.Module):
-    """`h += mixer(norm(h))`, then `h += mlp(norm(h))`.
+    """`h += mixer(norm(h))`, then `h += mlp(norm(h))` unless the model has no MLP.
 
     Args:
       config: of the model.
-      layer: index of the block; decides between MDN and softmax attention.
-      implementation: of the momentum delta rule.
+      layer: index of the block; decides which mixer it has.
+      implementation: of the momentum delta rule; "scan" and "xla" of the other mixers' rules too.
       remat: what its derivative keeps, see `mdn_jax.models.remat`.
       dtype: of the computation and of `h`.
       param_dtype: of the parameters.
@@ -49,22 +62,32 @@ class Block(nnx.Module):
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.initializer_range
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
-        self.mixer: SoftmaxAttention | MomentumDeltaNet
-        if config.attn is not None and layer in config.attn.layers:
+        kind = config.mixer_of(layer)
+        self.mixer: SoftmaxAttention | StateMixer
+        if kind == "attention":
+            attention = config.attention
             self.mixer = SoftmaxAttention(
                 config.hidden_size,
-                config.attn.num_heads,
-                num_kv_heads=config.attn.num_kv_heads,
-                qkv_bias=config.attn.qkv_bias,
-                window_size=config.attn.window_size,
-                rope_theta=config.attn.rope_theta,
+                attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                qkv_bias=attention.qkv_bias,
+                window_size=attention.window_size,
+                rope_theta=attention.rope_theta,
                 initializer_range=std,
                 **options,
             )
         else:
-            self.mixer = MomentumDeltaNet(
-                config, implementation=implementation, keep_states=remat != "states", **options
+            shared = kind == "mdn" or implementation in ("scan", "xla")
+            self.mixer = STATE_MIXERS[kind](
+                config,
+                implementation=implementation if shared else None,
+                keep_states=remat != "states",
+                **options,
             )
+        self.mlp: SwiGLU | None
+        if config.mlp_width == 0:
+            self.mlp_norm, self.mlp = None, None
+            return
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width, initializer_range=std, **options)
 
@@ -74,10 +97,12 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Any = None,
         lengths: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T hidden"], MDNCache | AttentionCache]:
+    ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
         """Applies the block; the arguments are those of its mixer."""
         y, cache = self.mixer(self.mixer_norm(h), segment_ids, cache, lengths)
         h = h + y
+        if self.mlp is None or self.mlp_norm is None:
+            return h, cache
         return h + self.mlp(self.mlp_norm(h)), cache
 
 
@@ -93,11 +118,12 @@ def _jitted(graph: Any, remat: Remat, state: Any, *inputs: Any) -> Any:
 
 
 class MDNForCausalLM(nnx.Module):
-    """Momentum DeltaNet language model (MDN, arXiv 2605.05838).
+    """Momentum DeltaNet language model (MDN, arXiv 2605.05838), or the same with other mixers.
 
     Args:
       config: sizes and options.
-      implementation: of the momentum delta rule, see `momentum_delta_rule`; None: the best one.
+      implementation: of the momentum delta rule, see `momentum_delta_rule`; "scan" and "xla" are
+        used for the other mixers' rules too; None: the best one of each.
       remat: which activations of a block are kept for the backward pass and which computed again,
         see `mdn_jax.models.remat`.
       dtype: of the computation; gates, states, softmax, statistics and logits are float32 (float64
@@ -142,8 +168,8 @@ class MDNForCausalLM(nnx.Module):
         Args:
           batch_size: rows.
           max_length: tokens for which softmax attention makes room at once, so that no call
-            changes a shape, and beyond which it forgets the oldest; None: its cache grows. MDN
-            layers have a state of fixed size.
+            changes a shape, and beyond which it forgets the oldest; None: its cache grows. The
+            other mixers have a state of fixed size.
         """
         return tuple(
             layer.mixer.init_cache(batch_size, max_length)

@@ -13,9 +13,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.attention import AttentionCache
-from mdn_jax.layers.momentum_deltanet import MDNCache
 from mdn_jax.models.arguments import check_prompts, check_stop_tokens, row_seeds
-from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
+from mdn_jax.models.causal_lm import LayerCache, MDNForCausalLM, ModelCache
 from mdn_jax.models.sampling import Sampling, draw
 
 Prompts = Sequence[Sequence[int]]
@@ -293,7 +292,7 @@ def _with_room(
     """The state with attention caches of a fixed size, in which `new` more tokens have room."""
     before = int(np.max(np.asarray(state.position)))
     room = -(-(before + new) // 64) * 64  # few shapes
-    cache: list[MDNCache | AttentionCache] = []
+    cache: list[LayerCache] = []
     for i, (entry, window) in enumerate(zip(state.cache, _windows(model), strict=True)):
         if isinstance(entry, AttentionCache):
             if window is None and max_length is not None and before + new > max_length:

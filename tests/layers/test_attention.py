@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdn_jax.layers import SoftmaxAttention
-from mdn_jax.layers.attention import _attend, _Tokens
+from mdn_jax.layers import attend as attend_module
+from mdn_jax.layers.attend import Tokens, attend, fused_implementation
 from tests.layers.helpers import assert_close, call, normal
 
 HIDDEN, HEADS, T = 32, 4, 9
@@ -180,17 +181,63 @@ def test_blocks_of_queries_change_nothing(window, before):
     q, (k, v) = normal(0, 2, T, 4, 8), normal(1, 2, 2, T + before, 2, 8)
     positions = jnp.tile(jnp.arange(T + before, dtype=jnp.int32), (2, 1))
     documents = jnp.asarray([[0] * (T + before), [0] * (before + 4) + [1] * 5], jnp.int32)
-    keys = _Tokens(positions, documents)
-    queries = _Tokens(positions[:, before:], documents[:, before:])
+    keys = Tokens(positions, documents)
+    queries = Tokens(positions[:, before:], documents[:, before:])
 
     def run(block):
-        return jax.jit(
-            lambda *x: jax.vjp(lambda *y: _attend(*y, queries, keys, window, block=block), *x)[1](
-                jnp.ones_like(q)
-            )
-        )(q, k, v), _attend(q, k, v, queries, keys, window, block=block)
+        def attended(*x):
+            return attend(*x, queries, keys, window, packed=True, block=block)
+
+        @jax.jit
+        def outputs_and_gradients(*x):
+            y, pull = jax.vjp(attended, *x)
+            return y, pull(jnp.ones_like(y))
+
+        return outputs_and_gradients(q, k, v)
 
     assert_close(run(2), run(T), 2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fused_call_is_the_same(window, packed, monkeypatch):
+    """As cuDNN is called on a GPU, by the implementation that runs everywhere."""
+    q, (k, v) = normal(0, 2, T, 4, 8), normal(1, 2, 2, T, 2, 8)
+    positions = jnp.tile(jnp.arange(T, dtype=jnp.int32), (2, 1))
+    documents = jnp.asarray([[0] * T, [0] * 4 + [1] * 5], jnp.int32) * packed
+    tokens = Tokens(positions, documents)
+
+    def run():
+        @jax.jit
+        def outputs_and_gradients(*x):
+            y, pull = jax.vjp(lambda *x: attend(*x, tokens, tokens, window, packed=packed), *x)
+            return y, pull(jnp.cos(y))
+
+        return outputs_and_gradients(q, k, v)
+
+    expected = run()
+    monkeypatch.setattr(attend_module, "fused_implementation", lambda *_, **__: "xla")
+    assert_close(run(), expected, 2e-6)
+
+
+def test_which_calls_are_fused(monkeypatch):
+    q = jnp.zeros((1, 128, 4, 64), jnp.bfloat16)
+    assert fused_implementation(q, q, packed=True) is None  # on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = type("Device", (), {"compute_capability": "9.0"})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert fused_implementation(q, q, packed=True) == "cudnn"
+    assert fused_implementation(q[:, :127], q[:, :127], packed=False) == "cudnn"
+    for other in (
+        (q[:, :127], q[:, :127]),  # an odd number of packed tokens
+        (q[:, :32], q[:, :32]),
+        (q[:, 1:], q),  # tokens before, from a cache
+        (q.astype(jnp.float32), q.astype(jnp.float32)),
+        (q[..., :63], q[..., :63]),
+    ):
+        assert fused_implementation(*other, packed=True) is None
+    device.compute_capability = "7.5"
+    assert fused_implementation(q, q, packed=False) is None
 
 
 def test_bfloat16():

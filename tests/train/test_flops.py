@@ -44,6 +44,18 @@ def test_attention_sees_the_tokens_before(window, seen):
     assert flops_per_token(config, params, 64) == pytest.approx(expected)
 
 
+def test_other_mixers():
+    for mixer, state in (("gdn", 6), ("comba", 6), ("attention", 0)):
+        config = MDNConfig(**{**MODEL.to_dict(), "mixer": mixer})
+        params = parameters(config)
+        gates = 0 if mixer == "attention" else 2 * 2
+        widths = 4 * 16 if mixer == "attention" else 8 + 8 + 16 + 16 + 16
+        weights = 2 * 16 * (widths + gates + 3 * 24) + 16 * 100
+        seen = 2 * 4 * (1 + 64) / 2 * 16 if mixer == "attention" else 0
+        expected = 3 * (2 * weights + 2 * 2 * state * 4 * 8 + seen)
+        assert flops_per_token(config, params, 64) == pytest.approx(expected)
+
+
 def test_utilisation():
     assert utilisation(4 * 98.94e12, "NVIDIA H100 80GB HBM3", 4) == pytest.approx(0.1)
     assert utilisation(1e12, "cpu") is None

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +8,11 @@ import pytest
 from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
-from mdn_jax.models import AttentionConfig
+from mdn_jax.models import AttentionConfig, Mixer
 from tests.train.helpers import TINY_MODEL
 from train.config import OptimizerConfig
 from train.optimizer import decay_mask, group, group_norms, make_optimizer, make_schedule
+from train.sharding import partition
 from train.step import split_model
 
 PUBLISHED = OptimizerConfig()
@@ -30,6 +33,17 @@ def test_schedule_without_warmup_starts_at_the_peak():
     schedule = make_schedule(OptimizerConfig(warmup_steps=0, decay_steps=10), 999)
     assert schedule(0) == pytest.approx(3e-4)
     assert schedule(10) == pytest.approx(3e-5)
+
+
+@pytest.mark.parametrize("mixer", get_args(Mixer))
+def test_every_parameter_of_every_mixer_is_classified_and_cut(mixer):
+    config = MDNConfig(**TINY_MODEL, mixer=mixer, conv_bias=True, use_lora_gate=mixer == "kda")
+    model = nnx.eval_shape(lambda: MDNForCausalLM(config, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    matrices = jax.tree.map(lambda x: len(x.shape) == 2, params)
+    assert decay_mask(params) == matrices
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        assert len(partition(path, x)) <= x.ndim
 
 
 def test_every_parameter_of_a_hybrid_model_is_classified():
