@@ -11,7 +11,7 @@ from flax import nnx
 from mdn_jax.layers.attention import SoftmaxAttention
 from mdn_jax.layers.momentum_deltanet import MomentumDeltaNet
 from mdn_jax.models.causal_lm import MDNForCausalLM
-from mdn_jax.models.config import MDNConfig
+from mdn_jax.models.config import NOT_PUBLISHED, MDNConfig
 from mdn_jax.ops.api import Implementation
 
 _LAYER_NORM_EPS = 1e-5  # default of the published layer; that of the published model is 1e-6
@@ -267,7 +267,7 @@ def _table(module: nnx.Module) -> dict[str, _Published]:
 
 def check_published(config: MDNConfig) -> None:
     """Raises ValueError unless the published implementation has this model."""
-    for name, expected in (("mixer", "mdn"), ("other_mixer", None)):
+    for name, expected in NOT_PUBLISHED.items():
         if (got := getattr(config, name)) != expected:
             raise ValueError(
                 f"{name}: expected {expected!r} in a published model, whose layers are MDN and, at "

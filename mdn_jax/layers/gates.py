@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from mdn_jax.layers.initializers import log_uniform, rate_bias
 from mdn_jax.layers.projection import wide_projection
+from mdn_jax.ops.coefficients import LOG_ZERO
 
 
 class Gates(NamedTuple):
@@ -37,11 +38,16 @@ class MomentumGates(nnx.Module):
         beta      = sin^2(theta) sigmoid(b_proj x)
         log_alpha = log cos^2(theta) - exp(a_log) softplus(a_proj x + dt_bias)
 
+    The bounds `sin^2` and `cos^2` and the momentum can be left out, as the paper's ablations do.
+
     Args:
       hidden_size: width of the input.
       heads: value heads; every parameter has one entry, or one column, for each.
       min_log_mu: lower bound of `log_mu` (nats) or None.
       tau_factor: see `eta`.
+      use_momentum: False: a momentum of zero, without parameters.
+      bound_alpha: False: `log_alpha` without `log cos^2(theta)`.
+      bound_beta: False: `beta` without `sin^2(theta)`.
       initializer_range: standard deviation of the projections.
       dtype: of the projections' products; all else is float32 (float64 for float64).
       param_dtype: of the parameters.
@@ -55,6 +61,9 @@ class MomentumGates(nnx.Module):
         *,
         min_log_mu: float | None,
         tau_factor: float,
+        use_momentum: bool = True,
+        bound_alpha: bool = True,
+        bound_beta: bool = True,
         initializer_range: float = 0.02,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -62,6 +71,8 @@ class MomentumGates(nnx.Module):
     ):
         self.min_log_mu = min_log_mu
         self.tau = math.sqrt(hidden_size / tau_factor)
+        self.bound_alpha = bound_alpha
+        self.bound_beta = bound_beta
         self.dtype = dtype
         normal = jax.nn.initializers.normal(initializer_range)
 
@@ -70,31 +81,47 @@ class MomentumGates(nnx.Module):
 
         self.a_proj = projection()
         self.b_proj = projection()
-        self.m_proj = projection()
+        self.m_proj = projection() if use_momentum else None
         self.e_proj = projection()
         self.a_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
-        self.mu_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
+        self.mu_log: nnx.Param[Array] | None
+        if use_momentum:
+            self.mu_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
+        else:
+            self.mu_log = None
         self.log_factor = nnx.Param(log_uniform(rngs.params(), heads, 4.0, param_dtype))
         bias = rate_bias(rngs.params(), heads, param_dtype)
         self.dt_bias = nnx.Param(bias)
-        self.mu_bias = nnx.Param(jnp.copy(bias))  # published: both start from the same draw
+        self.mu_bias: nnx.Param[Array] | None
+        if use_momentum:  # published: both start from the same draw
+            self.mu_bias = nnx.Param(jnp.copy(bias))
+        else:
+            self.mu_bias = None
 
     def __call__(self, x: Float[Array, "B T hidden"]) -> Gates:
         """The gates of every step of `x`."""
         x = x.astype(self.dtype)
-        kernels = (self.a_proj, self.b_proj, self.m_proj, self.e_proj)
-        kernel = jnp.concatenate([k[...] for k in kernels], axis=1)  # x is read once
-        a, b, m, e = jnp.split(wide_projection(x, kernel), 4, axis=-1)  # [B, T, HV]
+        kernels = [self.a_proj[...], self.b_proj[...], self.e_proj[...]]
+        if self.m_proj is not None:
+            kernels.append(self.m_proj[...])
+        projected = wide_projection(x, jnp.concatenate(kernels, axis=1))  # x is read once
+        a, b, e, *m = jnp.split(projected, len(kernels), axis=-1)  # [B, T, HV]
 
         def wide(parameter: nnx.Param[Array]) -> Array:
             return parameter[...].astype(a.dtype)
 
-        log_mu = -jnp.exp(wide(self.mu_log)) * jax.nn.softplus(m + wide(self.mu_bias))
-        if self.min_log_mu is not None:
-            log_mu = jnp.maximum(log_mu, self.min_log_mu)
+        log_mu = jnp.full_like(a, LOG_ZERO)
+        if self.mu_log is not None and self.mu_bias is not None:
+            log_mu = -jnp.exp(wide(self.mu_log)) * jax.nn.softplus(m[0] + wide(self.mu_bias))
+            if self.min_log_mu is not None:
+                log_mu = jnp.maximum(log_mu, self.min_log_mu)
         eta = 1.0 + jnp.tanh(e / self.tau)
         tan2 = jnp.square(eta * jnp.exp(wide(self.log_factor)))
-        beta = tan2 / (1.0 + tan2) * jax.nn.sigmoid(b)  # sin^2 = tan^2 / (1 + tan^2)
+        beta = jax.nn.sigmoid(b)
+        if self.bound_beta:
+            beta *= tan2 / (1.0 + tan2)  # sin^2 = tan^2 / (1 + tan^2)
         decay = jnp.exp(wide(self.a_log)) * jax.nn.softplus(a + wide(self.dt_bias))
-        log_alpha = -jnp.log1p(tan2) - decay  # cos^2 = 1 / (1 + tan^2)
+        log_alpha = -decay
+        if self.bound_alpha:
+            log_alpha -= jnp.log1p(tan2)  # cos^2 = 1 / (1 + tan^2)
         return Gates(log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from mdn_jax.models.attention_config import AttentionConfig, attention_from_dict
 from mdn_jax.models.fields import (
     WITHOUT_MEANING,
     is_int,
@@ -18,40 +19,6 @@ from mdn_jax.models.fields import (
 Mixer = Literal["mdn", "gdn", "kda", "comba", "mamba2", "attention"]
 """Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Mamba-2
 or softmax attention."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """Softmax attention in some layers of a hybrid model (`attn` in the published JSON).
-
-    Attributes:
-      layers: indices of the layers that use softmax attention instead of `mixer`; with
-        `mixer` or `other_mixer` "attention" they may be none.
-      num_heads: query heads; the head width is `hidden_size / num_heads`.
-      num_kv_heads: key and value heads, a divisor of `num_heads`; None means `num_heads`.
-      qkv_bias: biases in the query, key and value projections.
-      window_size: a token sees itself and the `window_size - 1` tokens before it; None: all.
-      rope_theta: base of the rotary embedding.
-    """
-
-    layers: tuple[int, ...]
-    num_heads: int
-    num_kv_heads: int | None = None
-    qkv_bias: bool = False
-    window_size: int | None = None
-    rope_theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        fits = isinstance(self.layers, tuple) and all(is_int(n, 0) for n in self.layers)
-        require("attn.layers", self.layers, "a tuple of layer indices >= 0", fits)
-        require("attn.num_heads", self.num_heads, "an int >= 1", is_int(self.num_heads, 1))
-        kv = self.num_kv_heads
-        fits = kv is None or (is_int(kv, 1) and self.num_heads % kv == 0)
-        require("attn.num_kv_heads", kv, f"a divisor of num_heads = {self.num_heads} or None", fits)
-        require("attn.qkv_bias", self.qkv_bias, "a bool", isinstance(self.qkv_bias, bool))
-        fits = self.window_size is None or is_int(self.window_size, 1)
-        require("attn.window_size", self.window_size, "an int >= 1 or None", fits)
-        require("attn.rope_theta", self.rope_theta, "a number > 0", is_positive(self.rope_theta))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +50,9 @@ class MDNConfig:
         normalised key.
       min_log_mu: lower bound of the log momentum (nats); None means no bound.
       tau_factor: `e_proj x` is divided by `sqrt(hidden_size / tau_factor)`.
+      use_momentum: False: MDN with a momentum of zero and without its parameters, an ablation.
+      bound_alpha: False: MDN's decay without its bound `cos^2(theta)`, an ablation.
+      bound_beta: False: MDN's step size without its bound `sin^2(theta)`, an ablation.
       hidden_ratio: width of the MLP over `hidden_size`, before the rule of `mlp_width`; None
         means 4.
       intermediate_size: width of the MLP; None means by `hidden_ratio`, 0 no MLP (the published
@@ -115,6 +85,9 @@ class MDNConfig:
     use_p_times_alpha: bool = True
     min_log_mu: float | None = -2.0
     tau_factor: float = 1.0
+    use_momentum: bool = True
+    bound_alpha: bool = True
+    bound_beta: bool = True
     hidden_ratio: float | None = 4.0
     intermediate_size: int | None = None
     norm_eps: float = 1e-6
@@ -268,7 +241,7 @@ class MDNConfig:
             else:
                 raise unknown(key, "", fields | WITHOUT_MEANING.keys())
         if isinstance(known.get("attn"), Mapping):
-            known["attn"] = _attention_from_dict(known["attn"])
+            known["attn"] = attention_from_dict(known["attn"])
         if isinstance(known.get("other_layers"), list):
             known["other_layers"] = tuple(known["other_layers"])
         return cls(**known, extras=tuple(sorted(extras.items())))
@@ -280,7 +253,7 @@ class MDNConfig:
         """
         published = dataclasses.asdict(self)
         del published["extras"]
-        for name, default in _NOT_PUBLISHED.items():
+        for name, default in NOT_PUBLISHED.items():
             if published[name] == default:
                 del published[name]
         if self.other_layers:
@@ -290,17 +263,12 @@ class MDNConfig:
         return published | {key: json.loads(text) for key, text in self.extras}
 
 
-_NOT_PUBLISHED = {"mixer": "mdn", "other_mixer": None, "other_layers": ()}
-
-
-def _attention_from_dict(published: Mapping[str, Any]) -> AttentionConfig:
-    fields = {f.name for f in dataclasses.fields(AttentionConfig)}
-    for key in published:
-        if key not in fields:
-            raise unknown(key, "attn.", fields)
-    for key in ("layers", "num_heads"):
-        require(f"attn.{key}", None, "a value", key in published)
-    layers = published["layers"]
-    return AttentionConfig(
-        **{**published, "layers": tuple(layers) if isinstance(layers, list) else layers}
-    )
+NOT_PUBLISHED: dict[str, object] = {
+    "mixer": "mdn",
+    "other_mixer": None,
+    "other_layers": (),
+    "use_momentum": True,
+    "bound_alpha": True,
+    "bound_beta": True,
+}
+"""Fields that the published configurations do not have, with the values that they have there."""

@@ -10,6 +10,7 @@ from mdn_jax import MomentumDeltaNet
 from mdn_jax.layers.gates import MomentumGates
 from mdn_jax.layers.initializers import rate_bias
 from mdn_jax.layers.projection import wide_projection
+from mdn_jax.testing import relative_error
 from tests.layers.helpers import TINY, assert_close, normal
 
 HEADS = 4000
@@ -68,6 +69,31 @@ def test_the_rate_has_a_floor(monkeypatch):
     monkeypatch.setattr("mdn_jax.layers.initializers._RATE_MAX", 1e-8)
     rate = np.logaddexp(0, np.asarray(rate_bias(jax.random.key(0), 9, jnp.float32), np.float64))
     np.testing.assert_allclose(rate, 1e-4, rtol=1e-3)
+
+
+def test_without_momentum_or_bounds():
+    """The paper's ablations: formulas without one factor, other gates as before."""
+    plain = MomentumGates(16, 3, min_log_mu=None, tau_factor=1.0, rngs=nnx.Rngs(0))
+    x = normal(0, 2, 5, 16)
+    full = plain(x)
+    tan = np.asarray(full.eta, np.float64) * np.exp(np.asarray(plain.log_factor[...], np.float64))
+    for name, factor, option in (
+        ("log_alpha", -2 * np.log(np.cos(np.arctan(tan))), "bound_alpha"),
+        ("beta", 1 / np.sin(np.arctan(tan)) ** 2, "bound_beta"),
+    ):
+        options = {"min_log_mu": None, "tau_factor": 1.0, option: False}
+        ablated = MomentumGates(16, 3, **options, rngs=nnx.Rngs(0))(x)
+        gate = np.asarray(getattr(full, name), np.float64)
+        expected = gate + factor if name == "log_alpha" else gate * factor
+        assert relative_error(getattr(ablated, name), expected) <= 1e-5
+        others = {n: y for n, y in ablated._asdict().items() if n != name}
+        assert_close(others, {n: y for n, y in full._asdict().items() if n != name}, 0)
+    without = MomentumGates(
+        16, 3, min_log_mu=-2.0, tau_factor=1.0, use_momentum=False, rngs=nnx.Rngs(0)
+    )
+    assert np.exp(without(x).log_mu).max() == 0
+    names = {path[0] for path, _ in nnx.to_flat_state(nnx.state(without))}
+    assert names == {"a_proj", "b_proj", "e_proj", "a_log", "log_factor", "dt_bias"}
 
 
 def test_bounds(gates):

@@ -116,6 +116,7 @@ def test_published_folders_have_mdn_alone(tmp_path):
     for changes, words in (
         ({"mixer": "gdn"}, "mixer: expected 'mdn' in a published model.*got 'gdn'"),
         ({"other_mixer": "kda", "other_layers": (1,)}, "other_mixer: expected None.*got 'kda'"),
+        ({"use_momentum": False}, "use_momentum: expected True.*got False"),
         ({"intermediate_size": 0}, "intermediate_size: expected an MLP"),
     ):
         config = dataclasses.replace(TINY, **changes)
