@@ -8,10 +8,13 @@ from benchmarks.generation import generation
 from benchmarks.guard import guard
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
+from benchmarks.language import language
 from benchmarks.numerics import numerics
 from benchmarks.parity import parity
 from benchmarks.scaling import scaling
 from benchmarks.stages import stages
+from benchmarks.tasks.command import tasks
+from benchmarks.throughput import throughput
 from benchmarks.training import training
 
 
@@ -25,10 +28,13 @@ def main() -> None:
             "guard": guard,
             "inspect": inspect,
             "kernels": kernels,
+            "language": language,
             "numerics": numerics,
             "parity": parity,
             "scaling": scaling,
             "stages": stages,
+            "tasks": tasks,
+            "throughput": throughput,
             "training": training,
         },
         prog="mdn-bench",

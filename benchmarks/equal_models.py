@@ -1,0 +1,103 @@
+"""Models of every mixer with an equal state or an equal number of parameters."""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import nnx
+
+from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.models import Mixer
+
+Equal = Literal["state", "parameters"]
+
+SHOWN: dict[Mixer, str] = {
+    "mdn": "MDN",
+    "gdn": "GDN",
+    "kda": "KDA",
+    "comba": "Comba",
+    "mamba2": "Mamba-2",
+    "attention": "Transformer",
+}
+"""Names of the mixers in tables."""
+
+
+class Size(NamedTuple):
+    """Size of a model.
+
+    Attributes:
+      parameters: all of them.
+      state: numbers that a row needs to go on, without convolutions; None where it grows.
+    """
+
+    parameters: int
+    state: int | None
+
+
+def model_config(
+    mixer: Mixer,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    equal: Equal,
+) -> MDNConfig:
+    """The model of a mixer beside that of MDN with `heads` heads as wide together as the model.
+
+    With an equal state, the value heads of MDN, which has two memories, are as wide as its key
+    heads, those of the others twice as wide. With equal parameters, all have the published shapes:
+    value heads twice as wide as key heads, but for KDA. In both, the width of the MLP makes up for
+    what the mixers differ in. Softmax attention keeps all tokens: its state is never equal.
+
+    Args:
+      mixer: which.
+      vocab_size: kinds of tokens.
+      hidden_size: width, a multiple of `heads`.
+      layers: number of layers.
+      heads: key heads; Mamba-2 has heads of twice the width together, of half a key head's each.
+      equal: what is.
+    """
+    if hidden_size % (2 * heads):
+        raise ValueError(
+            f"heads: expected a divisor of half of hidden_size = {hidden_size}, got {heads}"
+        )
+    width = hidden_size // heads
+    narrow = "mdn" if equal == "state" else "kda"
+
+    def make(mixer: Mixer, mlp: int) -> MDNConfig:
+        shape = {"num_heads": heads, "head_dim": width, "expand_v": 1.0 if mixer == narrow else 2.0}
+        if mixer == "mamba2":
+            shape = {"num_heads": 1, "num_v_heads": 4 * heads, "head_dim": width, "expand_v": 0.5}
+        return MDNConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            mixer=mixer,
+            use_lora_gate=mixer == "kda",
+            conv_bias=mixer == "mamba2",
+            intermediate_size=mlp,
+            tie_word_embeddings=True,
+            **shape,  # type: ignore[arg-type]
+        )
+
+    largest: Mixer = "gdn" if equal == "state" else "mdn"
+    target = model_size(make(largest, 2 * hidden_size)).parameters
+    plain = model_size(make(mixer, 0)).parameters + layers * hidden_size  # the norm of the MLP
+    mlp = round((target - plain) / (3 * layers * hidden_size))
+    return make(mixer, max(1, mlp))
+
+
+@functools.cache
+def model_size(config: MDNConfig) -> Size:
+    """Counts without making the arrays."""
+    model, cache = nnx.eval_shape(lambda: _model_and_cache(config))
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    if "attention" in config.mixers:
+        return Size(parameters, None)
+    return Size(parameters, sum(x.size for x in jax.tree.leaves([c.state for c in cache])))
+
+
+def _model_and_cache(config: MDNConfig) -> tuple[MDNForCausalLM, tuple[Any, ...]]:
+    model = MDNForCausalLM(config, rngs=nnx.Rngs(0))
+    return model, model.init_cache(1)

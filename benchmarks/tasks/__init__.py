@@ -1,0 +1,1 @@
+"""Generated tasks that tell mixers apart: recall, copying, state tracking, retrieval."""

@@ -1,0 +1,194 @@
+"""Tasks of recall: what was read must be found again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from benchmarks.tasks.task import Examples, ignored, require, scattered
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """Multi-query associative recall (MQAR, arXiv 2312.04927).
+
+    `pairs` keys, each followed by its value; `gap` tokens of noise; then every key once more, in
+    another order, where its value must be predicted.
+
+    Attributes:
+      pairs: different keys in a row.
+      gap: tokens between the last pair and the first question.
+      keys: keys there are, and values as well.
+      noise: kinds of noise tokens.
+    """
+
+    pairs: int = 16
+    gap: int = 0
+    keys: int = 256
+    noise: int = 32
+
+    def __post_init__(self) -> None:
+        require("pairs", self.pairs, f"from 1 to keys = {self.keys}", 1 <= self.pairs <= self.keys)
+        require("gap", self.gap, "at least 0", self.gap >= 0)
+        require("noise", self.noise, "at least 1", self.noise >= 1)
+
+    @property
+    def vocab_size(self) -> int:
+        """Keys, values, noise."""
+        return 2 * self.keys + self.noise
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return 3 * self.pairs + self.gap
+
+    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+        """Random rows."""
+        of_keys, of_values, of_noise, of_order = jax.random.split(key, 4)
+        shape = (rows, self.pairs)
+        draw = jax.random.uniform(of_keys, (rows, self.keys))
+        keys = jax.lax.top_k(draw, self.pairs)[1]  # different ones, in random order
+        values = self.keys + jax.random.randint(of_values, shape, 0, self.keys)
+        noise = jax.random.randint(of_noise, (rows, self.gap), 0, self.noise)
+        order = jnp.argsort(jax.random.uniform(of_order, shape), axis=1)
+        pairs = jnp.stack([keys, values], axis=2).reshape(rows, -1)
+        questions = jnp.take_along_axis(keys, order, axis=1)
+        answers = jnp.take_along_axis(values, order, axis=1)
+        tokens = jnp.concatenate([pairs, 2 * self.keys + noise, questions], axis=1)
+        before = ignored(rows, 2 * self.pairs + self.gap)
+        return Examples(tokens, jnp.concatenate([before, answers], axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Copying:
+    """Selective copying (arXiv 2312.00752): tokens scattered in noise, then asked for in order.
+
+    Attributes:
+      count: tokens to remember.
+      noise_length: length of the part in which they are scattered.
+      kinds: kinds of tokens to remember.
+    """
+
+    count: int = 16
+    noise_length: int = 256
+    kinds: int = 16
+
+    def __post_init__(self) -> None:
+        expected = f"from 1 to noise_length = {self.noise_length}"
+        require("count", self.count, expected, 1 <= self.count <= self.noise_length)
+        require("kinds", self.kinds, "at least 2", self.kinds >= 2)
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokens, noise, the question."""
+        return self.kinds + 2
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return self.noise_length + self.count
+
+    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+        """Random rows."""
+        of_values, of_places = jax.random.split(key)
+        values = jax.random.randint(of_values, (rows, self.count), 0, self.kinds)
+        places = scattered(of_places, rows, self.count, self.noise_length)
+        noise = jnp.full((rows, self.noise_length), self.kinds)
+        text = noise.at[jnp.arange(rows)[:, None], places].set(values)
+        questions = jnp.full((rows, self.count), self.kinds + 1)
+        tokens = jnp.concatenate([text, questions], axis=1)
+        targets = jnp.concatenate([ignored(rows, self.noise_length), values], axis=1)
+        return Examples(tokens, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Induction:
+    """Induction head: a special token and its successor once in random text; what follows it?
+
+    Attributes:
+      length: tokens in a row; the last one is the special token again.
+      kinds: kinds of ordinary tokens.
+    """
+
+    length: int = 256
+    kinds: int = 16
+
+    def __post_init__(self) -> None:
+        require("length", self.length, "at least 3", self.length >= 3)
+        require("kinds", self.kinds, "at least 2", self.kinds >= 2)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ordinary tokens and the special one."""
+        return self.kinds + 1
+
+    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+        """Random rows."""
+        of_text, of_place = jax.random.split(key)
+        text = jax.random.randint(of_text, (rows, self.length), 0, self.kinds)
+        place = jax.random.randint(of_place, (rows, 1), 0, self.length - 2)
+        row = jnp.arange(rows)[:, None]
+        answer = text[row, place + 1]
+        tokens = text.at[row, place].set(self.kinds).at[:, -1].set(self.kinds)
+        return Examples(tokens, jnp.concatenate([ignored(rows, self.length - 1), answer], axis=1))
+
+
+_HAYSTACK = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back. "
+_NEEDLE = b" The pass key is "
+_QUESTION = b" What is the pass key? The pass key is "
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """Passkey retrieval: a number at a random depth of a text that repeats itself, in bytes.
+
+    Attributes:
+      length: bytes in a row.
+      digits: of the number.
+    """
+
+    length: int = 1024
+    digits: int = 5
+
+    def __post_init__(self) -> None:
+        require("digits", self.digits, "at least 1", self.digits >= 1)
+        least = self._asked + self._told
+        require("length", self.length, f"at least {least}", self.length >= least)
+
+    @property
+    def _told(self) -> int:
+        return len(_NEEDLE) + self.digits + 2
+
+    @property
+    def _asked(self) -> int:
+        return len(_QUESTION) + self.digits - 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Bytes."""
+        return 256
+
+    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+        """Random rows."""
+        of_digits, of_depth, of_start = jax.random.split(key, 3)
+        shape = (rows, self.digits)
+        digits = ord("0") + jax.random.randint(of_digits, shape, 0, 10)
+        size = self.length - self._asked
+        depth = jax.random.randint(of_depth, (rows, 1), 0, size - self._told + 1)
+        start = jax.random.randint(of_start, (rows, 1), 0, len(_HAYSTACK))
+        text = _bytes(_HAYSTACK)[(start + jnp.arange(size)) % len(_HAYSTACK)]
+
+        def repeated(text: bytes) -> Array:
+            return jnp.broadcast_to(_bytes(text), (rows, len(text)))
+
+        needle = jnp.concatenate([repeated(_NEEDLE), digits, repeated(b". ")], axis=1)
+        places = depth + jnp.arange(self._told)
+        text = text.at[jnp.arange(rows)[:, None], places].set(needle)
+        tokens = jnp.concatenate([text, repeated(_QUESTION), digits[:, :-1]], axis=1)
+        before = ignored(rows, self.length - self.digits)
+        return Examples(tokens, jnp.concatenate([before, digits], axis=1))
+
+
+def _bytes(text: bytes) -> Array:
+    return jnp.asarray(list(text), jnp.int32)

@@ -1,0 +1,106 @@
+"""Equal models, seeds side by side, the choice of a learning rate, files."""
+
+import json
+
+import pytest
+
+from benchmarks.equal_models import SHOWN, Size, model_config, model_size
+from benchmarks.tasks.command import TasksConfig, settings, tasks
+from benchmarks.tasks.report import Result, table
+from benchmarks.tasks.tracking import Tracking
+from benchmarks.tasks.train import Recipe, Score, train_task
+
+RECIPE = Recipe(
+    steps=90,
+    batch_size=16,
+    weight_decay=0.0,
+    points=3,
+    test_rows=64,
+    implementation="scan",
+    dtype="float32",
+)
+SHAPE = {"vocab_size": 50, "hidden_size": 64, "layers": 2, "heads": 2}
+
+
+@pytest.mark.parametrize("equal", ["state", "parameters"])
+def test_models_are_equal(equal):
+    sizes = {mixer: model_size(model_config(mixer, **SHAPE, equal=equal)) for mixer in SHOWN}
+    counts = [size.parameters for size in sizes.values()]
+    assert max(counts) / min(counts) < 1.01
+    states = {mixer: size.state for mixer, size in sizes.items()}
+    assert states.pop("attention") is None
+    assert (len(set(states.values())) == 1) == (equal == "state")
+    assert states["gdn"] == 2 * 64 * 32 * 2  # layers, hidden, head width, twice as wide values
+
+
+def test_a_width_that_heads_do_not_divide():
+    with pytest.raises(ValueError, match="heads: expected a divisor of half of hidden_size = 64"):
+        model_config("mdn", **SHAPE | {"heads": 3}, equal="state")
+
+
+@pytest.mark.slow
+def test_parity_is_learned_and_seeds_are_independent():
+    task = Tracking(group="z2", length=2)
+    model = model_config("gdn", vocab_size=2, hidden_size=16, layers=1, heads=2, equal="parameters")
+    options = {"learning_rates": (1e-2, 1e-9)}
+    scores = train_task(task, model, RECIPE, seeds=(0, 1), **options)
+    assert [(s.seed, s.learning_rate) for s in scores] == [
+        (seed, rate) for seed in (0, 1) for rate in (1e-2, 1e-9)
+    ]
+    for learned, not_learned in (scores[:2], scores[2:]):
+        assert learned.accuracy > 0.95 > 0.9 > not_learned.accuracy
+        assert [step for step, _, _ in learned.curve] == [30, 60, 90]
+        assert learned.curve[-1][1] < 0.5 * learned.curve[0][1]
+    assert scores[0].loss != scores[2].loss
+
+
+def result(mixer, knob, scores, state=10):
+    return Result("recall", knob, {}, mixer, Size(100, state), RECIPE, scores, 1.0)
+
+
+def test_the_learning_rate_is_chosen_on_other_rows():
+    scores = [
+        Score(0, 0.1, choice=0.9, accuracy=0.5, loss=1.0, curve=[]),
+        Score(1, 0.1, choice=0.7, accuracy=0.7, loss=1.0, curve=[]),
+        Score(0, 0.2, choice=0.6, accuracy=0.9, loss=1.0, curve=[]),
+        Score(1, 0.2, choice=0.8, accuracy=0.9, loss=1.0, curve=[]),
+    ]
+    chosen = result("mdn", 4, scores)
+    assert chosen.accuracies == [0.5, 0.7]
+    rows = table([chosen, result("attention", 8, scores[2:], None)]).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert cells[0] == ["", "parameters", "state", "recall 4", "recall 8"]
+    assert cells[2] == ["MDN", "100", "10", "60.0 ± 14.1", "-"]
+    assert cells[3] == ["Transformer", "100", "grows", "-", "90.0 ± 0.0"]
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path, capsys):
+    tasks(
+        TasksConfig(
+            tasks=("s5", "recall"), mixers=("gdn", "attention"), smoke=True, output=tmp_path
+        )
+    )
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    ran = [(r["task"], r["mixer"], r["seed"]) for r in records]
+    pairs = [("s5", "gdn"), ("s5", "attention"), ("recall", "gdn")]
+    assert ran == [(*pair, seed) for pair in pairs for seed in (0, 1)]
+    assert records[0]["setting"] == {"group": "s5", "length": 8}
+    assert all(0 <= r["accuracy"] <= 1 and len(r["curve"]) == 2 for r in records)
+    assert "Transformer" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_settings_and_bad_ones():
+    config = TasksConfig(tasks=("recall", "s5"), recall_pairs=(4, 8), recall_gap=3)
+    chosen = settings(config)
+    assert list(chosen) == ["recall", "s5"]
+    assert {knob: task.gap for knob, task in chosen["recall"].items()} == {4: 3, 8: 3}
+    with pytest.raises(ValueError, match="mixers: expected at least one"):
+        TasksConfig(mixers=())
+    with pytest.raises(ValueError, match="steps: expected an int >= 1, got 0"):
+        TasksConfig(steps=0)
+    with pytest.raises(SystemExit, match="length: expected an int at least"):
+        tasks(TasksConfig(tasks=("needle",), needle_lengths=(10,)))

@@ -1,0 +1,115 @@
+"""Every task's answers can be found in its rows, and nowhere else."""
+
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.tasks.retrieval import Copying, Induction, Needle, Recall
+from benchmarks.tasks.task import IGNORED
+from benchmarks.tasks.tracking import Tracking, products
+
+TASKS = {
+    "recall": Recall(pairs=5, gap=4, keys=9, noise=3),
+    "copying": Copying(count=4, noise_length=11, kinds=3),
+    "induction": Induction(length=12, kinds=4),
+    "needle": Needle(length=120, digits=3),
+    "parity": Tracking(group="z2", length=10),
+    "s5": Tracking(group="s5", length=6),
+}
+
+
+def rows(name, seed=0):
+    tokens, targets = (np.asarray(x) for x in TASKS[name].sample(jax.random.key(seed), 8))
+    return list(zip(tokens.tolist(), targets.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_shapes_ranges_and_seeds(name):
+    task = TASKS[name]
+    for tokens, targets in rows(name):
+        assert len(tokens) == len(targets) == task.length
+        assert 0 <= min(tokens) <= max(tokens) < task.vocab_size
+        counted = [target for target in targets if target != IGNORED]
+        assert counted
+        assert all(0 <= target < task.vocab_size for target in counted)
+    assert rows(name) == rows(name)
+    assert rows(name) != rows(name, seed=1)
+    assert len({tuple(tokens) for tokens, _ in rows(name)}) == 8
+
+
+def test_recall():
+    for tokens, targets in rows("recall"):
+        pairs = dict(zip(tokens[0:10:2], tokens[1:10:2], strict=True))
+        assert len(pairs) == 5
+        assert max(pairs) < 9 <= min(pairs.values()) <= max(pairs.values()) < 18
+        assert min(tokens[10:14]) >= 18
+        assert sorted(tokens[14:]) == sorted(pairs)
+        assert targets == [IGNORED] * 14 + [pairs[key] for key in tokens[14:]]
+
+
+def test_copying():
+    for tokens, targets in rows("copying"):
+        values = [token for token in tokens[:11] if token != 3]
+        assert len(values) == 4
+        assert tokens[11:] == [4] * 4
+        assert targets == [IGNORED] * 11 + values
+    places = {tuple(t == 3 for t in tokens[:11]) for tokens, _ in rows("copying")}
+    assert len(places) > 4
+
+
+def test_induction():
+    for tokens, targets in rows("induction"):
+        assert tokens[-1] == 4
+        assert tokens.count(4) == 2
+        assert targets == [IGNORED] * 11 + [tokens[tokens.index(4) + 1]]
+
+
+def test_needle():
+    depths = set()
+    for tokens, targets in rows("needle"):
+        text = bytes(tokens).decode()
+        (match,) = re.finditer(r" The pass key is (\d{3})\. ", text)
+        depths.add(match.start())
+        assert text.endswith(f" What is the pass key? The pass key is {match[1][:-1]}")
+        assert targets == [IGNORED] * 117 + list(match[1].encode())
+        rest = text[: match.start()] + text[match.end() : text.index(" What")]
+        assert "pass" not in rest
+    assert len(depths) > 4
+    exact = Needle(length=Needle(length=120)._asked + Needle(length=120)._told)
+    assert exact.sample(jax.random.key(0), 3).tokens.shape == (3, exact.length)
+
+
+def test_parity():
+    for tokens, targets in rows("parity"):
+        assert targets == [sum(tokens[: i + 1]) % 2 for i in range(10)]
+
+
+def test_s5():
+    elements = list(itertools.permutations(range(5)))
+    for tokens, targets in rows("s5"):
+        now = (0, 1, 2, 3, 4)
+        for token, target in zip(tokens, targets, strict=True):
+            now = tuple(elements[token][i] for i in now)
+            assert elements[target] == now
+    table = products("s5")
+    assert (table != table.T).any()  # it does not commute
+    assert all(sorted(row) == list(range(120)) for row in table.tolist())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Recall(pairs=10, keys=9), "pairs: expected an int from 1 to keys = 9, got 10"),
+        (lambda: Recall(gap=-1), "gap: expected an int at least 0, got -1"),
+        (lambda: Copying(count=9, noise_length=8), "count: expected an int from 1 to .* = 8"),
+        (lambda: Induction(length=2), "length: expected an int at least 3, got 2"),
+        (lambda: Needle(length=50), r"length: expected an int at least \d+, got 50"),
+        (lambda: Tracking(length=0), "length: expected an int at least 1, got 0"),
+    ],
+)
+def test_bad_knobs(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
