@@ -28,7 +28,7 @@ def closed_form(
 ) -> ChunkCoefficients:
     """Coefficients of a chunk by the published formula, in the dtype of the gates."""
     a, m = jnp.cumsum(log_alpha, axis=-1), jnp.cumsum(log_mu, axis=-1)
-    log_c = lax.cumlogsumexp(jnp.log(beta + _BETA_EPSILON) + m - a, axis=beta.ndim - 1)
+    log_c = _log_of_sums(jnp.log(beta + _BETA_EPSILON) + m - a)
     before = _shifted(log_c, -jnp.inf)
     index = jnp.arange(beta.shape[-1])
     lower = index[:, None] >= index[None, :]
@@ -53,6 +53,18 @@ def without_cancellation(
 ) -> ChunkCoefficients:
     """Coefficients of a chunk as the library computes them."""
     return chunk_coefficients(log_alpha, log_mu, beta, jnp.zeros(beta.shape, bool))
+
+
+def _log_of_sums(logs: Float[Array, "*h C"]) -> Float[Array, "*h C"]:
+    """Log of the sum of the numbers so far, one after another as a kernel adds them."""
+
+    def add(total: Array, log: Array) -> tuple[Array, Array]:
+        total = jnp.logaddexp(total, log)
+        return total, total
+
+    none = jnp.full(logs.shape[:-1], -jnp.inf, logs.dtype)
+    _, sums = lax.scan(add, none, jnp.moveaxis(logs, -1, 0))
+    return jnp.moveaxis(sums, 0, -1)
 
 
 def _shifted(x: Array, first: float) -> Array:

@@ -36,7 +36,7 @@ class NumericsConfig:
     """Of q, k and v."""
     heads: int = 64
     """Heads of every regime."""
-    length: int = 128
+    length: int = 64
     """Tokens, a multiple of 64."""
     width: int = 32
     """Of keys and values."""

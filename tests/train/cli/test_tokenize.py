@@ -83,7 +83,7 @@ def test_the_same_command_goes_on(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_command_goes_on(tmp_path, capsys, kind):
-    path = write_jsonl(tmp_path / "a.jsonl", [text * 40 for text in TEXTS] * 16)
+    path = write_jsonl(tmp_path / "a.jsonl", [text * 40 for text in TEXTS] * 48)
     output, whole = tmp_path / "out", tmp_path / "whole"
     bpe = write_bpe(tmp_path / "bpe")
     flags = {"tokenizer": bpe, "shard": 100_000}
