@@ -186,9 +186,10 @@ def _models(config: LanguageConfig) -> dict[str, MDNConfig]:
 def _run(config: LanguageConfig, name: str, model: MDNConfig, seed: int) -> Outcome:
     # not in the extra `benchmarks`: packages that only training needs
     from train.checkpoint import has_checkpoint
-    from train.config import DataConfig, OptimizerConfig, TrainConfig
+    from train.config import TrainConfig
     from train.loop import METRICS_FILE, train
     from train.metrics import read_metrics
+    from train.sections import DataConfig, OptimizerConfig
 
     slug = name.lower().replace(", ", "-").replace(" ", "-")
     directory = config.output / f"{slug}-{seed}"

@@ -11,7 +11,8 @@ import tyro
 
 from mdn_jax import MDNConfig
 from mdn_jax.ops.api import Implementation
-from train.config import OptimizerConfig, TrainConfig
+from train.config import TrainConfig
+from train.sections import OptimizerConfig
 from train.tokenizer import VOCAB_SIZE
 
 

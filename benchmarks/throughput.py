@@ -122,8 +122,8 @@ def _model(config: ThroughputConfig, name: str) -> MDNConfig:
 
 
 def _run(config: ThroughputConfig, name: str, length: int) -> Row:
-    from train.config import OptimizerConfig
     from train.optimizer import make_optimizer, make_schedule
+    from train.sections import OptimizerConfig
     from train.step import init_state, make_train_step, split_model
 
     model_fields = _model(config, name)

@@ -162,7 +162,7 @@ class _Run:
         # not in the extra `benchmarks`: packages that only training needs
         import dataclasses
 
-        from train.config import MeshConfig
+        from train.sections import MeshConfig
         from train.sharding import make_mesh
 
         base = CONFIGS[config.model]()

@@ -1,7 +1,8 @@
 """A model small enough for two CPU cores."""
 
 from mdn_jax import MDNConfig
-from train.config import OptimizerConfig, TrainConfig
+from train.config import TrainConfig
+from train.sections import OptimizerConfig
 from train.tokenizer import VOCAB_SIZE
 
 

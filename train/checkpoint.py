@@ -13,10 +13,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from mdn_jax import MDNConfig
 from train.checksum import checksums
-from train.config import TrainConfig, resume_conflicts, to_dict
+from train.config import TrainConfig, to_dict
 from train.distributed import is_first
 from train.errors import RunError
 from train.optimizer import Params
+from train.resume import resume_conflicts
 from train.saved_model import DIRECTORY, complete_steps, read_params
 from train.step import TrainState
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from train.config import DistributedConfig
 from train.errors import RunError
+from train.sections import DistributedConfig
 
 
 def start(config: DistributedConfig) -> None:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from train.config import GuardConfig
 from train.errors import RunError
+from train.sections import GuardConfig
 
 
 class Guard(NamedTuple):

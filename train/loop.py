@@ -14,7 +14,7 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM
 from train.checkpoint import Checkpoints, has_checkpoint
-from train.config import TrainConfig, flatten, to_dict
+from train.config import TrainConfig, to_dict
 from train.data.batches import Batches, load_data
 from train.data.packing import Batch, unigram_entropy
 from train.distributed import Agreement, is_first
@@ -27,6 +27,7 @@ from train.metrics import MetricsLog, Progress
 from train.monitor import Monitor
 from train.optimizer import Params, make_optimizer, make_schedule
 from train.plot import plot_losses
+from train.resume import flatten
 from train.sample import sample
 from train.sharding import (
     batch_sharding,

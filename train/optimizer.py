@@ -6,7 +6,7 @@ import jax
 import optax
 from jaxtyping import Array, Float
 
-from train.config import OptimizerConfig
+from train.sections import OptimizerConfig
 
 Params = Any  # nested dictionaries of arrays, by the names of the model's parameters
 

@@ -11,8 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mdn_jax.layers.sharding import AXES, DATA, FSDP, ROWS, TENSOR
-from train.config import MeshConfig, TrainConfig
+from train.config import TrainConfig
 from train.errors import RunError
+from train.sections import MeshConfig
 
 _REPLICATED, _PER_HEAD = PartitionSpec(), PartitionSpec(TENSOR)
 _TO_HEADS, _FROM_HEADS = PartitionSpec(FSDP, TENSOR), PartitionSpec(TENSOR, FSDP)

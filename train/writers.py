@@ -4,8 +4,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from train.config import ReportConfig, TrainConfig, flatten, to_dict
+from train.config import TrainConfig, to_dict
 from train.errors import RunError
+from train.resume import flatten
+from train.sections import ReportConfig
 
 TENSORBOARD_DIRECTORY, WANDB_ID_FILE = "tensorboard", "wandb_id.txt"
 

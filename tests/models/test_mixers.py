@@ -135,7 +135,7 @@ from flax import nnx
 from mdn_jax import MDNForCausalLM
 from mdn_jax.testing import relative_errors
 from tests.models.test_mixers import ONE, THREE, make
-from train.config import MeshConfig
+from train.sections import MeshConfig
 from train.sharding import make_mesh, partition
 
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from mdn_jax import MDNConfig
-from train.config import DataConfig, OptimizerConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import Batch
 from train.data.documents import Documents, tokenize
+from train.sections import DataConfig, OptimizerConfig
 from train.tokenizer import ByteTokenizer
 
 TINY_MODEL = {

@@ -24,9 +24,10 @@ import numpy as np
 from mdn_jax import MDNConfig
 from tests.train.helpers import TINY_MODEL, random_batch, tiny_config
 from train.checkpoint import Checkpoints
-from train.config import DistributedConfig, MeshConfig, TrainConfig
+from train.config import TrainConfig
 from train.distributed import start
 from train.loop import Trainer
+from train.sections import DistributedConfig, MeshConfig
 from train.sharding import from_local
 
 STEPS, HALF = 20, 10

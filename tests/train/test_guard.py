@@ -10,12 +10,12 @@ import pytest
 
 from tests.train.helpers import assert_identical, random_batch, tiny_config
 from train import loop
-from train.config import GuardConfig, OptimizerConfig
 from train.errors import RunError
 from train.guard import init_guard, judge, raise_refused
 from train.loop import train
 from train.loss import summed_loss
 from train.optimizer import make_optimizer, make_schedule
+from train.sections import GuardConfig, OptimizerConfig
 from train.step import init_state, make_train_step
 
 

@@ -6,8 +6,8 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM
 from tests.models.test_mixers import THREE
-from train.config import MeshConfig
 from train.initialize import initial_params
+from train.sections import MeshConfig
 from train.sharding import make_mesh, with_shardings
 
 

@@ -15,11 +15,12 @@ from tests.train.data.helpers import data_of, write_bpe
 from tests.train.helpers import TINY_MODEL, assert_identical, tiny_config
 from train.cli.evaluate import main as evaluate
 from train.cli.generate import main as generate
-from train.config import OptimizerConfig, from_dict
+from train.config import from_dict
 from train.data.packing import PackedRows
 from train.errors import RunError
 from train.loop import Trainer, train
 from train.metrics import read_metrics
+from train.sections import OptimizerConfig
 
 
 @pytest.fixture(scope="module")

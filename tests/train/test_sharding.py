@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from tests.train.helpers import tiny_config
-from train.config import MeshConfig
 from train.errors import RunError
 from train.loop import Trainer
+from train.sections import MeshConfig
 from train.sharding import Share, make_mesh, partition
 
 

@@ -8,9 +8,9 @@ import types
 import pytest
 
 from tests.train.helpers import tiny_config
-from train.config import ReportConfig
 from train.errors import RunError
 from train.metrics import MetricsLog
+from train.sections import ReportConfig
 from train.writers import TENSORBOARD_DIRECTORY, WANDB_ID_FILE, check_packages, make_writers
 
 

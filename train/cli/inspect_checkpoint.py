@@ -12,12 +12,12 @@ from tabulate import tabulate
 
 from train.cli.common import CheckpointConfig, open_checkpoint, parse, run
 from train.cli.evaluate import read_documents
-from train.config import DataConfig
 from train.data.corpus import load_corpus
 from train.errors import RunError
 from train.evaluate import Row, packed_rows
 from train.inspection import HeadReport, record_steps, report_layer, to_json
 from train.inspection_figures import draw_eigenvalues, draw_gates, draw_half_lives, short
+from train.sections import DataConfig
 
 PROGRAM = "mdn-inspect"
 JSON_FILE = "inspection.json"

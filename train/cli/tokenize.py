@@ -11,8 +11,8 @@ from typing import Literal
 import tyro
 
 from train.cli.common import parse, run
-from train.config import DataConfig
 from train.data.tokenizing import write_shards
+from train.sections import DataConfig
 
 PROGRAM = "mdn-tokenize"
 

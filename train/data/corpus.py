@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from train.config import DataConfig
 from train.data.files import cut_files, find_files, read_documents
 from train.errors import RunError
+from train.sections import DataConfig
 
 
 class Corpus(NamedTuple):

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from train.config import DataConfig
 from train.errors import RunError
+from train.sections import DataConfig
 
 Format = Literal["text", "jsonl", "parquet", "tokens"]
 

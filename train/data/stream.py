@@ -14,11 +14,11 @@ from grain.experimental import (
 )
 from numpy.typing import NDArray
 
-from train.config import DataConfig
 from train.data.corpus import digest_of, place
 from train.data.documents import Documents, tokenize
 from train.data.packing import IGNORED, Batch
 from train.errors import RunError
+from train.sections import DataConfig
 from train.tokenizer import Tokenizer
 
 _TOKENS, _TARGETS = "tokens", "targets"

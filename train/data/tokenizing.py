@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from train.config import DataConfig
 from train.data.documents import tokens_of
 from train.data.files import SHARD_SUFFIX, Piece, cut_files, find_files, read_documents
 from train.data.shards import Header, read_header, shard_name, write_shard
 from train.errors import RunError
+from train.sections import DataConfig
 from train.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
 
 _TOGETHER = 256  # documents tokenised in one call

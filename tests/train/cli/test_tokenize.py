@@ -12,9 +12,9 @@ import pytest
 
 from tests.train.data.helpers import TEXTS, write_bpe, write_jsonl, write_parquet
 from train.cli.tokenize import main
-from train.config import DataConfig
 from train.data.files import find_files
 from train.data.shards import open_shards, read_header
+from train.sections import DataConfig
 from train.tokenizer import FileTokenizer
 
 

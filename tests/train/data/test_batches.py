@@ -16,10 +16,11 @@ from mdn_jax import MDNConfig
 from tests.train.data import helpers
 from tests.train.data.helpers import TEXTS, data_of, write_bpe
 from tests.train.helpers import TINY_MODEL, TINY_RUN, assert_identical
-from train.config import DataConfig, OptimizerConfig, TrainConfig
+from train.config import TrainConfig
 from train.data.batches import load_data
 from train.data.packing import PackedRows
 from train.errors import RunError
+from train.sections import DataConfig, OptimizerConfig
 from train.sharding import Share
 from train.tokenizer import FileTokenizer
 

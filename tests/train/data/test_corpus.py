@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from train.config import DataConfig
 from train.data.corpus import load_corpus
 from train.data.files import matching_files, standard_library_files
 from train.errors import RunError
+from train.sections import DataConfig
 
 
 def write(directory: Path, texts: dict[str, str]) -> str:

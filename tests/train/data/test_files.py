@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.train.data.helpers import TEXTS, write_jsonl, write_parquet
-from train.config import DataConfig
 from train.data.files import Piece, cut_files, find_files, read_documents
 from train.errors import RunError
+from train.sections import DataConfig
 
 WHOLE = 1 << 62
 

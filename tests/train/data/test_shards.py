@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.train.data.helpers import TEXTS, write_bpe, write_jsonl
-from train.config import DataConfig
 from train.data.corpus import load_corpus
 from train.data.documents import tokenize, tokens_of
 from train.data.files import find_files
@@ -15,6 +14,7 @@ from train.data.packing import PackedRows
 from train.data.shards import open_shards, read_header, shard_name, write_shard
 from train.data.tokenizing import write_shards
 from train.errors import RunError
+from train.sections import DataConfig
 from train.tokenizer import ByteTokenizer, make_tokenizer
 
 

@@ -9,7 +9,6 @@ from datasets.distributed import split_dataset_by_node
 
 from tests.train.data.helpers import TEXTS, data_of, texts_of, write_bpe, write_jsonl
 from tests.train.helpers import assert_identical
-from train.config import DataConfig
 from train.data.corpus import digest_of, place
 from train.data.packing import IGNORED
 from train.data.stream import (
@@ -20,6 +19,7 @@ from train.data.stream import (
     packed_stream,
 )
 from train.errors import RunError
+from train.sections import DataConfig
 from train.tokenizer import DOCUMENT_START, ByteTokenizer, make_tokenizer
 
 FRACTION = 0.1
