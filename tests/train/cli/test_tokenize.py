@@ -89,12 +89,17 @@ def test_a_killed_command_goes_on(tmp_path, capsys, kind):
     flags = {"tokenizer": bpe, "shard": 100_000}
     command = [sys.executable, "-m", "train.cli.tokenize"]
     command += arguments(output, path, **flags | {"processes": 2})
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while not list(output.glob("*.tokens")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(kind)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
+    assert process.returncode == (-9 if kind == signal.SIGKILL else 130), error
     assert "Traceback" not in error
     finished = {p.name: p.read_bytes() for p in output.glob("*.tokens")}
     assert main(arguments(whole, path, **flags)) == 0
