@@ -121,19 +121,23 @@ def files_of(directory):
 
 
 @pytest.mark.slow
+# Orbax raises at the first array and leaves the readers of the others to fail alone
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(finished, tmp_path, damage):
     config, expected = finished
     run = copy_of(config, tmp_path / "run")
-    last = run.directory / "checkpoints" / "6" / "state"
-    largest = max((p for p in last.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    if damage == "flipped":
-        for i in range(16):  # some of the file may be in no array
-            data[(2 * i + 1) * len(data) // 32] ^= 16
-    largest.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
-    if damage == "gone":
-        largest.unlink()
+    # how the arrays are spread over files, and which of their bytes are in use, is chance
+    for path in (run.directory / "checkpoints" / "6" / "state").glob("**/d/*"):
+        data = bytearray(path.read_bytes())
+        if damage == "gone":
+            path.unlink()
+        elif damage == "cut":
+            path.write_bytes(data[: len(data) // 2])
+        else:
+            for i in range(16):
+                data[(2 * i + 1) * len(data) // 32] ^= 16
+            path.write_bytes(data)
     before = files_of(run.directory)
     with pytest.raises(
         RunError, match=r"(?s)checkpoint of step 6 .* continue with --resume-step 3"
