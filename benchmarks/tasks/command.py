@@ -1,9 +1,8 @@
 """`mdn-bench tasks`: trains and scores mixers on generated tasks."""
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -12,11 +11,12 @@ import jax
 import tyro
 
 from benchmarks.equal_models import Equal, model_config, model_size
+from benchmarks.records import Records
 from benchmarks.tasks.report import Result, draw, table
 from benchmarks.tasks.retrieval import Copying, Induction, Needle, Recall
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.tracking import Tracking
-from benchmarks.tasks.train import Recipe, train_task
+from benchmarks.tasks.train import Recipe, Score, train_task
 from mdn_jax.models import Mixer
 from mdn_jax.ops.api import Implementation
 
@@ -25,7 +25,10 @@ TaskName = Literal["recall", "copying", "induction", "parity", "s5", "needle"]
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """Trains every mixer on every setting of every task, all seeds and learning rates at once."""
+    """Trains every mixer on every task, all seeds and learning rates at once.
+
+    Results that are in the output directory already are not measured again.
+    """
 
     tasks: tuple[TaskName, ...] = get_args(TaskName)
     """Associative recall, selective copying, induction, parity, S5, passkey retrieval."""
@@ -34,7 +37,7 @@ class TasksConfig:
     equal: Equal = "state"
     """What the models have alike; the number of parameters is always within the MLP's rounding."""
     recall_pairs: tuple[int, ...] = (8, 16, 32, 64)
-    """Pairs of `recall`."""
+    """Pairs of `recall`: one training on all, scored at each."""
     recall_gap: int = 64
     """Tokens of noise between pairs and questions of `recall`."""
     recall_keys: int = 256
@@ -90,7 +93,7 @@ class TasksConfig:
 
 
 _SMOKE: dict[str, Any] = {
-    "recall_pairs": (2,),
+    "recall_pairs": (2, 4),
     "recall_gap": 2,
     "recall_keys": 8,
     "copying_counts": (2,),
@@ -112,23 +115,21 @@ _SMOKE: dict[str, Any] = {
 }
 
 
-def settings(config: TasksConfig) -> dict[TaskName, dict[int, Task]]:
-    """The tasks to run: of every name, by the knob that the figure shows."""
-    make: dict[TaskName, tuple[tuple[int, ...], Callable[[int], Task]]] = {
-        "recall": (
-            config.recall_pairs,
-            lambda n: Recall(pairs=n, gap=config.recall_gap, keys=config.recall_keys),
-        ),
-        "copying": (
-            config.copying_counts,
-            lambda n: Copying(count=n, noise_length=config.copying_length),
-        ),
-        "induction": (config.induction_lengths, lambda n: Induction(length=n)),
-        "parity": (config.parity_lengths, lambda n: Tracking(group="z2", length=n)),
-        "s5": (config.s5_lengths, lambda n: Tracking(group="s5", length=n)),
-        "needle": (config.needle_lengths, lambda n: Needle(length=n)),
+def settings(config: TasksConfig) -> list[tuple[TaskName, Task]]:
+    """The tasks to train on, each by itself."""
+    make: dict[TaskName, Callable[[], list[Task]]] = {
+        "recall": lambda: [
+            Recall(pairs=config.recall_pairs, gap=config.recall_gap, keys=config.recall_keys)
+        ],
+        "copying": lambda: [
+            Copying(count=n, noise_length=config.copying_length) for n in config.copying_counts
+        ],
+        "induction": lambda: [Induction(length=n) for n in config.induction_lengths],
+        "parity": lambda: [Tracking(group="z2", length=n) for n in config.parity_lengths],
+        "s5": lambda: [Tracking(group="s5", length=n) for n in config.s5_lengths],
+        "needle": lambda: [Needle(length=n) for n in config.needle_lengths],
     }
-    return {name: {n: make[name][1](n) for n in make[name][0]} for name in config.tasks}
+    return [(name, task) for name in config.tasks for task in make[name]()]
 
 
 def tasks(config: Annotated[TasksConfig, tyro.conf.arg(name="")]) -> None:
@@ -139,8 +140,26 @@ def tasks(config: Annotated[TasksConfig, tyro.conf.arg(name="")]) -> None:
         chosen = settings(config)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    device = jax.devices()[0].device_kind
-    config.output.mkdir(parents=True, exist_ok=True)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; equal {config.equal}")
+    results: list[Result] = []
+    with Records(config.output / "results.jsonl") as records:
+        for name, task in chosen:
+            # small: every task with one mixer, every mixer on one task
+            few = config.smoke and name != config.tasks[0]
+            for mixer in config.mixers[:1] if few else config.mixers:
+                for result in _run(config, records, name, task, mixer):
+                    results.append(result)
+                    print(result.line(), flush=True)
+    text = table(results)
+    (config.output / "table.md").write_text(text + "\n")
+    draw(results, config.output / "accuracy.png")
+    print(text)
+
+
+def _run(
+    config: TasksConfig, records: Records, name: TaskName, task: Task, mixer: Mixer
+) -> list[Result]:
+    """A result a level, from the records where they are complete."""
     recipe = Recipe(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -150,29 +169,6 @@ def tasks(config: Annotated[TasksConfig, tyro.conf.arg(name="")]) -> None:
         implementation=config.implementation,
         dtype=config.dtype,
     )
-    print(f"{device}, jax {jax.__version__}; equal {config.equal}, {config.steps} steps")
-    results: list[Result] = []
-    with (config.output / "results.jsonl").open("w") as file:
-        for name, by_knob in chosen.items():
-            for knob, task in by_knob.items():
-                # small: every task with one mixer, every mixer on one task
-                few = config.smoke and name != config.tasks[0]
-                for mixer in config.mixers[:1] if few else config.mixers:
-                    result = _run(config, recipe, name, knob, task, mixer)
-                    results.append(result)
-                    for record in result.records(device):
-                        file.write(json.dumps(record) + "\n")
-                    file.flush()
-                    print(result.line(), flush=True)
-    text = table(results)
-    (config.output / "table.md").write_text(text + "\n")
-    draw(results, config.output / "accuracy.png")
-    print(text)
-
-
-def _run(
-    config: TasksConfig, recipe: Recipe, name: TaskName, knob: int, task: Task, mixer: Mixer
-) -> Result:
     model = model_config(
         mixer,
         vocab_size=task.vocab_size,
@@ -181,17 +177,44 @@ def _run(
         heads=config.heads,
         equal=config.equal,
     )
-    began = time.perf_counter()
-    scores = train_task(
-        task, model, recipe, seeds=config.seeds, learning_rates=config.learning_rates
-    )
-    return Result(
-        task=name,
-        knob=knob,
-        setting=dataclasses.asdict(task),  # type: ignore[call-overload]
-        mixer=mixer,
-        size=model_size(model),
-        recipe=recipe,
-        scores=scores,
-        seconds=time.perf_counter() - began,
-    )
+    size = model_size(model)
+    setting = {
+        "task": name,
+        "setting": dataclasses.asdict(task),  # type: ignore[call-overload]
+        "mixer": mixer,
+        "model": model.to_dict(),
+        **recipe._asdict(),
+    }
+    scores = _recorded(config, records, setting, task.levels)
+    if scores is None:
+        began = time.perf_counter()
+        scores = train_task(
+            task, model, recipe, seeds=config.seeds, learning_rates=config.learning_rates
+        )
+        about = {
+            **size._asdict(),
+            "device": jax.devices()[0].device_kind,
+            "seconds_of_all": time.perf_counter() - began,
+        }
+        for score in scores:
+            records.add({**setting, **score._asdict(), **about})
+    return [
+        Result(name, level, mixer, size, [score for score in scores if score.level == level])
+        for level in task.levels
+    ]
+
+
+def _recorded(
+    config: TasksConfig, records: Records, setting: dict[str, Any], levels: Sequence[int]
+) -> list[Score] | None:
+    """Scores of every level, seed and learning rate; None if one is missing."""
+    scores = []
+    for level in levels:
+        for seed in config.seeds:
+            for rate in config.learning_rates:
+                own = {"level": level, "seed": seed, "learning_rate": rate}
+                found = records.find(setting | own)
+                if not found:
+                    return None
+                scores.append(Score(**{field: found[-1][field] for field in Score._fields}))
+    return scores

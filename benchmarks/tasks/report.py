@@ -1,41 +1,35 @@
-"""Results of `mdn-bench tasks`: records, a table, a figure."""
+"""Results of `mdn-bench tasks`: a table, a figure."""
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from benchmarks.equal_models import SHOWN, Size
-from benchmarks.tasks.train import Recipe, Score
+from benchmarks.tasks.train import Score
 from mdn_jax.models import Mixer
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A mixer on one setting of a task.
+    """A mixer on one level of a task.
 
     Attributes:
       task: its name.
-      knob: the number that the figure has on its axis.
-      setting: all fields of the task.
+      level: the number that the figure has on its axis.
       mixer: of the model.
       size: of the model.
-      recipe: of the training.
       scores: of every seed and learning rate.
-      seconds: that it took, compilation included.
     """
 
     task: str
-    knob: int
-    setting: dict[str, Any]
+    level: int
     mixer: Mixer
     size: Size
-    recipe: Recipe
     scores: list[Score]
-    seconds: float
 
     @property
     def best(self) -> list[Score]:
@@ -53,27 +47,12 @@ class Result:
         """Of the seeds at the best learning rate."""
         return [score.accuracy for score in self.best]
 
-    def records(self, device: str) -> Iterator[dict[str, Any]]:
-        """For JSON lines, one a seed and learning rate."""
-        for score in self.scores:
-            yield {
-                "task": self.task,
-                "setting": self.setting,
-                "mixer": self.mixer,
-                **self.size._asdict(),
-                **self.recipe._asdict(),
-                **score._asdict(),
-                "device": device,
-                "seconds_of_all": self.seconds,
-            }
-
     def line(self) -> str:
         """Of progress."""
-        name = f"{self.task} {self.knob}"
+        name = f"{self.task} {self.level}"
         return (
             f"{name:16} {SHOWN[self.mixer]:12} accuracy {_spread(self.accuracies)} at "
-            f"{self.best[0].learning_rate:g}; {self.size.parameters:,} parameters, "
-            f"{self.seconds:.0f} s"
+            f"{self.best[0].learning_rate:g}; {self.size.parameters:,} parameters"
         )
 
 
@@ -84,9 +63,9 @@ def _spread(values: Sequence[float]) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """Accuracy in percent, mean and standard deviation over seeds: a row a mixer and size."""
-    columns = list(dict.fromkeys((r.task, r.knob) for r in results))
+    columns = list(dict.fromkeys((r.task, r.level) for r in results))
     mixers = list(dict.fromkeys(r.mixer for r in results))
-    cells = {(r.mixer, r.task, r.knob): _spread(r.accuracies) for r in results}
+    cells = {(r.mixer, r.task, r.level): _spread(r.accuracies) for r in results}
     lines = []
     for mixer in mixers:
         sizes = [r.size for r in results if r.mixer == mixer]
@@ -99,12 +78,12 @@ def table(results: Sequence[Result]) -> str:
                 *(cells.get((mixer, *column), "-") for column in columns),
             ]
         )
-    headers = ["", "parameters", "state", *(f"{task} {knob}" for task, knob in columns)]
+    headers = ["", "parameters", "state", *(f"{task} {level}" for task, level in columns)]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Accuracy against the knob, a panel a task and a line a mixer; bars: least and most."""
+    """Accuracy against the level, a panel a task and a line a mixer; bars: least and most."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -126,7 +105,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
             low = [m - min(r.accuracies) for m, r in zip(means, own, strict=True)]
             high = [max(r.accuracies) - m for m, r in zip(means, own, strict=True)]
             handles[SHOWN[mixer]] = panel.errorbar(
-                [r.knob for r in own],
+                [r.level for r in own],
                 means,
                 yerr=[low, high],
                 color=f"C{i}",
@@ -135,9 +114,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 markersize=5,
                 capsize=3,
             )
-        knobs = sorted({r.knob for r in results if r.task == name})
+        levels = sorted({r.level for r in results if r.task == name})
         panel.set_xscale("log", base=2)
-        panel.set_xticks(knobs, [str(knob) for knob in knobs])
+        panel.set_xticks(levels, [str(level) for level in levels])
         panel.minorticks_off()
         panel.set(title=name, xlabel=axis.get(name, "length"))
         panel.set(ylabel="accuracy", ylim=(-0.03, 1.03))

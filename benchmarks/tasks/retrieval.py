@@ -4,32 +4,36 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from benchmarks.tasks.task import Examples, ignored, require, scattered
+from benchmarks.tasks.task import IGNORED, Examples, ignored, require, scattered
 
 
 @dataclasses.dataclass(frozen=True)
 class Recall:
     """Multi-query associative recall (MQAR, arXiv 2312.04927).
 
-    `pairs` keys, each followed by its value; `gap` tokens of noise; then every key once more, in
-    another order, where its value must be predicted.
+    Keys, each followed by its value; `gap` tokens of noise; then every key once more, in another
+    order, where its value must be predicted. Rows are as long as with most pairs and begin with
+    noise if they have fewer.
 
     Attributes:
-      pairs: different keys in a row.
+      pairs: different keys in a row, one number or several.
       gap: tokens between the last pair and the first question.
       keys: keys there are, and values as well.
       noise: kinds of noise tokens.
     """
 
-    pairs: int = 16
+    pairs: tuple[int, ...] = (16,)
     gap: int = 0
     keys: int = 256
     noise: int = 32
 
     def __post_init__(self) -> None:
-        require("pairs", self.pairs, f"from 1 to keys = {self.keys}", 1 <= self.pairs <= self.keys)
+        if not self.pairs:
+            raise ValueError("pairs: expected at least one number, got none")
+        for pairs in self.pairs:
+            require("pairs", pairs, f"from 1 to keys = {self.keys}", 1 <= pairs <= self.keys)
         require("gap", self.gap, "at least 0", self.gap >= 0)
         require("noise", self.noise, "at least 1", self.noise >= 1)
 
@@ -41,23 +45,38 @@ class Recall:
     @property
     def length(self) -> int:
         """Tokens in a row."""
-        return 3 * self.pairs + self.gap
+        return 3 * max(self.pairs) + self.gap
 
-    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Pairs."""
+        return self.pairs
+
+    def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
         """Random rows."""
         of_keys, of_values, of_noise, of_order = jax.random.split(key, 4)
-        shape = (rows, self.pairs)
+        most = max(self.pairs)
+        shape = (rows, most)
         draw = jax.random.uniform(of_keys, (rows, self.keys))
-        keys = jax.lax.top_k(draw, self.pairs)[1]  # different ones, in random order
+        keys = jax.lax.top_k(draw, most)[1]  # different ones, in random order
         values = self.keys + jax.random.randint(of_values, shape, 0, self.keys)
-        noise = jax.random.randint(of_noise, (rows, self.gap), 0, self.noise)
-        order = jnp.argsort(jax.random.uniform(of_order, shape), axis=1)
+        absent = jnp.arange(most) < most - level  # the first pairs of a row, if it has fewer
+        order = jnp.argsort(
+            jax.random.uniform(of_order, shape) + absent, axis=1
+        )  # absent ones last
         pairs = jnp.stack([keys, values], axis=2).reshape(rows, -1)
         questions = jnp.take_along_axis(keys, order, axis=1)
         answers = jnp.take_along_axis(values, order, axis=1)
-        tokens = jnp.concatenate([pairs, 2 * self.keys + noise, questions], axis=1)
-        before = ignored(rows, 2 * self.pairs + self.gap)
-        return Examples(tokens, jnp.concatenate([before, answers], axis=1))
+
+        gap, asked = jnp.zeros(self.gap, bool), jnp.arange(most) < level
+        said = jnp.concatenate([jnp.repeat(~absent, 2), gap, asked])
+        nothing = ignored(rows, 2 * most + self.gap)
+        text = jnp.concatenate([pairs, nothing[:, 2 * most :], questions], axis=1)
+        noise = jax.random.randint(of_noise, (rows, self.length), 0, self.noise)
+        return Examples(
+            jnp.where(said, text, 2 * self.keys + noise),
+            jnp.concatenate([nothing, jnp.where(asked, answers, IGNORED)], axis=1),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +108,12 @@ class Copying:
         """Tokens in a row."""
         return self.noise_length + self.count
 
-    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Tokens to remember."""
+        return (self.count,)
+
+    def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
         """Random rows."""
         of_values, of_places = jax.random.split(key)
         values = jax.random.randint(of_values, (rows, self.count), 0, self.kinds)
@@ -123,7 +147,12 @@ class Induction:
         """Ordinary tokens and the special one."""
         return self.kinds + 1
 
-    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The length."""
+        return (self.length,)
+
+    def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
         """Random rows."""
         of_text, of_place = jax.random.split(key)
         text = jax.random.randint(of_text, (rows, self.length), 0, self.kinds)
@@ -169,7 +198,12 @@ class Needle:
         """Bytes."""
         return 256
 
-    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The length."""
+        return (self.length,)
+
+    def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
         """Random rows."""
         of_digits, of_depth, of_start = jax.random.split(key, 3)
         shape = (rows, self.digits)

@@ -33,8 +33,12 @@ class Task(Protocol):
     def length(self) -> int:
         """Tokens in a row."""
 
-    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
-        """Random rows, the same for the same key; can be compiled."""
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """How hard rows may be, in the unit of the figure; trained in turn, scored one by one."""
+
+    def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
+        """Random rows of one level, the same for the same key; can be compiled."""
 
 
 def require(name: str, value: int, expected: str, fits: bool) -> None:

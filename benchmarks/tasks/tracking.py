@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 from numpy.typing import NDArray
 
 from benchmarks.tasks.task import Examples, require
@@ -36,7 +36,12 @@ class Tracking:
         """Elements of the group."""
         return len(products(self.group))
 
-    def sample(self, key: PRNGKeyArray, rows: int) -> Examples:
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The length."""
+        return (self.length,)
+
+    def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
         """Random rows."""
         table = jnp.asarray(products(self.group))
         tokens = jax.random.randint(key, (rows, self.length), 0, len(table))

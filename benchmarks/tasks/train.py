@@ -40,17 +40,19 @@ class Recipe(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of one seed and learning rate.
+    """Of one seed and learning rate, at one level of the task.
 
     Attributes:
+      level: of the rows it was measured on.
       seed: of parameters and data.
       learning_rate: its peak.
       choice: accuracy on rows by which a learning rate may be chosen.
       accuracy: on other rows, part of the targets predicted right.
       loss: on these, nats a target.
-      curve: steps, training loss and training accuracy at each point.
+      curve: steps, training loss and training accuracy at each point, of all levels.
     """
 
+    level: int
     seed: int
     learning_rate: float
     choice: float
@@ -76,6 +78,8 @@ def train_task(
 ) -> list[Score]:
     """Trains every seed with every learning rate; all of them run side by side.
 
+    Every batch has one of the task's levels, drawn at random.
+
     Nothing leaves the device between two measurements: batches are drawn there.
 
     Args:
@@ -100,13 +104,15 @@ def train_task(
         for curve, x, y in zip(curves, loss.tolist(), accuracy.tolist(), strict=True):
             curve.append((end, x, y))
         begun = end
-    measure = jax.jit(jax.vmap(steps.measure, in_axes=(0, None)))
-    _, choice = measure(state, 0)
-    loss, accuracy = measure(state, 1)
-    return [
-        Score(seed, rate, float(choice[i]), float(accuracy[i]), float(loss[i]), curves[i])
-        for i, (seed, rate) in enumerate(runs)
-    ]
+    measure = jax.jit(jax.vmap(steps.measure, in_axes=(0, None, None)))
+    scores = []
+    for level in task.levels:
+        _, choice = measure(state, 0, level)
+        loss, accuracy = measure(state, 1, level)
+        for i, (seed, rate) in enumerate(runs):
+            measured = float(choice[i]), float(accuracy[i]), float(loss[i])
+            scores.append(Score(level, seed, rate, *measured, curves[i]))
+    return scores
 
 
 class Steps:
@@ -146,7 +152,9 @@ class Steps:
 
         def step(i: Array, carry: tuple[_Run, Array, Array]) -> tuple[_Run, Array, Array]:
             run, losses, accuracies = carry
-            examples = self._task.sample(jax.random.fold_in(run.data, i), self._recipe.batch_size)
+            of_level, of_rows = jax.random.split(jax.random.fold_in(run.data, i))
+            level = jax.random.choice(of_level, jnp.asarray(self._task.levels))
+            examples = self._task.sample(of_rows, self._recipe.batch_size, level)
             gradient = jax.value_and_grad(self._loss, has_aux=True)
             (loss, accuracy), grads = gradient(run.params, examples)
             updates, opt_state = self._optimizer.update(grads, run.opt_state, run.params)
@@ -159,13 +167,16 @@ class Steps:
         run, loss, accuracy = jax.lax.fori_loop(begin, end, step, (run, zero, zero))
         return run, loss / (end - begin), accuracy / (end - begin)
 
-    def measure(self, run: _Run, part: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def measure(
+        self, run: _Run, part: Int[Array, ""], level: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss and accuracy on rows that were not trained on; the two parts share none."""
         batches = max(1, self._recipe.test_rows // self._recipe.batch_size)
 
         def batch(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
             key = jax.random.fold_in(run.data, self._recipe.steps + part * batches + i)
-            loss, accuracy = self._loss(run.params, self._task.sample(key, self._recipe.batch_size))
+            examples = self._task.sample(key, self._recipe.batch_size, level)
+            loss, accuracy = self._loss(run.params, examples)
             return (carry[0] + loss / batches, carry[1] + accuracy / batches), None
 
         zero = jnp.zeros(())

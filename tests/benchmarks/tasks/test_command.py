@@ -1,5 +1,6 @@
 """Equal models, seeds side by side, the choice of a learning rate, files."""
 
+import dataclasses
 import json
 
 import pytest
@@ -54,16 +55,16 @@ def test_parity_is_learned_and_seeds_are_independent():
     assert scores[0].loss != scores[2].loss
 
 
-def result(mixer, knob, scores, state=10):
-    return Result("recall", knob, {}, mixer, Size(100, state), RECIPE, scores, 1.0)
+def result(mixer, level, scores, state=10):
+    return Result("recall", level, mixer, Size(100, state), scores)
 
 
 def test_the_learning_rate_is_chosen_on_other_rows():
     scores = [
-        Score(0, 0.1, choice=0.9, accuracy=0.5, loss=1.0, curve=[]),
-        Score(1, 0.1, choice=0.7, accuracy=0.7, loss=1.0, curve=[]),
-        Score(0, 0.2, choice=0.6, accuracy=0.9, loss=1.0, curve=[]),
-        Score(1, 0.2, choice=0.8, accuracy=0.9, loss=1.0, curve=[]),
+        Score(4, 0, 0.1, choice=0.9, accuracy=0.5, loss=1.0, curve=[]),
+        Score(4, 1, 0.1, choice=0.7, accuracy=0.7, loss=1.0, curve=[]),
+        Score(4, 0, 0.2, choice=0.6, accuracy=0.9, loss=1.0, curve=[]),
+        Score(4, 1, 0.2, choice=0.8, accuracy=0.9, loss=1.0, curve=[]),
     ]
     chosen = result("mdn", 4, scores)
     assert chosen.accuracies == [0.5, 0.7]
@@ -75,29 +76,39 @@ def test_the_learning_rate_is_chosen_on_other_rows():
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path, capsys):
-    tasks(
-        TasksConfig(
-            tasks=("s5", "recall"), mixers=("gdn", "attention"), smoke=True, output=tmp_path
-        )
+def test_smoke(tmp_path, capsys, monkeypatch):
+    config = TasksConfig(
+        tasks=("s5", "recall"), mixers=("gdn", "attention"), smoke=True, output=tmp_path
     )
+    tasks(config)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    ran = [(r["task"], r["mixer"], r["seed"]) for r in records]
-    pairs = [("s5", "gdn"), ("s5", "attention"), ("recall", "gdn")]
-    assert ran == [(*pair, seed) for pair in pairs for seed in (0, 1)]
+    ran = [(r["task"], r["level"], r["mixer"], r["seed"]) for r in records]
+    runs = [("s5", 8, "gdn"), ("s5", 8, "attention"), ("recall", 2, "gdn"), ("recall", 4, "gdn")]
+    assert ran == [(*run, seed) for run in runs for seed in (0, 1)]
     assert records[0]["setting"] == {"group": "s5", "length": 8}
     assert all(0 <= r["accuracy"] <= 1 and len(r["curve"]) == 2 for r in records)
     assert "Transformer" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
+    def not_again(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("benchmarks.tasks.command.train_task", not_again)
+    before = (tmp_path / "table.md").read_text()
+    tasks(config)
+    assert (tmp_path / "table.md").read_text() == before
+    assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
+    with pytest.raises(AssertionError):
+        tasks(dataclasses.replace(config, equal="parameters"))
+
 
 def test_settings_and_bad_ones():
     config = TasksConfig(tasks=("recall", "s5"), recall_pairs=(4, 8), recall_gap=3)
-    chosen = settings(config)
-    assert list(chosen) == ["recall", "s5"]
-    assert {knob: task.gap for knob, task in chosen["recall"].items()} == {4: 3, 8: 3}
+    chosen = [(name, task.levels, task.length) for name, task in settings(config)]
+    lengths = [("s5", (length,), length) for length in config.s5_lengths]
+    assert chosen == [("recall", (4, 8), 27), *lengths]
     with pytest.raises(ValueError, match="mixers: expected at least one"):
         TasksConfig(mixers=())
     with pytest.raises(ValueError, match="steps: expected an int >= 1, got 0"):

@@ -12,7 +12,7 @@ from benchmarks.tasks.task import IGNORED
 from benchmarks.tasks.tracking import Tracking, products
 
 TASKS = {
-    "recall": Recall(pairs=5, gap=4, keys=9, noise=3),
+    "recall": Recall(pairs=(5, 3), gap=4, keys=9, noise=3),
     "copying": Copying(count=4, noise_length=11, kinds=3),
     "induction": Induction(length=12, kinds=4),
     "needle": Needle(length=120, digits=3),
@@ -21,8 +21,10 @@ TASKS = {
 }
 
 
-def rows(name, seed=0):
-    tokens, targets = (np.asarray(x) for x in TASKS[name].sample(jax.random.key(seed), 8))
+def rows(name, seed=0, level=None):
+    task = TASKS[name]
+    level = task.levels[0] if level is None else level
+    tokens, targets = (np.asarray(x) for x in task.sample(jax.random.key(seed), 8, level))
     return list(zip(tokens.tolist(), targets.tolist(), strict=True))
 
 
@@ -48,6 +50,19 @@ def test_recall():
         assert min(tokens[10:14]) >= 18
         assert sorted(tokens[14:]) == sorted(pairs)
         assert targets == [IGNORED] * 14 + [pairs[key] for key in tokens[14:]]
+    orders = {tuple(np.argsort(tokens[14:])) for tokens, _ in rows("recall")}
+    assert len(orders) > 4
+
+
+def test_recall_of_fewer_pairs():
+    for tokens, targets in rows("recall", level=3):
+        assert min(tokens[:4] + tokens[10:14] + tokens[17:]) >= 18
+        pairs = dict(zip(tokens[4:10:2], tokens[5:10:2], strict=True))
+        assert len(pairs) == 3
+        assert max(pairs) < 9 <= min(pairs.values()) <= max(pairs.values()) < 18
+        assert sorted(tokens[14:17]) == sorted(pairs)
+        answers = [pairs[key] for key in tokens[14:17]]
+        assert targets == [IGNORED] * 14 + answers + [IGNORED] * 2
 
 
 def test_copying():
@@ -79,7 +94,7 @@ def test_needle():
         assert "pass" not in rest
     assert len(depths) > 4
     exact = Needle(length=Needle(length=120)._asked + Needle(length=120)._told)
-    assert exact.sample(jax.random.key(0), 3).tokens.shape == (3, exact.length)
+    assert exact.sample(jax.random.key(0), 3, exact.length).tokens.shape == (3, exact.length)
 
 
 def test_parity():
@@ -102,7 +117,10 @@ def test_s5():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Recall(pairs=10, keys=9), "pairs: expected an int from 1 to keys = 9, got 10"),
+        (
+            lambda: Recall(pairs=(3, 10), keys=9),
+            "pairs: expected an int .* keys = 9, got 10",
+        ),
         (lambda: Recall(gap=-1), "gap: expected an int at least 0, got -1"),
         (lambda: Copying(count=9, noise_length=8), "count: expected an int from 1 to .* = 8"),
         (lambda: Induction(length=2), "length: expected an int at least 3, got 2"),
