@@ -1,7 +1,6 @@
 """`mdn-bench language`: every mixer, and MDN without its parts, on the same real text."""
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -15,6 +14,7 @@ import tyro
 from tabulate import tabulate
 
 from benchmarks.equal_models import SHOWN, model_config, model_size
+from benchmarks.records import Records, compiled_once
 from mdn_jax import MDNConfig
 from mdn_jax.models import Mixer
 from mdn_jax.ops.api import Implementation
@@ -37,7 +37,7 @@ _ABLATIONS: dict[Ablation, dict[str, Any]] = {
 class LanguageConfig:
     """Trains models of equal parameters on the same bytes and compares held-out bits per byte.
 
-    A run that was cut short goes on from its last checkpoint with the same command.
+    A command that was cut short goes on from the last checkpoint; finished runs are not repeated.
     """
 
     files: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class LanguageConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations."""
     output: Path = Path("runs/language")
-    """Directory of the runs, of `results.jsonl`, `table.md` and `curves.png`."""
+    """Directory of the runs, of `results.jsonl`, `table.md`, `curves.png` and compiled programs."""
     smoke: bool = False
     """Whether it runs, not how well: tiny models, few steps."""
 
@@ -134,22 +134,24 @@ def language(config: Annotated[LanguageConfig, tyro.conf.arg(name="")]) -> None:
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
     device = jax.devices()[0].device_kind
-    config.output.mkdir(parents=True, exist_ok=True)
     models = _models(config)
     per_run = config.steps * config.batch_size * config.sequence_length
     print(f"{device}, jax {jax.__version__}; {per_run:,} bytes a run, {len(config.seeds)} seeds")
     outcomes: list[Outcome] = []
-    with (config.output / "results.jsonl").open("w") as file:
+    with Records(config.output / "results.jsonl") as records, compiled_once(config.output):
         for name, model in models.items():
             for seed in config.seeds:
-                try:
-                    outcome = _run(config, name, model, seed)
-                except RunError as error:
-                    raise SystemExit(f"{name}, seed {seed}: {error}") from None
+                setting = {"model": name, "seed": seed, "config": _recipe(config)}
+                found = records.find(setting)
+                if found:
+                    outcome = Outcome(**{field: found[-1][field] for field in Outcome._fields})
+                else:
+                    try:
+                        outcome = _run(config, name, model, seed)
+                    except RunError as error:
+                        raise SystemExit(f"{name}, seed {seed}: {error}") from None
+                    records.add({**setting, **outcome._asdict(), "device": device})
                 outcomes.append(outcome)
-                record = outcome._asdict() | {"device": device, "config": _plain(config)}
-                file.write(json.dumps(record) + "\n")
-                file.flush()
                 bits = "not finite" if outcome.bits is None else f"{outcome.bits:.4f}"
                 print(f"{name}, seed {seed}: {bits} bits per byte", flush=True)
     text = table(outcomes)
@@ -158,8 +160,10 @@ def language(config: Annotated[LanguageConfig, tyro.conf.arg(name="")]) -> None:
     print(text)
 
 
-def _plain(config: LanguageConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def _recipe(config: LanguageConfig) -> dict[str, Any]:
+    """What every run of a comparison has alike."""
+    apart = ("mixers", "ablations", "seeds", "output", "smoke")
+    return {name: x for name, x in dataclasses.asdict(config).items() if name not in apart}
 
 
 def _models(config: LanguageConfig) -> dict[str, MDNConfig]:

@@ -60,8 +60,10 @@ def time_parts(shapes: Shapes, segment_ids: jax.Array, *, runs: int) -> dict[str
         for name, function, *arguments in _of_block(shapes, layer, segment_ids):
             time = measure(_both(function), *arguments, runs=runs).median
             seconds[name] = seconds.get(name, 0.0) + count * time
+            print(f"{name}: {count} x {time * 1e3:.3f} ms", flush=True)
     for name, function, *arguments in _of_model(shapes):
         seconds[name] = measure(_both(function), *arguments, runs=runs).median
+        print(f"{name}: {seconds[name] * 1e3:.3f} ms", flush=True)
     return seconds
 
 

@@ -1,14 +1,18 @@
-"""Results of a long command, a line of JSON each: what is there is not measured again."""
+"""What a long command leaves on disk so that the same command need not do it again."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 
 class Records:
-    """Lines of a file that a command adds to and that the same command finds when it goes on.
+    """Results, a line of JSON each, which a command adds and finds again when it goes on.
 
     Files of several outputs may be joined with `cat`. A line cut short is removed.
     """
@@ -59,3 +63,21 @@ def _parsed(path: Path, line: str) -> dict[str, Any]:
         return dict(json.loads(line))
     except (ValueError, TypeError):
         raise SystemExit(f"{path}: expected lines of JSON, got {line[:40]!r}") from None
+
+
+@contextlib.contextmanager
+def compiled_once(directory: Path) -> Iterator[None]:
+    """Programs compiled inside are kept in `directory/compiled`, unless jax keeps them already."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    _keep_in(str(directory / "compiled"))
+    try:
+        yield
+    finally:
+        _keep_in(None)
+
+
+def _keep_in(directory: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    compilation_cache.reset_cache()  # what was chosen before the first compilation stays otherwise

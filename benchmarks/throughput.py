@@ -1,7 +1,6 @@
 """`mdn-bench throughput`: tokens a second of training, at lengths with equal tokens a step."""
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,21 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from flax import nnx
 from tabulate import tabulate
 
+from benchmarks.records import Records, compiled_once
 from configs import CONFIGS
-from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax import MDNConfig
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    """Times the training step of several models on rows of several lengths."""
+    """Times the training step of several models on rows of several lengths.
+
+    What is in the output directory already, of the same device, is not measured again.
+    """
 
     models: tuple[str, ...] = (
         "mdn_400m",
@@ -47,8 +47,10 @@ class ThroughputConfig:
     """Of the momentum delta rule; "scan" and "xla" of the other rules too; None: the best ones."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations."""
+    compile_only: bool = False
+    """Compile and stop, for several commands at once to do; a later one then only times."""
     output: Path = Path("runs/throughput")
-    """Directory of `results.jsonl`, `table.md` and `throughput.png`."""
+    """Directory of `results.jsonl`, `table.md`, `throughput.png` and compiled programs."""
     smoke: bool = False
     """Whether it runs, not how fast: tiny models and rows."""
 
@@ -93,18 +95,29 @@ def throughput(config: Annotated[ThroughputConfig, tyro.conf.arg(name="")]) -> N
             config, lengths=(16,), tokens=32, repeats=2, implementation="scan", dtype="float32"
         )
     device = jax.devices()[0].device_kind
-    config.output.mkdir(parents=True, exist_ok=True)
     print(f"{device}, jax {jax.__version__}; {config.tokens:,} tokens a step, {config.dtype}")
+    apart = ("models", "lengths", "output", "smoke", "compile_only")
+    recipe = {name: x for name, x in dataclasses.asdict(config).items() if name not in apart}
     rows: list[Row] = []
-    with (config.output / "results.jsonl").open("w") as file:
+    with Records(config.output / "results.jsonl") as records, compiled_once(config.output):
         for name in config.models:
             for length in config.lengths:
-                row = _run(config, name, length)
+                setting = {"model": name, "length": length, "config": recipe}
+                setting |= {"device": device, "jax": jax.__version__}
+                if config.compile_only:
+                    seconds = _compile(config, name, length)
+                    print(f"{name}, {length:,}: compiled in {seconds:.1f} s", flush=True)
+                    continue
+                found = records.find(setting)
+                if found:
+                    row = Row(**{field: found[-1][field] for field in Row._fields})
+                else:
+                    row = _run(config, name, length)
+                    records.add(setting | row._asdict())
                 rows.append(row)
-                values = {"device": device, "jax": jax.__version__, "dtype": config.dtype}
-                file.write(json.dumps(row._asdict() | values | {"remat": config.remat}) + "\n")
-                file.flush()
                 print(f"{name}, {length:,}: {_speed(row, config.tokens)} tokens/s", flush=True)
+    if config.compile_only:
+        return
     text = table(rows, config.tokens)
     (config.output / "table.md").write_text(text + "\n")
     draw(rows, config.tokens, config.output / "throughput.png")
@@ -121,45 +134,44 @@ def _model(config: ThroughputConfig, name: str) -> MDNConfig:
     return dataclasses.replace(model, **heads, **small, **mlp)  # type: ignore[arg-type]
 
 
-def _run(config: ThroughputConfig, name: str, length: int) -> Row:
-    from train.optimizer import make_optimizer, make_schedule
-    from train.sections import OptimizerConfig
-    from train.step import init_state, make_train_step, split_model
+def _step(config: ThroughputConfig, name: str, length: int) -> Any:
+    """A `WholeStep`."""
+    # not in the extra `benchmarks`: packages that only training needs
+    from benchmarks.whole_step import WholeStep
+    from train.config import TrainConfig
 
-    model_fields = _model(config, name)
-    model = MDNForCausalLM(
-        model_fields,
-        implementation=config.implementation,
-        remat=config.remat,
-        dtype=jnp.dtype(config.dtype),
-        rngs=nnx.Rngs(0),
+    return WholeStep(
+        TrainConfig(
+            name=name,
+            model=_model(config, name),
+            batch_size=config.tokens // length,
+            sequence_length=length,
+            remat=config.remat,
+            implementation=config.implementation,
+            dtype=config.dtype,
+        )
     )
-    loss, params = split_model(model)
-    del model
-    recipe = OptimizerConfig(warmup_steps=1)
-    schedule = make_schedule(recipe, 1000)
-    optimizer = make_optimizer(recipe, schedule)
-    state = init_state(params, optimizer)
-    rows = config.tokens // length
-    tokens = np.random.default_rng(0).integers(
-        model_fields.vocab_size, size=(rows, length + 1), dtype=np.int32
-    )
-    batch: Any = jax.device_put(
-        {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "segment_ids": np.zeros((rows, length), np.int32),
-        }
-    )
+
+
+def _compile(config: ThroughputConfig, name: str, length: int) -> float:
+    """Seconds that it took; the program is in the cache."""
+    began = time.perf_counter()
+    _step(config, name, length).lower().compile()
+    return time.perf_counter() - began
+
+
+def _run(config: ThroughputConfig, name: str, length: int) -> Row:
     began = time.perf_counter()
     seconds: list[float] = []
+    rows = config.tokens // length
     try:
-        build: Any = make_train_step(loss, optimizer, schedule, dtype=jnp.dtype(config.dtype))
-        step = build.lower(state, batch).compile()
-        compiled = time.perf_counter() - began
+        step = _step(config, name, length)
+        compiled = step.lower().compile()
+        compile_seconds = time.perf_counter() - began
+        state = step.initial_state()
         for _ in range(2 + config.repeats):
             began = time.perf_counter()
-            state, metrics = step(state, batch)
+            state, metrics = compiled(state, step.batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - began)
     except jax.errors.JaxRuntimeError as error:
@@ -168,7 +180,7 @@ def _run(config: ThroughputConfig, name: str, length: int) -> Row:
         return Row(name, length, rows, [], time.perf_counter() - began, None)
     used = jax.devices()[0].memory_stats()
     peak = int(used["peak_bytes_in_use"]) if used else None
-    return Row(name, length, rows, seconds[2:], compiled, peak)
+    return Row(name, length, rows, seconds[2:], compile_seconds, peak)
 
 
 def _speed(row: Row, tokens: int) -> str:

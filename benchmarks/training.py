@@ -1,29 +1,28 @@
 """`mdn-bench training`: the whole training step, and its parts by themselves beside it."""
 
+import dataclasses
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
-from flax import nnx
 from tabulate import tabulate
 
 from benchmarks.parts import Shapes, time_parts
 from configs import CONFIGS
-from mdn_jax import MDNForCausalLM
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 
 WARM_UP = 3
+DOCUMENT = 1024  # mean length, tokens
 TRACED_STEPS = 3
 
 
@@ -138,7 +137,7 @@ def training(config: Annotated[TrainingConfig, tyro.conf.arg(name="")]) -> None:
             "device": kind,
             "devices": len(devices),
             "jax": jax.__version__,
-            "config": asdict(config),
+            "config": dataclasses.asdict(config),
             "tokens_per_second": speed,
             "mfu": mfu,
             "whole": whole._asdict(),
@@ -156,19 +155,12 @@ def _parts_table(parts: dict[str, float], whole: float) -> str:
 
 
 class _Run:
-    """The step of a configuration on all devices, as `train.loop` builds it."""
+    """The step of a configuration on all devices."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        # not in the extra `benchmarks`: packages that only training needs
-        import dataclasses
-
-        from train.sections import MeshConfig
-        from train.sharding import make_mesh
-
         base = CONFIGS[config.model]()
         rows = config.rows or base.batch_size // base.accumulation
         self.config = config
-        self.mesh = make_mesh(MeshConfig(fsdp=1))
         self.base = dataclasses.replace(
             base,
             batch_size=rows * config.accumulation * len(jax.devices()),
@@ -178,57 +170,19 @@ class _Run:
             dtype=config.dtype or base.dtype,
             implementation=config.implementation,
         )
-        rng = np.random.default_rng(0)
-        shape = (self.base.batch_size, self.base.sequence_length)
-        tokens = rng.integers(base.model.vocab_size, size=shape, dtype=np.int32)
-        # documents of 1,024 tokens on average
-        starts = rng.random(shape) < 1 / 1024
-        documents = np.cumsum(starts, axis=1, dtype=np.int32)
-        self.batch = {
-            "tokens": tokens,
-            "segment_ids": documents,
-            "targets": np.roll(tokens, -1, axis=1),
-        }
 
     def time(self) -> tuple[Whole, float]:
         """The whole step, and seconds of the optimizer's part of it by itself."""
+        # not in the extra `benchmarks`: packages that only training needs
+        from benchmarks.whole_step import WholeStep
         from train.flops import flops_per_token
-        from train.initialize import abstract_state, initial_params, place_state
-        from train.optimizer import make_optimizer, make_schedule
-        from train.sharding import batch_sharding, from_global, on_mesh, replicated
-        from train.step import make_train_step, make_update, rounded, split_model
+        from train.step import make_update, rounded
 
-        base, mesh = self.base, self.mesh
-        schedule = make_schedule(base.optimizer, base.decay_steps)
-        optimizer = make_optimizer(base.optimizer, schedule)
-        dtype = jnp.dtype(base.dtype)
-        model = nnx.eval_shape(
-            lambda: MDNForCausalLM(
-                base.model,
-                implementation=base.implementation,
-                remat=base.remat,
-                dtype=dtype,
-                rngs=nnx.Rngs(0),
-            )
-        )
-        loss, params = split_model(model)
-        like = abstract_state(params, optimizer, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, like)
-        step: Any = make_train_step(
-            loss,
-            optimizer,
-            schedule,
-            accumulation=base.accumulation,
-            dtype=dtype,
-            state_sharding=shardings,
-            batch_sharding=batch_sharding(mesh),
-            metrics_sharding=replicated(mesh),
-        )
-        initial = initial_params(base.model, seed=0, like=like.params)
-        state = jax.block_until_ready(place_state(initial, optimizer, like))
-        batch = from_global(mesh, self.batch)
+        base, dtype = self.base, jnp.dtype(self.base.dtype)
+        step = WholeStep(base, document=DOCUMENT)
+        state, batch = step.initial_state(), step.batch
         began = time.perf_counter()
-        lowered = on_mesh(mesh, step.lower)(state, batch)
+        lowered = step.lower()
         trace = time.perf_counter() - began
         compiled = lowered.compile()
         compile_seconds = time.perf_counter() - began - trace
@@ -256,8 +210,8 @@ class _Run:
             process=process,
             peak=peak,
             planned=planned,
-            flops=tokens * flops_per_token(base.model, params, base.sequence_length),
-            parameters=sum(x.size for x in jax.tree.leaves(params)),
+            flops=tokens * flops_per_token(base.model, step.params, base.sequence_length),
+            parameters=sum(x.size for x in jax.tree.leaves(step.params)),
             loss=float(metrics.loss),
         )
         del compiled, metrics
@@ -266,7 +220,7 @@ class _Run:
         )(state.params)
         wide = partial(jax.tree.map, lambda g, x: g.astype(x.dtype))
         update = jax.jit(
-            lambda state, gradient: make_update(optimizer, schedule, base.guard)(
+            lambda state, gradient: make_update(step.optimizer, step.schedule, base.guard)(
                 state, jnp.ones(()), wide(gradient, state.params)
             ),
             donate_argnums=0,
@@ -276,11 +230,13 @@ class _Run:
 
     def time_parts(self) -> dict[str, float]:
         """Seconds of the parts of one step on one device, the optimizer apart."""
+        from benchmarks.whole_step import random_batch
+
         base = self.base
         rows = base.batch_size // base.accumulation // len(jax.devices())
         dtype = jnp.dtype(base.dtype)
         shapes = Shapes(base.model, rows, base.sequence_length, dtype, base.implementation)
-        documents = jnp.asarray(self.batch["segment_ids"][:rows])
+        documents = jnp.asarray(random_batch(base, DOCUMENT)["segment_ids"][:rows])
         seconds = time_parts(shapes, documents, runs=max(self.config.steps // 4, 2))
         return {name: base.accumulation * x for name, x in seconds.items()}
 

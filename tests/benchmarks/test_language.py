@@ -33,7 +33,7 @@ def test_models_of_equal_parameters_and_ablations():
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path, capsys):
+def test_smoke(tmp_path, capsys, monkeypatch):
     text = tmp_path / "text"
     text.mkdir()
     for i in range(40):
@@ -48,9 +48,19 @@ def test_smoke(tmp_path, capsys):
     written = (tmp_path / "out" / "table.md").read_text()
     assert written in capsys.readouterr().out
     assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    language(LanguageConfig(**options, smoke=True))  # nothing is left to do
+    (tmp_path / "out" / "results.jsonl").unlink()
+    language(LanguageConfig(**options, smoke=True))  # goes on after the last checkpoint
     (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["bits"] == pytest.approx(record["bits"], abs=1e-5)
+
+    def not_again(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("benchmarks.language._run", not_again)
+    language(LanguageConfig(**options, smoke=True))
+    assert (tmp_path / "out" / "table.md").read_text() == written
+    with pytest.raises(AssertionError):
+        language(LanguageConfig(**options, smoke=True, learning_rate=1e-4))
 
 
 def outcome(model, seed, bits, skipped=0, state=5):

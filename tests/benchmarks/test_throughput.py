@@ -1,5 +1,6 @@
 """`mdn-bench throughput`: a small run, the table, models that do not fit."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,8 +11,9 @@ from benchmarks.throughput import Row, ThroughputConfig, table, throughput
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path, capsys):
-    throughput(ThroughputConfig(models=("mamba2_400m",), output=tmp_path, smoke=True))
+def test_smoke(tmp_path, capsys, monkeypatch):
+    config = ThroughputConfig(models=("mamba2_400m",), output=tmp_path, smoke=True)
+    throughput(config)
     records = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(r["model"], r["length"], r["rows"]) for r in records] == [
         ("mamba2_400m", 16, 2),
@@ -19,6 +21,23 @@ def test_smoke(tmp_path, capsys):
     assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 for r in records)
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "throughput.png").read_bytes()[:4] == b"\x89PNG"
+
+    def not_again(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(command, "_run", not_again)
+    throughput(config)
+    with pytest.raises(AssertionError):
+        throughput(dataclasses.replace(config, remat="none"))
+
+
+@pytest.mark.slow
+def test_compile_only(tmp_path, capsys):
+    options = {"models": ("mamba2_400m",), "output": tmp_path, "smoke": True}
+    throughput(ThroughputConfig(**options, compile_only=True))
+    assert "mamba2_400m, 16: compiled in" in capsys.readouterr().out
+    assert (tmp_path / "results.jsonl").read_text() == ""
+    assert any((tmp_path / "compiled").iterdir())
 
 
 def test_every_model_has_a_small_one():
@@ -32,7 +51,7 @@ def test_a_model_that_does_not_fit(monkeypatch):
     def fails(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("train.step.make_train_step", fails)
+    monkeypatch.setattr("benchmarks.whole_step.make_train_step", fails)
     row = command._run(ThroughputConfig(smoke=True, tokens=32, lengths=(16,)), "mdn_400m", 16)
     assert row.seconds == []
 
