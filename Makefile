@@ -5,7 +5,9 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: help setup train test test-fast lint types format bench clean
+SMOKE := smoke-tasks smoke-language smoke-throughput
+
+.PHONY: help setup train test test-fast smoke $(SMOKE) lint types format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +33,13 @@ test: $(READY)  ## all tests
 
 test-fast: $(READY)  ## the tests that take seconds
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+
+smoke: $(SMOKE)  ## the comparisons of docs/comparisons.md at their smallest size
+
+smoke-language: OPTIONS := --ablations no-momentum no-output-correction no-beta-bound no-alpha-bound no-mu-clamp
+$(SMOKE): smoke-%: $(READY)  # compiling is most of it
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	  XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/mdn-bench $* --smoke $(OPTIONS) --output "$$out"
 
 lint: $(READY)  ## ruff: rules and formatting
 	@$(BIN)/ruff check .
