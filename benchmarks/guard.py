@@ -27,7 +27,7 @@ def guard(config: Annotated[GuardConfig, tyro.conf.arg(name="")]) -> None:
     """Prints the guard's share of the steps' time; fails above the limit."""
     # not in the extra `benchmarks`: packages that only training needs
     from configs import CONFIGS
-    from train.loop import Trainer
+    from train.trainer import Trainer
 
     if config.name not in CONFIGS:
         raise SystemExit(f"name: expected one of {', '.join(CONFIGS)}, got {config.name}")

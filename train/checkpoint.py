@@ -281,7 +281,9 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damage shows in as many ways as there are libraries below
-        raise _DamagedError(f"{type(error).__name__}: {error}") from error
+        # TensorStore adds all of its settings, several times
+        message, *_ = str(error).partition(" [tensorstore_spec")
+        raise _DamagedError(f"{type(error).__name__}: {message}") from error
 
 
 def _held_out_loss(metrics: Mapping[str, float]) -> float:

@@ -110,7 +110,7 @@ class TrainConfig:
     """Latest checkpoints to keep; that with the lowest held-out loss is kept besides."""
 
     sample_tokens: int = 256
-    """Tokens to generate at the end."""
+    """Tokens to generate at the end; 0: no sample."""
 
     sample_prompt: str = ""
     """Text that the generated sample continues; empty: the start of a document."""

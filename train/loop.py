@@ -9,39 +9,23 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from mdn_jax import MDNForCausalLM
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import TrainConfig, to_dict
-from train.data.batches import Batches, load_data
-from train.data.packing import Batch, unigram_entropy
+from train.data.batches import Batches
 from train.distributed import Agreement, is_first
 from train.errors import RunError
-from train.evaluate import make_evaluate
 from train.guard import raise_refused
-from train.initialize import abstract_state, initial_params, place_state
 from train.interrupt import Interrupt
 from train.metrics import MetricsLog, Progress
 from train.monitor import Monitor
-from train.optimizer import Params, make_optimizer, make_schedule
 from train.plot import plot_losses
 from train.resume import flatten
 from train.sample import sample
-from train.sharding import (
-    batch_sharding,
-    check_divisible,
-    from_global,
-    from_local,
-    make_mesh,
-    on_mesh,
-    process_share,
-    replicated,
-)
-from train.stability import make_stability
-from train.step import StepMetrics, TrainState, make_train_step, scalars, split_model
+from train.sharding import on_mesh
+from train.step import StepMetrics, TrainState, scalars
 from train.text import text_of
+from train.trainer import Trainer
 from train.writers import check_packages, make_writers
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
@@ -67,80 +51,6 @@ class Result:
     signal: int | None = None
     unit: str = "nats/byte"
     bytes_per_token: float = 1.0
-
-
-class Trainer:
-    """The documents, the model and the compiled functions of one resolved configuration."""
-
-    def __init__(self, config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -> None:
-        """Reads the documents and builds the model's functions.
-
-        Args:
-          config: resolved configuration.
-          devices: to run on; None: all of all processes.
-
-        Raises:
-          RunError: a corpus that cannot be used, or a mesh that does not fit.
-        """
-        self.config = config
-        self.data = load_data(config)
-        self.unigram = unigram_entropy(self.data.held_out)
-        self.schedule = make_schedule(config.optimizer, config.decay_steps)
-        self.optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.mesh = make_mesh(config.mesh, devices)
-        self.share = process_share(self.mesh)
-        self.model = nnx.eval_shape(
-            lambda: MDNForCausalLM(
-                config.model,
-                implementation=config.implementation,
-                remat=config.remat,
-                dtype=jnp.dtype(config.dtype),
-                rngs=nnx.Rngs(0),
-            )
-        )
-        self.loss, params = split_model(self.model)
-        check_divisible(config, self.mesh, params)
-        self.like = abstract_state(params, self.optimizer, self.mesh)
-        step = make_train_step(
-            self.loss,
-            self.optimizer,
-            self.schedule,
-            guard=config.guard,
-            accumulation=config.accumulation,
-            dtype=jnp.dtype(config.dtype),
-            state_sharding=jax.tree.map(lambda x: x.sharding, self.like),
-            batch_sharding=batch_sharding(self.mesh),
-            metrics_sharding=replicated(self.mesh),
-        )
-        evaluate = make_evaluate(
-            self.loss, self.data.held_out, place=partial(from_global, self.mesh)
-        )
-        self.train_step = on_mesh(self.mesh, step)
-        self.evaluate = on_mesh(self.mesh, evaluate)
-        self.stability = on_mesh(self.mesh, make_stability(self.model))
-
-    def initial_state(self) -> TrainState:
-        """The state before the first step."""
-        config = self.config
-        return self.begin(initial_params(config.model, seed=config.seed, like=self.like.params))
-
-    def begin(self, params: Params) -> TrainState:
-        """The state before the first step with these parameters, whose buffers it takes over."""
-        return place_state(params, self.optimizer, self.like)
-
-    def place(self, batch: Batch) -> Batch:
-        """A batch on the devices, from each process's rows."""
-        return from_local(self.mesh, batch)
-
-    def describe(self) -> str:
-        """One line on the size of the run."""
-        parameters = sum(x.size for x in jax.tree.leaves(self.like.params))
-        devices = self.mesh.devices
-        return (
-            f"{parameters:,} parameters, {self.data.size}, "
-            f"{self.config.tokens_per_step:,} tokens a step, on {devices.size} x "
-            f"{devices.flat[0].device_kind} in {jax.process_count()} process(es)"
-        )
 
 
 def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -> Result:
@@ -333,15 +243,17 @@ def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None
 def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
     """Draws the curve, writes and prints the sample."""
     config, directory = trainer.config, trainer.config.directory
-    text = on_mesh(trainer.mesh, sample)(
-        trainer.model,
-        result.state.params,
-        prompt=config.sample_prompt,
-        length=config.sample_tokens,
-        temperature=config.sample_temperature,
-        seed=config.seed,
-        text=text_of(trainer.data.tokenizer),
-    )
+    text = None
+    if config.sample_tokens:
+        text = on_mesh(trainer.mesh, sample)(
+            trainer.model,
+            result.state.params,
+            prompt=config.sample_prompt,
+            length=config.sample_tokens,
+            temperature=config.sample_temperature,
+            seed=config.seed,
+            text=text_of(trainer.data.tokenizer),
+        )
     if not is_first():  # all of them had to compute
         return
     plot_losses(
@@ -351,5 +263,6 @@ def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
         path=directory / PLOT_FILE,
         unit=result.unit,
     )
-    _write(directory / SAMPLE_FILE, text)
-    print(f"sample at temperature {config.sample_temperature}:\n{text}\n{'-' * 80}", flush=True)
+    if text is not None:
+        _write(directory / SAMPLE_FILE, text)
+        print(f"sample at temperature {config.sample_temperature}:\n{text}\n{'-' * 80}", flush=True)

@@ -121,8 +121,8 @@ def _report(config: TrainConfig, result: Result) -> None:
             "continue with the same command and --resume"
         )
         return
-    files = ", ".join((METRICS_FILE, PLOT_FILE, SAMPLE_FILE))
-    print(f"after step {step}: checkpoint, {files} in {directory}")
+    files = [METRICS_FILE, PLOT_FILE] + [SAMPLE_FILE] * (config.sample_tokens > 0)
+    print(f"after step {step}: checkpoint, {', '.join(files)} in {directory}")
     if result.state.skipped:
         print(
             f"{int(result.state.skipped)} step(s) refused: loss or gradient not finite, or a spike"

@@ -26,9 +26,9 @@ from tests.train.helpers import TINY_MODEL, random_batch, tiny_config
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.distributed import start
-from train.loop import Trainer
 from train.sections import DistributedConfig, MeshConfig
 from train.sharding import from_local
+from train.trainer import Trainer
 
 STEPS, HALF = 20, 10
 MESHES = {"1x1x1": 1, "8x1x1": 8, "1x8x1": 8, "2x2x2": 8, "1x1x2": 2}

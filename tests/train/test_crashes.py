@@ -17,8 +17,9 @@ import pytest
 from tests.train.helpers import assert_identical, tiny_config
 from train.checkpoint import complete_steps, has_checkpoint
 from train.errors import RunError
-from train.loop import Trainer, train
+from train.loop import train
 from train.metrics import read_metrics
+from train.trainer import Trainer
 
 KILLS, STEPS = 10, 44
 
@@ -95,7 +96,9 @@ def test_killed_ten_times_is_identical_to_never_stopped(corpus, tmp_path):
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     config = tiny_config(corpus, tmp_path_factory.mktemp("finished") / "run", sample_tokens=0)
-    return config, train(config)
+    result = train(config)
+    assert not (config.directory / "sample.txt").exists()
+    return config, result
 
 
 def copy_of(config, directory):

@@ -9,8 +9,9 @@ import pytest
 from mdn_jax import MDNConfig
 from tests.train.helpers import TINY_MODEL, tiny_config
 from train.flops import flops_per_token
-from train.loop import Trainer, train
+from train.loop import train
 from train.monitor import PROFILE_DIRECTORY, Monitor
+from train.trainer import Trainer
 
 
 def test_values_of_a_known_device(corpus, tmp_path):

@@ -18,9 +18,10 @@ from train.cli.generate import main as generate
 from train.config import from_dict
 from train.data.packing import PackedRows
 from train.errors import RunError
-from train.loop import Trainer, train
+from train.loop import train
 from train.metrics import read_metrics
 from train.sections import OptimizerConfig
+from train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 
 from tests.train.helpers import tiny_config
 from train.errors import RunError
-from train.loop import Trainer
 from train.sections import MeshConfig
 from train.sharding import Share, make_mesh, partition
+from train.trainer import Trainer
 
 
 @pytest.mark.parametrize(
