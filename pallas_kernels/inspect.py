@@ -261,20 +261,22 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> KernelReport:
         ) from error
     major, minor = capability
     arch = 10 * major + minor
+    target = GPUTarget("cuda", arch, 32)
     with tempfile.TemporaryDirectory() as folder:
         source, ptx = Path(folder, f"{kernel.name}.ttir"), Path(folder, "kernel.ptx")
         source.write_text(kernel.source)
+        source.write_text(_simplified(source, target))
         compiled = triton.compile(
             str(source),
-            target=GPUTarget("cuda", arch, 32),
+            target=target,
             options={"num_warps": kernel.warps, "num_stages": kernel.stages},
         )
         text = compiled.asm["ptx"]
         ptx.write_text(text)
         # "a": with the instructions of this architecture alone, as Triton compiles
-        target = f"-arch=sm_{arch}{'a' if major >= 9 else ''}"
+        flag = f"-arch=sm_{arch}{'a' if major >= 9 else ''}"
         log = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", target, str(ptx), "-o", os.devnull],
+            [triton.knobs.nvidia.ptxas.path, "-v", flag, str(ptx), "-o", os.devnull],
             capture_output=True,
             text=True,
             check=True,
@@ -298,6 +300,22 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> KernelReport:
         mma=len(re.findall(r"\bmma\.sync", text)),
         cp_async=len(re.findall(r"\bcp\.async\.c[ag]\.", text)),
     )
+
+
+def _simplified(source: Path, target: Any) -> str:
+    """The IR after Triton's first passes, which XLA runs too.
+
+    `triton.compile` skips them for IR in a file. By one of them products add onto accumulators.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = ir.parse_mlir_module(str(source), context)
+    module.context = context
+    return str(backend.make_ttir(module, {}, backend.parse_options({}), target.arch))
 
 
 def report(
