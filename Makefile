@@ -36,6 +36,7 @@ test-fast: $(READY)  ## the tests that take seconds
 
 smoke: $(SMOKE)  ## the comparisons of docs/comparisons.md at their smallest size
 
+$(SMOKE): OPTIONS :=
 smoke-language: OPTIONS := --ablations no-momentum no-output-correction no-beta-bound no-alpha-bound no-mu-clamp
 $(SMOKE): smoke-%: $(READY)  # compiling is most of it
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \

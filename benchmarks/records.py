@@ -27,12 +27,13 @@ class Records:
           SystemExit: a file of something else.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        self._records: list[dict[str, Any]] = [_parsed(path, line) for line in whole]
-        if len(whole) < len(lines):
-            path.write_text("".join(whole))
+        *lines, rest = path.read_text().split("\n") if path.exists() else [""]
+        self._records: list[dict[str, Any]] = [_parsed(path, line) for line in lines]
+        if rest and not rest.startswith("{"):
+            raise _not_ours(path, rest)
         self._file = path.open("a")
+        if rest:
+            self._file.truncate(self._file.tell() - len(rest.encode()))
 
     def __enter__(self) -> Self:
         return self
@@ -62,7 +63,11 @@ def _parsed(path: Path, line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError):
-        raise SystemExit(f"{path}: expected lines of JSON, got {line[:40]!r}") from None
+        raise _not_ours(path, line) from None
+
+
+def _not_ours(path: Path, line: str) -> SystemExit:
+    return SystemExit(f"{path}: expected lines of JSON, got {line[:40]!r}")
 
 
 @contextlib.contextmanager

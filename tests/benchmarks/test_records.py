@@ -1,8 +1,9 @@
-"""Results on disk: found again, joined, cut short."""
+"""Results on disk: found again, cut short; compiled programs."""
 
+import jax
 import pytest
 
-from benchmarks.records import Records
+from benchmarks.records import Records, compiled_once
 
 
 def test_what_was_written_is_found(tmp_path):
@@ -21,16 +22,30 @@ def test_what_was_written_is_found(tmp_path):
 
 def test_a_line_cut_short_is_removed(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text('{"value": 1}\n{"val')
+    path.write_text('{"value": 1}\n{"välue')
     with Records(path) as records:
         assert records.find({}) == [{"value": 1}]
         records.add({"value": 2})
     assert path.read_text() == '{"value": 1}\n{"value": 2}\n'
 
 
-def test_something_else_is_not_touched(tmp_path):
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_something_else_is_not_touched(tmp_path, end):
     path = tmp_path / "results.jsonl"
-    path.write_text("no results\n")
+    path.write_text(f"no results{end}")
     with pytest.raises(SystemExit, match=r"results\.jsonl: expected lines of JSON, got 'no resul"):
         Records(path)
-    assert path.read_text() == "no results\n"
+    assert path.read_text() == f"no results{end}"
+
+
+def test_programs_are_kept_in_the_directory_unless_jax_keeps_them(tmp_path):
+    def place():
+        return jax.config.jax_compilation_cache_dir
+
+    before = place()
+    with compiled_once(tmp_path / "first"):
+        kept = place()
+        assert before is not None or kept == str(tmp_path / "first" / "compiled")
+        with compiled_once(tmp_path / "second"):
+            assert place() == kept
+    assert place() == before

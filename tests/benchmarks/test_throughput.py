@@ -51,7 +51,7 @@ def test_a_model_that_does_not_fit(monkeypatch):
     def fails(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("benchmarks.whole_step.make_train_step", fails)
+    monkeypatch.setattr("train.program.make_train_step", fails)
     row = command._run(ThroughputConfig(smoke=True, tokens=32, lengths=(16,)), "mdn_400m", 16)
     assert row.seconds == []
 
