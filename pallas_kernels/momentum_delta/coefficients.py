@@ -9,7 +9,8 @@ error and the output need, so `total` includes step `t` for both; with an explic
 stops one step earlier, and `lift = alpha` takes it to step `t`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from pallas_kernels.momentum_delta.layout import Leaf, iotas, lanes
 
 LOG_ZERO = -110.0
 """Log of a gate of zero."""
+LOG2_E = math.log2(math.e)
+_FLOAT16_MAX = 65_504.0
 
 
 class Sight(NamedTuple):
@@ -42,6 +45,14 @@ class Ends(NamedTuple):
     momentum: jax.Array  # N of N
 
 
+class Quarters(NamedTuple):
+    """The blocks 11, 21 and 22 of a lower triangular `[C, C]`."""
+
+    first: jax.Array
+    corner: jax.Array
+    second: jax.Array
+
+
 class Half(NamedTuple):
     """Coefficients of half a chunk; `t` rows, `i`, `j` columns.
 
@@ -51,6 +62,8 @@ class Half(NamedTuple):
       later: `[n, n]` the part of `read.gamma` that comes through the momentum of later steps: all
         but `a beta`.
       momentum: `[n]` momentum from the half's start to step t.
+      w_end: `[n]` the last row of `w`.
+      momentum_end: the last of `momentum`, a scalar.
       lift: `[n]` alpha_t if p is explicit; None means 1.
       read: what the error of a step sees, before its write.
       out: what its output sees, after it.
@@ -60,6 +73,8 @@ class Half(NamedTuple):
     w: jax.Array
     later: jax.Array
     momentum: jax.Array
+    w_end: jax.Array
+    momentum_end: jax.Array
     lift: jax.Array | None
     read: Sight
     out: Sight
@@ -79,19 +94,19 @@ def half_coefficients(
 
     def segments(to: jax.Array, start: jax.Array, mask: jax.Array) -> jax.Array:
         exponents = jnp.minimum(to[:, None] - start[None, :], 0.0)
-        return jnp.where(mask, jnp.exp(exponents), 0.0)
+        return jnp.where(mask, exp(exponents), 0.0)
 
     a = segments(read_to, to_alpha, row > column)
     w = segments(to_mu, to_mu, row >= column)
-    momentum = jnp.exp(to_mu)
+    momentum = exp(to_mu)
     a_beta = a * beta[None, :]
     later = dot(a_beta, jnp.where(row > column, w, 0.0), precision)
     read = Sight(
         gamma=later + a_beta,
-        total=jnp.exp(jnp.minimum(read_to, 0.0)),
+        total=exp(jnp.minimum(read_to, 0.0)),
         lead=jnp.sum(a_beta * momentum[None, :], axis=1),
     )
-    lift = jnp.exp(log_alpha) if explicit_p else None
+    lift = exp(log_alpha) if explicit_p else None
     lifted = read
     if lift is not None:
         lifted = Sight(lift[:, None] * read.gamma, lift * read.total, lift * read.lead)
@@ -100,7 +115,18 @@ def half_coefficients(
         total=lifted.total,
         lead=lifted.lead + beta * momentum,
     )
-    return Half(a=a, w=w, later=later, momentum=momentum, lift=lift, read=read, out=out)
+    all_mu = last(to_mu)
+    return Half(
+        a=a,
+        w=w,
+        later=later,
+        momentum=momentum,
+        w_end=exp(jnp.minimum(all_mu - to_mu, 0.0)),
+        momentum_end=exp(all_mu),
+        lift=lift,
+        read=read,
+        out=out,
+    )
 
 
 def last(steps: jax.Array) -> jax.Array:
@@ -119,10 +145,10 @@ def ends(half: Half) -> Ends:
     """The coefficients of the states at the end of a half."""
     return Ends(
         gamma=last_row(half.out.gamma),
-        w=last_row(half.w),
+        w=half.w_end,
         total=last(half.out.total),
         lead=last(half.out.lead),
-        momentum=last(half.momentum),
+        momentum=half.momentum_end,
     )
 
 
@@ -141,39 +167,62 @@ def halves(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, second
 
 
-def lower_quarters(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The blocks `11`, `21` and `22` of `[C, C]`."""
+def lower_quarters(matrix: jax.Array) -> Quarters:
+    """Those of `[C, C]`."""
     top, bottom = jnp.split(matrix, 2)
-    left, right = jnp.split(bottom, 2, axis=1)
-    return jnp.split(top, 2, axis=1)[0], left, right
+    return Quarters(jnp.split(top, 2, axis=1)[0], *jnp.split(bottom, 2, axis=1))
 
 
-def unit_lower_inverses(lowers: Sequence[jax.Array], precision: Precision) -> tuple[jax.Array, ...]:
+def unit_lower_inverse(lower: Quarters, precision: Precision, *, float16: bool) -> Quarters:
     """`(I + L)^-1` for strictly lower triangular `L`, as stable as forward substitution.
 
     Diagonal blocks of 2, 4, ... rows are joined in pairs, `[[X1, 0], [-X2 L21 X1, X2]]`, all pairs
     in one masked product. (Powers of `L` cost the same and cancel when keys are nearly parallel.)
-    Several matrices go side by side, for each waits for its own products.
+    The two halves go side by side, for each waits for its own products.
+
+    Args:
+      lower: `L`.
+      precision: of the products.
+      float16: multiply in float16, which has the digits of TF32 at half its cost, where everything
+        fits into its range.
     """
-    size = lowers[0].shape[0]
+    if not float16:
+        return _unit_lower_inverse(lower, lambda a, b: dot(a, b, precision))
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return dot(a.astype(jnp.float16), b.astype(jnp.float16), None)
+
+    fast = _unit_lower_inverse(lower, product)
+    # what leaves the range on the way is infinite or nan in the end
+    sizes = [jnp.sum(jnp.abs(x)) for x in fast]
+    return lax.cond(
+        sizes[0] + sizes[1] + sizes[2] < _FLOAT16_MAX,
+        lambda: fast,
+        lambda: _unit_lower_inverse(lower, lambda a, b: dot(a, b, precision)),
+    )
+
+
+def _unit_lower_inverse(
+    lower: Quarters, product: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Quarters:
+    halves = (lower.first, lower.second)
+    size = lower.first.shape[0]
     row, column = iotas(size)
-    eye = jnp.where(row == column, 1.0, 0.0)
-    # blocks of one row are 1, so the first join is -L21
-    pairs = (row // 2 == column // 2) & (row > column)
+    apart = row ^ column  # its highest bit: the level at which the two are joined
 
     def join(level: jax.Array, inverses: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        joined = (row >> (level + 1)) == (column >> (level + 1))
         corners = [
-            dot(jnp.where(joined & ((row >> level) > (column >> level)), lower, 0.0), x, precision)
-            for lower, x in zip(lowers, inverses, strict=True)
+            product(jnp.where((apart >> level) == 1, half, 0.0), x)
+            for half, x in zip(halves, inverses, strict=True)
         ]
-        return tuple(
-            x - dot(x, corner, precision) for x, corner in zip(inverses, corners, strict=True)
-        )
+        return tuple(x - product(x, c) for x, c in zip(inverses, corners, strict=True))
 
+    # blocks of one row are 1, so the first join is -L21
+    eye = jnp.where(apart == 0, 1.0, 0.0)
+    inverses = tuple(eye - jnp.where(apart == 1, half, 0.0) for half in halves)
     # a loop, for code that is run once waits for its instructions
-    inverses = tuple(eye - jnp.where(pairs, lower, 0.0) for lower in lowers)
-    return lax.fori_loop(1, size.bit_length() - 1, join, inverses)
+    first, second = lax.fori_loop(1, size.bit_length() - 1, join, inverses)
+    return Quarters(first, -product(second, product(lower.corner, first)), second)
 
 
 def log_gate(ref: Leaf, at: pl.Slice) -> jax.Array:
@@ -184,9 +233,26 @@ def log_gate(ref: Leaf, at: pl.Slice) -> jax.Array:
     return jnp.maximum(ref[at], LOG_ZERO)
 
 
-def inverse_norm(x: jax.Array, normalize: bool) -> jax.Array:
-    """`1 / sqrt(sum(x^2) + 1e-6)` of the rows of `[n, K]`; ones if not normalising."""
-    if not normalize:
-        return jnp.ones((x.shape[0],), jnp.float32)
+def exp(x: jax.Array) -> jax.Array:
+    """`e^x` of `x <= 0`, as a power of 2: two instructions, not ten.
+
+    Rounding the product costs at most a relative `6e-8 |x|`, where the result is `e^-|x|`.
+    """
+    return jnp.exp2(x * LOG2_E)
+
+
+def squares(x: jax.Array) -> jax.Array:
+    """`sum(x^2)` of the rows of `[n, K]`, float32."""
     wide = x.astype(jnp.float32)
-    return jax.lax.rsqrt(jnp.sum(wide * wide, axis=1) + 1e-6)
+    return jnp.sum(wide * wide, axis=1)
+
+
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """Of `[n, n]`."""
+    row, column = iotas(matrix.shape[0])
+    return jnp.sum(jnp.where(row == column, matrix, 0.0), axis=1)
+
+
+def inverse_norm(square: jax.Array) -> jax.Array:
+    """`1 / sqrt(sum(x^2) + 1e-6)`."""
+    return lax.rsqrt(square + 1e-6)

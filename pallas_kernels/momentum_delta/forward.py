@@ -12,16 +12,17 @@ from pallas_kernels.lowering import coefficient_precision, dot, exact, kernel_ca
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.coefficients import (
     Ends,
+    Quarters,
     after,
+    diagonal,
     ends,
     half_coefficients,
     halves,
     inverse_norm,
-    last,
-    last_row,
     log_gate,
     lower_quarters,
-    unit_lower_inverses,
+    squares,
+    unit_lower_inverse,
 )
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
@@ -77,34 +78,53 @@ def _prepare(x, out, *, options):
     coarse = coefficient_precision(x.q.dtype, options.interpret)
     explicit_p = x.p is not None
 
+    first, second = HALVES
     q, k = x.q[...], x.k[...]
-    norm_q = options.scale * inverse_norm(q, options.normalize)
-    norm_k = inverse_norm(k, options.normalize)
-    p, norm_p = (x.p[...], jnp.ones_like(norm_k)) if explicit_p else (k, norm_k)
-    write = x.eta[...] * norm_k
-    out.factors[layout.NORM_Q, :], out.factors[layout.NORM_K, :] = norm_q, norm_k
+    p = x.p[...] if explicit_p else k
     k_t = k.T
-    scores = dot(q, k_t, precision) * norm_q[:, None] * write[None, :]
-    score_1, score_21, score_2 = lower_quarters(scores)
-    overlaps = dot(p, k_t, precision) * norm_p[:, None] * write[None, :]
-    overlap_1, overlap_21, overlap_2 = lower_quarters(overlaps)
+    overlaps = lower_quarters(dot(p, k_t, precision))
+    norm_q = norm_k = halves(jnp.ones((CHUNK,), jnp.float32))
+    if options.normalize:
+        norm_q = halves(inverse_norm(squares(q)))
+        if explicit_p or k.dtype == jnp.float32:
+            norm_k = halves(inverse_norm(squares(k)))
+        else:  # products of 16-bit numbers are exact
+            norm_k = tuple(inverse_norm(diagonal(m)) for m in (overlaps.first, overlaps.second))
+    norm_q = tuple(options.scale * norm for norm in norm_q)
+    norm_p = halves(jnp.ones((CHUNK,), jnp.float32)) if explicit_p else norm_k
+    write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, norm_k, strict=True))
+
+    def scaled(m: Quarters, norm: tuple[jax.Array, jax.Array]) -> Quarters:
+        return Quarters(
+            m.first * norm[0][:, None] * write[0][None, :],
+            m.corner * norm[1][:, None] * write[0][None, :],
+            m.second * norm[1][:, None] * write[1][None, :],
+        )
+
+    overlaps = scaled(overlaps, norm_p)
+    scores = scaled(lower_quarters(dot(q, k_t, precision)), norm_q)
 
     def store(ref, row: pl.Slice, column: pl.Slice, value: jax.Array) -> None:
         ref[row, column] = value.astype(ref.dtype)
 
-    def rows(index: int, values: tuple[jax.Array, jax.Array], norm: jax.Array) -> None:
-        norms = halves(norm)
-        for half, value, by in zip(HALVES, values, norms, strict=True):
-            out.factors[index, half] = value * by
+    def rows(index: int, values: tuple[jax.Array, ...], by: tuple[jax.Array, ...]) -> None:
+        for half, value, factor in zip(HALVES, values, by, strict=True):
+            out.factors[index, half] = value * factor
+
+    one = jnp.float32(1)
+    rows(layout.NORM_Q, norm_q, (one, one))
+    rows(layout.NORM_K, norm_k, (one, one))
 
     def half_chunk(index: jax.Array, carry: tuple[_Half, _Half]) -> tuple[_Half, _Half]:
         at = pl.ds(index * HALF, HALF)
         log_alpha, log_mu = log_gate(x.log_alpha, at), log_gate(x.log_mu, at)
         half = half_coefficients(log_alpha, log_mu, x.beta[at], explicit_p, coarse)
         store(out.gamma, at, at, half.read.gamma)
-        store(out.attention, at, at, jnp.where(index == 0, score_1, score_2) * half.out.gamma)
+        score = jnp.where(index == 0, scores.first, scores.second)
+        overlap = jnp.where(index == 0, overlaps.first, overlaps.second)
+        store(out.attention, at, at, score * half.out.gamma)
         return carry[1], _Half(
-            lower=jnp.where(index == 0, overlap_1, overlap_2) * half.read.gamma,
+            lower=overlap * half.read.gamma,
             ends=ends(half),
             read_total=half.read.total,
             read_lead=half.read.lead,
@@ -118,25 +138,25 @@ def _prepare(x, out, *, options):
     half_1, half_2 = lax.fori_loop(0, 2, half_chunk, (none, none))
     end_1, end_2 = half_1.ends, half_2.ends
 
-    first, second = HALVES
     read = after(half_2.read_total, half_2.read_lead, end_1)
     query = after(half_2.out_total, half_2.out_lead, end_1)
     store(out.gamma, second, first, read.gamma)
-    store(out.attention, second, first, score_21 * query.gamma)
-    corner = overlap_21 * read.gamma
+    store(out.attention, second, first, scores.corner * query.gamma)
+    lower = Quarters(half_1.lower, overlaps.corner * read.gamma, half_2.lower)
 
     rows(layout.READ_S, (half_1.read_total, read.total), norm_p)
     rows(layout.READ_N, (half_1.read_lead, read.lead), norm_p)
     rows(layout.QUERY_S, (half_1.out_total, query.total), norm_q)
     rows(layout.QUERY_N, (half_1.out_lead, query.lead), norm_q)
-    rows(layout.WRITE_S, (last_row(query.gamma), end_2.gamma), write)
+    total, lead = end_2.total, end_2.lead  # of the second half, seen from the end
+    rows(layout.WRITE_S, (total * end_1.gamma + lead * end_1.w, end_2.gamma), write)
     rows(layout.WRITE_N, (end_2.momentum * end_1.w, end_2.w), write)
     out.factors[layout.SIGHT_2, first] = half_2.read_total
     out.factors[layout.SIGHT_2, second] = half_2.read_lead
     out.factors[layout.ENDS_1, first], out.factors[layout.ENDS_1, second] = end_1.gamma, end_1.w
     keeps = {
-        layout.KEEP_SS: last(query.total),
-        layout.KEEP_NS: last(query.lead),
+        layout.KEEP_SS: total * end_1.total,
+        layout.KEEP_NS: total * end_1.lead + lead * end_1.momentum,
         layout.KEEP_NN: end_2.momentum * end_1.momentum,
         layout.TOTAL_1: end_1.total,
         layout.LEAD_1: end_1.lead,
@@ -148,11 +168,10 @@ def _prepare(x, out, *, options):
         keep = jnp.where(layout.lanes() == entry, value, keep)
     out.factors[layout.KEEP, :] = keep
 
-    inverse_1, inverse_2 = unit_lower_inverses((half_1.lower, half_2.lower), coarse)
-    corner = -dot(inverse_2, dot(corner, inverse_1, coarse), coarse)
-    store(out.inverse, first, first, inverse_1)
-    store(out.inverse, second, second, inverse_2)
-    store(out.inverse, second, first, corner)
+    inverse = unit_lower_inverse(lower, coarse, float16=x.q.dtype != jnp.float32)
+    store(out.inverse, first, first, inverse.first)
+    store(out.inverse, second, first, inverse.corner)
+    store(out.inverse, second, second, inverse.second)
     for ref in (out.gamma, out.attention, out.inverse):
         ref[first, second] = jnp.zeros((HALF, HALF), ref.dtype)
 

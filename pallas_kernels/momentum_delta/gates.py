@@ -16,9 +16,8 @@ from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.coefficients import (
     Half,
     Sight,
+    exp,
     half_coefficients,
-    last,
-    last_row,
     log_gate,
 )
 from pallas_kernels.momentum_delta.layout import (
@@ -138,17 +137,19 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
     def in_last_row(values: jax.Array) -> jax.Array:
         return jnp.where(is_last, values[None, :], 0.0)
 
-    d_keeps, keeps = summed(layout.KEEP, slice(None)), factors[layout.KEEP, :]
+    def keep(number: int) -> jax.Array:
+        return factors[layout.KEEP, number]
 
-    def entry(row: jax.Array, number: int) -> jax.Array:
-        return jnp.sum(jnp.where(layout.lanes() == number, row, 0.0))
+    def d_keep(number: int) -> jax.Array:
+        parts = [rows[i, layout.KEEP, number] for i in range(blocks)]
+        return sum(parts[1:], parts[0])
 
     def corner() -> tuple[Sight, Sight]:
         """Gradients of what the second half and the final states see of the chunk's start."""
         by_query, by_read = loaded(second, first)
         by_query += in_last_row(of_key(layout.WRITE_S, first))
-        d_total = of_query(layout.QUERY_S, second) + at_last(entry(d_keeps, layout.KEEP_SS))
-        d_lead = of_query(layout.QUERY_N, second) + at_last(entry(d_keeps, layout.KEEP_NS))
+        d_total = of_query(layout.QUERY_S, second) + at_last(d_keep(layout.KEEP_SS))
+        d_lead = of_query(layout.QUERY_N, second) + at_last(d_keep(layout.KEEP_NS))
         return Sight(by_query, d_total, d_lead), Sight(
             by_read, of_erase(layout.READ_S, second), of_erase(layout.READ_N, second)
         )
@@ -156,15 +157,15 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
     def of_first() -> Cotangents:
         d_query, d_read = corner()
         total, lead = factors[layout.SIGHT_2, first], factors[layout.SIGHT_2, second]
-        lift = jnp.exp(log_gate(x.log_alpha, second)) if explicit_p else 1.0
-        own_lead = x.beta[second] * jnp.exp(jnp.cumsum(log_gate(x.log_mu, second)))
+        lift = exp(log_gate(x.log_alpha, second)) if explicit_p else 1.0
+        own_lead = x.beta[second] * exp(jnp.cumsum(log_gate(x.log_mu, second)))
         out_total, out_lead = lift * total, lift * lead + own_lead
         by_gamma = d_query.gamma * out_total[:, None] + d_read.gamma * total[:, None]
         by_w = d_query.gamma * out_lead[:, None] + d_read.gamma * lead[:, None]
         d_total = jnp.sum(d_query.total * out_total + d_read.total * total)
         d_lead = jnp.sum(d_query.lead * out_total + d_read.lead * total)
         d_momentum = jnp.sum(d_query.lead * out_lead + d_read.lead * lead)
-        momentum = entry(keeps, layout.MOMENTUM_2)
+        momentum = keep(layout.MOMENTUM_2)
         return Cotangents(
             gamma=jnp.sum(by_gamma, axis=0),
             w=jnp.sum(by_w, axis=0) + momentum * of_key(layout.WRITE_N, first),
@@ -172,14 +173,14 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
             read_lead=of_erase(layout.READ_N, first),
             out_total=of_query(layout.QUERY_S, first) + at_last(d_total),
             out_lead=of_query(layout.QUERY_N, first) + at_last(d_lead),
-            momentum=d_momentum + momentum * entry(d_keeps, layout.KEEP_NN),
+            momentum=d_momentum + momentum * d_keep(layout.KEEP_NN),
         )
 
     def of_second() -> Cotangents:
         d_query, d_read = corner()
         gamma, w = (x.eta[first] * factors[layout.ENDS_1, half] for half in HALVES)
         total, lead, momentum = (
-            entry(keeps, i) for i in (layout.TOTAL_1, layout.LEAD_1, layout.MOMENTUM_1)
+            keep(i) for i in (layout.TOTAL_1, layout.LEAD_1, layout.MOMENTUM_1)
         )
 
         def own(d: Sight) -> tuple[jax.Array, jax.Array]:
@@ -197,7 +198,7 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
             read_lead=read_lead,
             out_total=out_total,
             out_lead=out_lead,
-            momentum=by_w + momentum * entry(d_keeps, layout.KEEP_NN),
+            momentum=by_w + momentum * d_keep(layout.KEEP_NN),
         )
 
     d = lax.cond(index == 0, of_first, of_second)
@@ -206,8 +207,8 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
     half = half_coefficients(log_alpha, log_mu, x.beta[at], explicit_p, precision)
     by_query, by_read = loaded(at, at)
     by_query += in_last_row(d.gamma)
-    d_eta = by_query * half.out.gamma + by_read * half.read.gamma + in_last_row(d.w) * half.w
-    out.eta[at] = jnp.sum(d_eta, axis=0)
+    d_eta = by_query * half.out.gamma + by_read * half.read.gamma
+    out.eta[at] = jnp.sum(d_eta, axis=0) + d.w * half.w_end
     d_log_alpha, d_log_mu, d_beta = _half_gradients(
         half,
         x.beta[at],
@@ -255,7 +256,8 @@ def _half_gradients(
     """
     size = beta.shape[0]
     t, u = layout.iotas(size)
-    start = u == size - 1  # no path crosses the end, so its column is that of the half's start
+    # no path crosses the end: that column, empty in a, later and w, takes the half's start
+    at_end = layout.lanes(size) == size - 1
     # out = lift * read + beta * (w or momentum)
     lift = 1.0 if half.lift is None else half.lift
     by_row = 1.0 if half.lift is None else half.lift[:, None]
@@ -273,14 +275,10 @@ def _half_gradients(
     d_beta = jnp.sum(by_read * half.a + jnp.where(t == u, by_out, 0.0), axis=0)
 
     onward = beta[:, None] * jnp.where(t > u, half.w, 0.0)
-    d_log_mu = by_read * half.later + by_out * onward
-    entered = d_read.lead * half.read.lead + d_out.lead * half.out.lead
-    d_log_mu = jnp.sum(jnp.where(start, entered[:, None], d_log_mu), axis=0)
-    w_end = jnp.where(layout.lanes(size) == size - 1, 0.0, d_w * last_row(half.w))
-    by_end = jnp.cumsum(w_end)
-    d_log_mu += jnp.where(layout.lanes(size) == size - 1, 0.0, by_end) + d_momentum * last(
-        half.momentum
-    )
+    d_log_mu = jnp.sum(by_read * half.later + by_out * onward, axis=0)
+    entered = jnp.sum(d_read.lead * half.read.lead + d_out.lead * half.out.lead)
+    by_end = jnp.cumsum(jnp.where(at_end, 0.0, d_w * half.w_end))
+    d_log_mu += jnp.where(at_end, entered, by_end) + d_momentum * half.momentum_end
 
     crossing = (
         dot(d_gamma, half.out.gamma.T, precision)
@@ -289,13 +287,13 @@ def _half_gradients(
     )
     d_log_alpha = half.a * crossing
     entered = d_total * half.read.total
-    if half.lift is None:
-        d_log_alpha = jnp.where(start, entered[:, None], d_log_alpha)
-    else:
+    if half.lift is not None:
         # the decay up to step t - 1 is what the error sees, and lift takes it on
         d_lift = jnp.sum(d_out.gamma * half.read.gamma, axis=1)
         d_lift += d_out.lead * half.read.lead + d_out.total * half.read.total
         own = (d_lift * half.lift)[:, None]
-        d_log_alpha = jnp.where(t == u + 1, own, jnp.where(t > u + 1, d_log_alpha, 0.0))
-        d_log_alpha = jnp.where(start, jnp.where(t == 0, own, entered[:, None]), d_log_alpha)
-    return jnp.sum(d_log_alpha, axis=0), d_log_mu, d_beta
+        next_step = t == lax.rem(u + 1, size)
+        d_log_alpha = jnp.where(next_step, own, jnp.where(t > u + 1, d_log_alpha, 0.0))
+        entered = jnp.where(layout.lanes(size) == 0, 0.0, entered)
+    d_log_alpha = jnp.sum(d_log_alpha, axis=0) + jnp.where(at_end, jnp.sum(entered), 0.0)
+    return d_log_alpha, d_log_mu, d_beta

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import dot, exact, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.backward import KeyGradients
-from pallas_kernels.momentum_delta.coefficients import log_gate
+from pallas_kernels.momentum_delta.coefficients import exp, log_gate
 from pallas_kernels.momentum_delta.layout import CHUNK, ChunkSpecs, Leaf, Options, Prepared, Tokens
 
 
@@ -123,12 +123,10 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
 
     to_mu = jnp.cumsum(log_mu)
     exponents = jnp.minimum(to_mu[:, None] - to_mu[None, :], 0.0)
-    w = jnp.where(t >= j, jnp.exp(exponents), 0.0)
+    w = jnp.where(t >= j, exp(exponents), 0.0)
     gamma_read = gamma_read.astype(jnp.float32)
     lifted = (
-        gamma_read
-        if x.p is None
-        else jnp.exp(log_gate(x.log_alpha, slice(None)))[:, None] * gamma_read
+        gamma_read if x.p is None else exp(log_gate(x.log_alpha, slice(None)))[:, None] * gamma_read
     )
     eta = eta[None, :]
     by_output = (by_output * (lifted + beta[:, None] * w) * eta).astype(dtype)
