@@ -40,13 +40,12 @@ class WholeStep(Program):
 
 
 def random_batch(config: TrainConfig, document: int | None) -> dict[str, NDArray[np.int32]]:
-    """Tokens, documents and targets of one step, the same at every call."""
+    """Tokens, targets and documents, if there are, of one step; the same at every call."""
     rng = np.random.default_rng(0)
     shape = (config.batch_size, config.sequence_length)
     tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32)
-    starts = rng.random(shape) < (0 if document is None else 1 / document)
-    return {
-        "tokens": tokens,
-        "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32),
-        "targets": np.roll(tokens, -1, axis=1),
-    }
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1)}
+    if document is not None:
+        starts = rng.random(shape) < 1 / document
+        batch["segment_ids"] = np.cumsum(starts, axis=1, dtype=np.int32)
+    return batch

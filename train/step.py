@@ -75,8 +75,10 @@ def split_model(model: MDNForCausalLM) -> tuple[Loss, Params]:
 
     def loss(params: Params, batch: Batch) -> Float[Array, ""]:
         run = nnx.merge(graph, params, *rest)
+        documents = batch.get("segment_ids")  # none: a row is one document
         h, _ = run.hidden(
-            jnp.asarray(batch["tokens"]), segment_ids=jnp.asarray(batch["segment_ids"])
+            jnp.asarray(batch["tokens"]),
+            segment_ids=None if documents is None else jnp.asarray(documents),
         )
         return summed_loss(h, run.output_kernel(), batch["targets"])
 
