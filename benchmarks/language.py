@@ -111,8 +111,9 @@ class Outcome(NamedTuple):
       seed: of parameters and data.
       parameters: all of them.
       state: numbers that a row needs to go on; None where it grows.
-      bits: held-out bits per byte at the end; None if they are not finite.
+      bits: held-out bits per byte at the end; None if it did not come to it or they are not finite.
       skipped: steps left out because the loss or the gradient was not finite.
+      diverged: step at which the guard ended the run; None if it did not.
       curve: bytes trained on and held-out bits per byte at each measurement.
       seconds: of this call.
     """
@@ -123,6 +124,7 @@ class Outcome(NamedTuple):
     state: int | None
     bits: float | None
     skipped: int
+    diverged: int | None
     curve: list[tuple[int, float | None]]
     seconds: float
 
@@ -152,8 +154,7 @@ def language(config: Annotated[LanguageConfig, tyro.conf.arg(name="")]) -> None:
                         raise SystemExit(f"{name}, seed {seed}: {error}") from None
                     records.add({**setting, **outcome._asdict(), "device": device})
                 outcomes.append(outcome)
-                bits = "not finite" if outcome.bits is None else f"{outcome.bits:.4f}"
-                print(f"{name}, seed {seed}: {bits} bits per byte", flush=True)
+                print(f"{name}, seed {seed}: {_ending(outcome)}", flush=True)
     text = table(outcomes)
     (config.output / "table.md").write_text(text + "\n")
     draw(outcomes, config.output / "curves.png")
@@ -191,6 +192,7 @@ def _run(config: LanguageConfig, name: str, model: MDNConfig, seed: int) -> Outc
     # not in the extra `benchmarks`: packages that only training needs
     from train.checkpoint import has_checkpoint
     from train.config import TrainConfig
+    from train.errors import DivergedError
     from train.loop import METRICS_FILE, train
     from train.metrics import read_metrics
     from train.sections import DataConfig, OptimizerConfig
@@ -198,49 +200,60 @@ def _run(config: LanguageConfig, name: str, model: MDNConfig, seed: int) -> Outc
     slug = name.lower().replace(", ", "-").replace(" ", "-")
     directory = config.output / f"{slug}-{seed}"
     began = time.perf_counter()
-    result = train(
-        TrainConfig(
-            name=slug,
-            output_dir=str(directory),
-            resume=has_checkpoint(directory),
-            model=model,
-            data=DataConfig(files=config.files),
-            optimizer=OptimizerConfig(
-                learning_rate=config.learning_rate, warmup_steps=config.warmup_steps
-            ),
-            steps=config.steps,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            accumulation=config.accumulation,
-            dtype=config.dtype,
-            implementation=config.implementation,
-            seed=seed,
-            eval_every=config.eval_every,
-            eval_rows=config.eval_rows,
-            checkpoint_every=config.eval_every,
-            keep_checkpoints=1,
-            sample_tokens=0,
-        )
+    run = TrainConfig(
+        name=slug,
+        output_dir=str(directory),
+        resume=has_checkpoint(directory),
+        model=model,
+        data=DataConfig(files=config.files),
+        optimizer=OptimizerConfig(
+            learning_rate=config.learning_rate, warmup_steps=config.warmup_steps
+        ),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        accumulation=config.accumulation,
+        dtype=config.dtype,
+        implementation=config.implementation,
+        seed=seed,
+        eval_every=config.eval_every,
+        eval_rows=config.eval_rows,
+        checkpoint_every=config.eval_every,
+        keep_checkpoints=1,
+        sample_tokens=0,
     )
-    if result.signal is not None:
-        raise SystemExit(f"stopped by a signal in the run of {name}, seed {seed}")
+    bits, diverged = None, None
+    try:
+        result = train(run)
+        if result.signal is not None:
+            raise SystemExit(f"stopped by a signal in the run of {name}, seed {seed}")
+        bits = _bits(result.held_out_loss)
+    except DivergedError as error:
+        diverged = error.step
+    records = read_metrics(directory / METRICS_FILE)
     per_step = config.batch_size * config.sequence_length
-    curve = [
-        (int(record["step"] or 0) * per_step, _bits(record["held_out_loss"]))
-        for record in read_metrics(directory / METRICS_FILE)
-        if "held_out_loss" in record
-    ]
     size = model_size(model)
     return Outcome(
         model=name,
         seed=seed,
         parameters=size.parameters,
         state=size.state,
-        bits=_bits(result.held_out_loss),
-        skipped=int(result.state.skipped),
-        curve=curve,
+        bits=bits,
+        skipped=int(max((record.get("skipped") or 0 for record in records), default=0)),
+        diverged=diverged,
+        curve=[
+            (int(record["step"] or 0) * per_step, _bits(record["held_out_loss"]))
+            for record in records
+            if "held_out_loss" in record
+        ],
         seconds=time.perf_counter() - began,
     )
+
+
+def _ending(outcome: Outcome) -> str:
+    if outcome.diverged is not None:
+        return f"diverged at step {outcome.diverged:,}"
+    return "not finite" if outcome.bits is None else f"{outcome.bits:.4f} bits per byte"
 
 
 def _bits(nats: float | None) -> float | None:
@@ -253,18 +266,17 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for name in dict.fromkeys(outcome.model for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.model == name]
         bits = [outcome.bits for outcome in own if outcome.bits is not None]
-        shown = "not finite"
+        ends = [_ending(outcome) for outcome in own if outcome.bits is None]
         if bits:
             deviation = statistics.stdev(bits) if len(bits) > 1 else 0.0
-            shown = f"{statistics.fmean(bits):.4f} ± {deviation:.4f}"
-            shown += f" ({len(bits)} of {len(own)} finite)" if len(bits) < len(own) else ""
+            ends.insert(0, f"{statistics.fmean(bits):.4f} ± {deviation:.4f}")
         state = own[0].state
         lines.append(
             [
                 name,
                 f"{own[0].parameters:,}",
                 "grows" if state is None else f"{state:,}",
-                shown,
+                "; ".join(ends),
                 f"{sum(outcome.skipped for outcome in own)}",
             ]
         )
@@ -299,7 +311,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         axes.fill_between(millions, low, high, color=color, alpha=0.15, lw=0)
     axes.set(xlabel="million bytes trained on", ylabel="held-out bits per byte")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     temporary = path.with_suffix(".tmp")
     canvas.print_png(temporary)
     temporary.replace(path)

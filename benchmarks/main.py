@@ -9,6 +9,7 @@ from benchmarks.guard import guard
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.language import language
+from benchmarks.mixers import mixers
 from benchmarks.numerics import numerics
 from benchmarks.parity import parity
 from benchmarks.scaling import scaling
@@ -29,6 +30,7 @@ def main() -> None:
             "inspect": inspect,
             "kernels": kernels,
             "language": language,
+            "mixers": mixers,
             "numerics": numerics,
             "parity": parity,
             "scaling": scaling,

@@ -101,6 +101,7 @@ def throughput(config: Annotated[ThroughputConfig, tyro.conf.arg(name="")]) -> N
     rows: list[Row] = []
     with Records(config.output / "results.jsonl") as records, compiled_once(config.output):
         for name in config.models:
+            state = None
             for length in config.lengths:
                 setting = {"model": name, "length": length, "config": recipe}
                 setting |= {"device": device, "jax": jax.__version__}
@@ -112,7 +113,7 @@ def throughput(config: Annotated[ThroughputConfig, tyro.conf.arg(name="")]) -> N
                 if found:
                     row = Row(**{field: found[-1][field] for field in Row._fields})
                 else:
-                    row = _run(config, name, length)
+                    row, state = _run(config, name, length, state)
                     records.add(setting | row._asdict())
                 rows.append(row)
                 print(f"{name}, {length:,}: {_speed(row, config.tokens)} tokens/s", flush=True)
@@ -160,7 +161,15 @@ def _compile(config: ThroughputConfig, name: str, length: int) -> float:
     return time.perf_counter() - began
 
 
-def _run(config: ThroughputConfig, name: str, length: int) -> Row:
+def _run(config: ThroughputConfig, name: str, length: int, state: Any = None) -> tuple[Row, Any]:
+    """The times, and the model's training state after them, for the next length.
+
+    Args:
+      config: of the benchmark.
+      name: of the model.
+      length: tokens in a row.
+      state: of the same model, after another length; None: a new one.
+    """
     began = time.perf_counter()
     seconds: list[float] = []
     rows = config.tokens // length
@@ -168,7 +177,7 @@ def _run(config: ThroughputConfig, name: str, length: int) -> Row:
         step = _step(config, name, length)
         compiled = step.lower().compile()
         compile_seconds = time.perf_counter() - began
-        state = step.initial_state()
+        state = step.initial_state() if state is None else state
         for _ in range(2 + config.repeats):
             began = time.perf_counter()
             state, metrics = compiled(state, step.batch)
@@ -177,10 +186,10 @@ def _run(config: ThroughputConfig, name: str, length: int) -> Row:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Row(name, length, rows, [], time.perf_counter() - began, None)
+        return Row(name, length, rows, [], time.perf_counter() - began, None), None
     used = jax.devices()[0].memory_stats()
     peak = int(used["peak_bytes_in_use"]) if used else None
-    return Row(name, length, rows, seconds[2:], compile_seconds, peak)
+    return Row(name, length, rows, seconds[2:], compile_seconds, peak), state
 
 
 def _speed(row: Row, tokens: int) -> str:

@@ -1,11 +1,13 @@
 """`mdn-bench language`: models, a small run that goes on, the table."""
 
+import dataclasses
 import json
 
 import pytest
 
 from benchmarks.equal_models import model_size
 from benchmarks.language import _SMOKE, LanguageConfig, Outcome, _models, language, table
+from train.errors import DivergedError
 
 
 def test_models_of_equal_parameters_and_ablations():
@@ -63,15 +65,30 @@ def test_smoke(tmp_path, capsys, monkeypatch):
         language(LanguageConfig(**options, smoke=True, learning_rate=1e-4))
 
 
-def outcome(model, seed, bits, skipped=0, state=5):
-    return Outcome(model, seed, 1234, state, bits, skipped, [(10, bits)], 1.0)
+def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch, capsys):
+    def diverges(config):
+        raise DivergedError("guard: ...", step=7)
+
+    monkeypatch.setattr("train.loop.train", diverges)
+    config = LanguageConfig(mixers=("mdn",), seeds=(0, 1), output=tmp_path, smoke=True)
+    language(dataclasses.replace(config, ablations=("no-alpha-bound",)))
+    records = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(r["model"], r["bits"], r["diverged"], r["curve"]) for r in records] == [
+        ("MDN", None, 7, []),
+        ("MDN, no alpha bound", None, 7, []),
+    ]
+    assert "MDN, no alpha bound, seed 0: diverged at step 7" in capsys.readouterr().out
+
+
+def outcome(model, seed, bits, skipped=0, state=5, diverged=None):
+    return Outcome(model, seed, 1234, state, bits, skipped, diverged, [(10, bits)], 1.0)
 
 
 def test_table():
     outcomes = [
         outcome("MDN", 0, 2.0),
         outcome("MDN", 1, 2.2),
-        outcome("MDN, no mu clamp", 0, None, 3),
+        outcome("MDN, no mu clamp", 0, None, 3, diverged=1234),
         outcome("MDN, no mu clamp", 1, 2.5, 1),
         outcome("Transformer", 0, None, state=None),
     ]
@@ -79,7 +96,7 @@ def test_table():
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert cells == [
         ["MDN", "1,234", "5", "2.1000 ± 0.1414", "0"],
-        ["MDN, no mu clamp", "1,234", "5", "2.5000 ± 0.0000 (1 of 2 finite)", "4"],
+        ["MDN, no mu clamp", "1,234", "5", "2.5000 ± 0.0000; diverged at step 1,234", "4"],
         ["Transformer", "1,234", "grows", "not finite", "0"],
     ]
 

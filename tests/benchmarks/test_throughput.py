@@ -52,8 +52,10 @@ def test_a_model_that_does_not_fit(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr("train.program.make_train_step", fails)
-    row = command._run(ThroughputConfig(smoke=True, tokens=32, lengths=(16,)), "mdn_400m", 16)
+    config = ThroughputConfig(smoke=True, tokens=32, lengths=(16,))
+    row, state = command._run(config, "mdn_400m", 16)
     assert row.seconds == []
+    assert state is None
 
 
 def test_table():
