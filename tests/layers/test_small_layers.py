@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import test_util
 from jax.ad_checkpoint import print_saved_residuals
 
 from mdn_jax.layers.mlp import SwiGLU
@@ -71,6 +72,33 @@ def test_short_conv(size, length):
     if (ids[1] == ids[1, 0]).all():
         return
     assert_close(conv(x[:1], before[:1]), (y[:1], tail[:1]), 0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("length", "bias", "packed"), [(1, True, False), (2, False, True), (6, True, True)]
+)
+def test_short_conv_gradients(x64, size, length, bias, packed):
+    layer = ShortConv(
+        3,
+        size,
+        use_bias=bias,
+        initializer_range=1.0,
+        dtype=jnp.float64,
+        param_dtype=jnp.float64,
+        rngs=nnx.Rngs(0),
+    )
+    graph, params = nnx.split(layer)
+    ids = jnp.asarray([[0] * length, [0] * (length // 2) + [1] * (length - length // 2)])
+    segment_ids = ids if packed else None
+
+    def run(params, x, before):
+        return nnx.merge(graph, params)(x, before, segment_ids=segment_ids)
+
+    inputs = normal(1, 2, length, 3), normal(2, 2, size, 3)
+    inputs = tuple(x.astype(jnp.float64) for x in inputs)
+    # finite differences; twice
+    test_util.check_grads(run, (params, *inputs), order=2, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
 def test_short_conv_sums_in_float32():
