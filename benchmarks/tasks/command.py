@@ -16,7 +16,7 @@ from benchmarks.tasks.report import Result, draw, table
 from benchmarks.tasks.retrieval import Copying, Induction, Needle, Recall
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.tracking import Tracking
-from benchmarks.tasks.train import Recipe, Score, train_task
+from benchmarks.tasks.train import PUBLISHED_FACTOR, Recipe, Score, train_task
 from mdn_jax.models import Mixer
 from mdn_jax.ops.api import Implementation
 
@@ -68,6 +68,8 @@ class TasksConfig:
     """Optimizer steps."""
     batch_size: int = 64
     """Rows in a step."""
+    largest_factor: float = PUBLISHED_FACTOR
+    """MDN starts with `theta = arctan(eta f)`, f uniform up to this; a small one remembers long."""
     weight_decay: float = 0.1
     """Of matrices."""
     points: int = 20
@@ -90,6 +92,8 @@ class TasksConfig:
         for name in ("steps", "batch_size", "points", "test_rows", "layers", "heads"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if not self.largest_factor > 0:
+            raise ValueError(f"largest_factor: expected a number > 0, got {self.largest_factor!r}")
 
 
 _SMOKE: dict[str, Any] = {
@@ -168,6 +172,7 @@ def _run(
         test_rows=config.test_rows,
         implementation=config.implementation,
         dtype=config.dtype,
+        largest_factor=config.largest_factor,
     )
     model = model_config(
         mixer,

@@ -16,6 +16,9 @@ from mdn_jax.ops.api import Implementation
 from train.optimizer import make_optimizer, make_schedule
 from train.sections import OptimizerConfig
 
+PUBLISHED_FACTOR = 4.0
+"""MDN's factors start uniform in (0, 4)."""
+
 
 class Recipe(NamedTuple):
     """How a model is trained.
@@ -28,6 +31,7 @@ class Recipe(NamedTuple):
       test_rows: rows of each of the two final measurements.
       implementation: of the mixer's rule.
       dtype: of activations.
+      largest_factor: of MDN's gates, `exp(log_factor)`, at initialisation.
     """
 
     steps: int
@@ -37,6 +41,7 @@ class Recipe(NamedTuple):
     test_rows: int
     implementation: Implementation | None
     dtype: str
+    largest_factor: float = PUBLISHED_FACTOR
 
 
 class Score(NamedTuple):
@@ -142,7 +147,11 @@ class Steps:
         """Before the first step."""
         weights, data = jax.random.split(jax.random.key(seed))
         model = self._make(rngs=nnx.Rngs(params=weights))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        change = jnp.log(self._recipe.largest_factor / PUBLISHED_FACTOR)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: x + change if path[-1].key == "log_factor" else x,
+            nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        )
         return _Run(params, self._optimizer.init(params), rate, data)
 
     def advance(

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks.equal_models import SHOWN, Size, model_config, model_size
 from benchmarks.tasks.command import TasksConfig, settings, tasks
 from benchmarks.tasks.report import Result, table
 from benchmarks.tasks.tracking import Tracking
-from benchmarks.tasks.train import Recipe, Score, train_task
+from benchmarks.tasks.train import Recipe, Score, Steps, train_task
 
 RECIPE = Recipe(
     steps=90,
@@ -104,6 +106,21 @@ def test_smoke(tmp_path, capsys, monkeypatch):
         tasks(dataclasses.replace(config, equal="parameters"))
 
 
+def test_the_largest_factor_is_that_of_the_gates():
+    model = model_config("mdn", equal="state", **SHAPE)
+    published, small = (
+        Steps(Tracking(), model, RECIPE._replace(largest_factor=largest)).start(0, 1.0).params
+        for largest in (4.0, 0.4)
+    )
+    for x, y in zip(jax.tree.leaves(published), jax.tree.leaves(small), strict=True):
+        assert x.shape == y.shape
+    factors = [np.exp(p["layers"][0]["mixer"]["gates"]["log_factor"]) for p in (published, small)]
+    assert 0.4 < factors[0].max() <= 4
+    np.testing.assert_allclose(factors[1], factors[0] / 10, rtol=1e-5)
+    gates = (p["layers"][1]["mixer"]["gates"]["mu_log"] for p in (published, small))
+    np.testing.assert_array_equal(*gates)
+
+
 def test_settings_and_bad_ones():
     config = TasksConfig(tasks=("recall", "s5"), recall_pairs=(4, 8), recall_gap=3)
     chosen = [(name, task.levels, task.length) for name, task in settings(config)]
@@ -111,6 +128,8 @@ def test_settings_and_bad_ones():
     assert chosen == [("recall", (4, 8), 27), *lengths]
     with pytest.raises(ValueError, match="mixers: expected at least one"):
         TasksConfig(mixers=())
+    with pytest.raises(ValueError, match="largest_factor: expected a number > 0, got 0"):
+        TasksConfig(largest_factor=0)
     with pytest.raises(ValueError, match="steps: expected an int >= 1, got 0"):
         TasksConfig(steps=0)
     with pytest.raises(SystemExit, match="length: expected an int at least"):
