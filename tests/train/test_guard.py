@@ -10,7 +10,7 @@ import pytest
 
 from tests.train.helpers import assert_identical, random_batch, tiny_config
 from train import program
-from train.errors import RunError
+from train.errors import DivergedError, RunError
 from train.guard import init_guard, judge, raise_refused
 from train.loop import train
 from train.loss import summed_loss
@@ -72,8 +72,10 @@ def test_errors_say_what_was_expected():
     call(GuardConfig(action="skip"), spike=True, refused=1)
     with pytest.raises(RunError, match=r"guard: expected a loss within 6 .* got loss 9 .* step 7"):
         call(GuardConfig(action="stop"), spike=True, refused=1)
-    with pytest.raises(RunError, match=r"guard: expected fewer than 50 refused steps in a row"):
+    words = r"guard: expected fewer than 50 refused steps in a row"
+    with pytest.raises(DivergedError, match=words) as diverged:
         call(GuardConfig(), spike=False, refused=50)
+    assert diverged.value.step == 7
 
 
 def table_loss(params, batch):
