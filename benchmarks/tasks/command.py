@@ -203,10 +203,7 @@ def _run(
         }
         for score in scores:
             records.add({**setting, **score._asdict(), **about})
-    return [
-        Result(name, level, mixer, size, [score for score in scores if score.level == level])
-        for level in task.levels
-    ]
+    return [Result(name, level, mixer, size, scores) for level in task.levels]
 
 
 def _recorded(

@@ -22,7 +22,7 @@ class Result:
       level: the number that the figure has on its axis.
       mixer: of the model.
       size: of the model.
-      scores: of every seed and learning rate.
+      scores: of the training, every level, seed and learning rate.
     """
 
     task: str
@@ -33,14 +33,17 @@ class Result:
 
     @property
     def best(self) -> list[Score]:
-        """The seeds at the learning rate whose mean accuracy on the rows for the choice is best."""
+        """The level's seeds at the learning rate that is best by mean accuracy on other rows.
+
+        One rate for all levels that were trained on together.
+        """
         rates = sorted({score.learning_rate for score in self.scores})
 
         def choice(rate: float) -> float:
             return statistics.fmean(s.choice for s in self.scores if s.learning_rate == rate)
 
-        rate = max(rates, key=choice)
-        return [score for score in self.scores if score.learning_rate == rate]
+        best = self.level, max(rates, key=choice)
+        return [score for score in self.scores if (score.level, score.learning_rate) == best]
 
     @property
     def accuracies(self) -> list[float]:

@@ -70,7 +70,11 @@ def test_the_learning_rate_is_chosen_on_other_rows():
     ]
     chosen = result("mdn", 4, scores)
     assert chosen.accuracies == [0.5, 0.7]
-    rows = table([chosen, result("attention", 8, scores[2:], None)]).splitlines()
+    longer = [score._replace(level=8, choice=1 - score.choice / 10) for score in scores]
+    assert result("mdn", 8, scores + longer).accuracies == [0.5, 0.7]  # one rate for both
+    assert result("mdn", 8, longer).accuracies == [0.9, 0.9]
+    other = [score._replace(level=8) for score in scores[2:]]
+    rows = table([chosen, result("attention", 8, other, None)]).splitlines()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert cells[0] == ["", "parameters", "state", "recall 4", "recall 8"]
     assert cells[2] == ["MDN", "100", "10", "60.0 ± 14.1", "-"]
