@@ -1,8 +1,6 @@
 """`mdn-bench mixers`: fast paths of the other mixers on this device, against the definitions."""
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -45,8 +43,6 @@ class MixersConfig:
     """Key heads."""
     key_dim: int = 128
     """Width of a key head; softmax attention has half of it."""
-    threads: int = min(8, os.cpu_count() or 1)
-    """Paths that compile at once."""
 
 
 class Call(NamedTuple):
@@ -71,17 +67,16 @@ def mixers(config: Annotated[MixersConfig, tyro.conf.arg(name="")]) -> None:
         raise SystemExit("the fast paths expect a CUDA GPU as the default device, got none")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; limit {LIMIT:g}")
     wrong = []
-    with ThreadPoolExecutor(config.threads) as pool:
-        for call, future in [(call, pool.submit(_largest_error, call)) for call in calls(config)]:
-            try:
-                error = future.result()
-                print(f"{call.name}: {error:.1e}", flush=True)
-            except Exception as failure:  # of any kind: the other paths still count
-                first = (str(failure).strip().splitlines() or [""])[0][:300]
-                print(f"{call.name}: {type(failure).__name__}: {first}", flush=True)
-                error = float("inf")
-            if not error <= LIMIT:
-                wrong.append(call.name)
+    for call in calls(config):  # not in threads: XLA's autotuner fails when several run at once
+        try:
+            error = _largest_error(call)
+            print(f"{call.name}: {error:.1e}", flush=True)
+        except Exception as failure:  # of any kind: the other paths still count
+            first = (str(failure).strip().splitlines() or [""])[0][:300]
+            print(f"{call.name}: {type(failure).__name__}: {first}", flush=True)
+            error = float("inf")
+        if not error <= LIMIT:
+            wrong.append(call.name)
     if wrong:
         raise SystemExit(f"wrong: {', '.join(wrong)}")
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import mixers as command
 from benchmarks.mixers import LIMIT, MixersConfig, calls, mixers
 
-SMALL = MixersConfig(length=32, heads=1, key_dim=16, threads=1)
+SMALL = MixersConfig(length=32, heads=1, key_dim=16)
 
 
 def elsewhere(call):
