@@ -289,9 +289,10 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
+    last = 0.0
     for i, name in enumerate(dict.fromkeys(outcome.model for outcome in outcomes)):
         points: dict[int, list[float]] = {}
         for outcome in outcomes:
@@ -306,13 +307,15 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         style = "-" if i < 6 else "--"
         millions = [x / 1e6 for x in xs]
         means = [statistics.fmean(points[x]) for x in xs]
+        last = max(last, means[-1])
         axes.plot(millions, means, style, label=name, color=color, lw=1.5)
         low, high = ([pick(points[x]) for x in xs] for pick in (min, max))
         axes.fill_between(millions, low, high, color=color, alpha=0.15, lw=0)
     axes.set(xlabel="million bytes trained on", ylabel="held-out bits per byte")
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        axes.set_ylim(top=1.25 * last)  # the ends are compared; a start far above them is cut
+        figure.legend(loc="outside right upper")
     temporary = path.with_suffix(".tmp")
     canvas.print_png(temporary)
     temporary.replace(path)
