@@ -22,6 +22,10 @@ SHOWN: dict[Mixer, str] = {
 """Names of the mixers in tables."""
 
 
+ATTENTION_WIDTH = 64
+"""Of a head of softmax attention at least: it did not learn recall with four heads of 16."""
+
+
 class Size(NamedTuple):
     """Size of a model.
 
@@ -48,14 +52,16 @@ def model_config(
     With an equal state, the value heads of MDN, which has two memories, are as wide as its key
     heads, those of the others twice as wide. With equal parameters, all have the published shapes:
     value heads twice as wide as key heads, but for KDA. In both, the width of the MLP makes up for
-    what the mixers differ in. Softmax attention keeps all tokens: its state is never equal.
+    what the mixers differ in. Softmax attention keeps all tokens, so that its state is never equal;
+    its heads are at least `ATTENTION_WIDTH` wide, if the model is.
 
     Args:
       mixer: which.
       vocab_size: kinds of tokens.
       hidden_size: width, a multiple of `heads`.
       layers: number of layers.
-      heads: key heads; Mamba-2 has heads of twice the width together, of half a key head's each.
+      heads: key heads; Mamba-2 has heads of twice the width together, of half a key head's each,
+        softmax attention as many fewer as its width takes.
       equal: what is.
     """
     if hidden_size % (2 * heads):
@@ -69,6 +75,11 @@ def model_config(
         shape = {"num_heads": heads, "head_dim": width, "expand_v": 1.0 if mixer == narrow else 2.0}
         if mixer == "mamba2":
             shape = {"num_heads": 1, "num_v_heads": 4 * heads, "head_dim": width, "expand_v": 0.5}
+        if mixer == "attention":
+            few = heads
+            while hidden_size // few < ATTENTION_WIDTH and few % 2 == 0:
+                few //= 2
+            shape |= {"num_heads": few, "head_dim": hidden_size // few}
         return MDNConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,

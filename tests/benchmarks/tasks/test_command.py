@@ -36,6 +36,14 @@ def test_models_are_equal(equal):
     assert states["gdn"] == 2 * 64 * 32 * 2  # layers, hidden, head width, twice as wide values
 
 
+@pytest.mark.parametrize(("hidden", "heads", "expected"), [(64, 4, 1), (256, 4, 4), (96, 6, 3)])
+def test_heads_of_attention_are_not_narrow(hidden, heads, expected):
+    shape = SHAPE | {"hidden_size": hidden, "heads": heads}
+    config = model_config("attention", **shape, equal="state")
+    assert (config.num_heads, config.head_dim) == (expected, hidden // expected)
+    assert model_config("gdn", **shape, equal="state").num_heads == heads
+
+
 def test_a_width_that_heads_do_not_divide():
     with pytest.raises(ValueError, match="heads: expected a divisor of half of hidden_size = 64"):
         model_config("mdn", **SHAPE | {"heads": 3}, equal="state")
