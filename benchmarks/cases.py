@@ -98,7 +98,7 @@ CHOSEN = (
     Case(64, 64, "bfloat16", length=20, initial_state=False),
     Case(128, 128, "float32", length=65, documents=4),
     Case(128, 256, "bfloat16", length=1024, regime="ballistic", documents=5, heads=2),
-    # 320 walks back over the chunks, taken in halves by three launches
+    # 320 walks over the chunks each way, taken in halves by three launches
     Case(128, 256, "bfloat16", length=200, heads=20, groups=2, documents=3),
     # the momentum forgets within a step, and its gradient is tiny
     *(Case(128, 256, dtype, regime="momentum_lost") for dtype in ("bfloat16", "float32")),

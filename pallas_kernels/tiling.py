@@ -23,14 +23,15 @@ SHARED_MEMORY = {
 class Tiles(NamedTuple):
     """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages.
 
-    `retreat_resident` is how many programs of that walk the device runs at once, where that was
-    measured (None: not known).
+    `advance_resident` and `retreat_resident` are how many programs of those walks the device runs
+    at once, where that was measured (None: not known).
     """
 
     prepare_warps: int = 4
     advance_block_v: int = 32
     advance_warps: int = 4
-    advance_stages: int = 2
+    advance_stages: int = 3
+    advance_resident: int | None = None
     output_block_v: int = 128
     output_warps: int = 4
     retreat_block_v: int = 32
@@ -132,6 +133,7 @@ def choose_tiles(
     if itemsize == 2:
         tiles = tiles._replace(prepare_warps=4 if key_dim == 256 else 2, gates_warps=1)
     if itemsize == 2 and capability >= (9, 0):
+        tiles = tiles._replace(advance_stages=2 if explicit_p else 3)
         if key_dim == 256:
             tiles = tiles._replace(
                 retreat_warps=8,
@@ -141,7 +143,7 @@ def choose_tiles(
             )
         elif key_dim == 128:
             # two programs on each of 132 cores
-            tiles = tiles._replace(scores_block_v=128, retreat_resident=264)
+            tiles = tiles._replace(scores_block_v=128, advance_resident=264, retreat_resident=264)
     elif itemsize == 2:
         tiles = tiles._replace(
             advance_stages=1,

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import dot, exact, kernel_call
 from pallas_kernels.momentum_delta import layout
+from pallas_kernels.momentum_delta.fragments import Fragments, join, split
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
     ChunkSpecs,
@@ -108,7 +109,12 @@ def retreat(
             results = (1, 2) if in_place else (0, 1, 2)
             aliases |= {after + 2 + i: result for i, result in enumerate(results)}
         done = kernel_call(
-            partial(_retreat, specs=specs, precision=exact(options.interpret)),
+            partial(
+                _retreat,
+                specs=specs,
+                warps=options.tiles.retreat_warps,
+                precision=exact(options.interpret),
+            ),
             tokens,
             d_final,
             written,
@@ -133,52 +139,57 @@ def retreat(
     return result
 
 
-def _retreat(tokens, d_final, _, prepared, out, *, specs, precision):
+def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
     q_ref, k_ref, p_ref, do_ref, local_ref = tokens
     inverse_ref, factor_ref = prepared
     dtype = do_ref.dtype
-    first, end = specs.stretch()
+    key_dim, block = d_final.s.shape
+    values = Fragments(warps, block)
+    first, end = specs.stretch(back=True)
 
-    def factors(c: jax.Array) -> tuple[jax.Array, ...]:
+    def ahead(c: jax.Array) -> tuple[jax.Array, ...]:
         keeps = (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
         return (
+            values.load(local_ref, CHUNK, first=c * CHUNK),
             *(factor_ref[c, row, :] for row in range(layout.QUERY_N + 1)),
             *(factor_ref[c, layout.KEEP, i] for i in keeps),
         )
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        # d_s, d_n are [K, block] float32; the rows were loaded a step ahead
-        d_s, d_n, read_s, read_n, write_s, write_n, query_s, query_n, *keeps = carry
-        keep_ss, keep_ns, keep_nn = keeps
+        # both gradients are one [K, 2 block] float32; rows and d_local were loaded a step ahead
+        d_both, d_local, *rows, keep_ss, keep_ns, keep_nn = carry
+        read_s, read_n, write_s, write_n, query_s, query_n = (row[:, None] for row in rows)
         c = end - 1 - i
-        following = factors(jnp.maximum(c - 1, 0))
-        steps = pl.ds(c * CHUNK, CHUNK)
-        low_s, low_n = d_s.astype(dtype), d_n.astype(dtype)
-        out.d_kept.s[c], out.d_kept.n[c] = low_s, low_n
-        k, q, d_o = k_ref[steps, :], q_ref[steps, :], do_ref[steps, :]
+        start = c * CHUNK
+        following = ahead(jnp.maximum(c - 1, 0))
+        low = d_both.astype(dtype)
+        for state, ref in zip(split(low), out.d_kept, strict=True):
+            values.store(state, ref, c)
+        steps = pl.ds(start, CHUNK)
+        k, q = k_ref[steps, :], q_ref[steps, :]
         p = k if p_ref is None else p_ref[steps, :]
-        d_local = local_ref[steps, :].astype(jnp.float32)
+        d_o = values.load(do_ref, CHUNK, first=start).astype(jnp.float32)
 
-        d_error = write_s[:, None] * dot(k, low_s, precision)
-        d_error += write_n[:, None] * dot(k, low_n, precision)
-        d_v = dot(inverse_ref[c].T, d_error.astype(dtype), precision) + d_local
-        out.d_v[steps, :] = d_v.astype(dtype)
-        wide_o = d_o.astype(jnp.float32)
+        by_s, by_n = split(dot(k, low, precision))
+        d_error = (write_s * by_s + write_n * by_n).astype(dtype)
+        d_v = dot(inverse_ref[c].T, d_error, precision) + d_local.astype(jnp.float32)
+        values.store(d_v.astype(dtype), out.d_v, first=start)
 
-        def through(kept: jax.Array, query: jax.Array, read: jax.Array) -> jax.Array:
-            # both products accumulate onto what is kept
-            kept += dot(q.T, (wide_o * query[:, None]).astype(dtype), precision)
-            return kept + dot(p.T, (d_v * -read[:, None]).astype(dtype), precision)
+        d_s, d_n = split(d_both)
+        d_both = join(keep_ss * d_s, keep_ns * d_s + keep_nn * d_n)
+        # both products accumulate onto what is kept
+        by_query = join(query_s * d_o, query_n * d_o).astype(dtype)
+        d_both += dot(q.T, by_query, precision)
+        by_read = join(-read_s * d_v, -read_n * d_v).astype(dtype)
+        d_both += dot(p.T, by_read, precision)
+        return d_both, *following
 
-        return (
-            through(keep_ss * d_s, query_s, read_s),
-            through(keep_ns * d_s + keep_nn * d_n, query_n, read_n),
-            *following,
-        )
-
-    carry = (d_final.s[...], -d_final.m[...], *factors(jnp.int32(end - 1)))
-    d_s, d_n, *_ = lax.fori_loop(0, end - first, step, carry)
-    out.d_memory.s[...], out.d_memory.m[...] = d_s, -d_n
+    d_s, d_n = values.load(d_final.s, key_dim), -values.load(d_final.m, key_dim)
+    carry = (join(d_s, d_n), *ahead(jnp.int32(end - 1)))
+    d_both, *_ = lax.fori_loop(0, end - first, step, carry)
+    d_s, d_n = split(d_both)
+    values.store(d_s, out.d_memory.s)
+    values.store(-d_n, out.d_memory.m)
 
 
 class KeyGradients(NamedTuple):

@@ -1,7 +1,7 @@
 """Forward kernels: advance walks the chunks, prepare and output take one chunk each."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from pallas_kernels.momentum_delta.coefficients import (
     squares,
     unit_lower_inverse,
 )
+from pallas_kernels.momentum_delta.fragments import Fragments, join, split
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
     HALF,
@@ -36,6 +37,7 @@ from pallas_kernels.momentum_delta.layout import (
     States,
     Tokens,
     WalkSpecs,
+    launches,
 )
 
 
@@ -191,73 +193,101 @@ class Advanced(NamedTuple):
 
 
 def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Options) -> Advanced:
-    """The second kernel, sequential over chunks; no memory stands for zeros."""
+    """The second kernel, sequential over chunks, a block of V a program; no memory means zeros.
+
+    In one launch, or in several that take the walks in halves and each add to the results of those
+    before.
+    """
     z = x.sizes
     block = options.tiles.advance_block_v
-    specs = WalkSpecs(z, block)
-    p = None if x.p is None else specs.keys(z.p_heads)
-    values = specs.values()
-    return kernel_call(
-        partial(_advance, chunks=z.chunks, precision=exact(options.interpret)),
-        (x.k, x.p, x.v, prepared.inverse, prepared.factors),
-        memory,
-        name="mdn_advance",
-        grid=specs.grid,
-        in_specs=[
-            (specs.keys(z.heads), p, values, specs.matrix(), specs.factors()),
-            None if memory is None else specs.memory(),
-        ],
-        out_specs=Advanced(values, specs.kept(), specs.memory()),
-        out_shape=Advanced(z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), z.memory),
-        warps=options.tiles.advance_warps,
-        stages=options.tiles.advance_stages,
-        interpret=options.interpret,
-    )
+    from_zeros = memory is None
+    done: Any = None
+    for launch in launches(WalkSpecs(z, block).walks, options.tiles.advance_resident):
+        specs = WalkSpecs(z, block, launch)
+        p = None if x.p is None else specs.keys(z.p_heads)
+        values, states = specs.values(), specs.memory()
+        tokens = (x.k, x.p, x.v, prepared.inverse, prepared.factors)
+        # what earlier launches wrote stays where it is: places of operands, to those of results
+        after = len(jax.tree.leaves(tokens))
+        aliases = {}
+        if launch is not None and memory is not None:
+            aliases = {after: 3, after + 1: 4}
+        written = written_specs = None
+        if done is not None:
+            written, written_specs = (done.error, done.kept), (values, specs.kept())
+            aliases |= {after + 2 + i: i for i in range(3)}
+        done = kernel_call(
+            partial(
+                _advance,
+                specs=specs,
+                warps=options.tiles.advance_warps,
+                from_zeros=from_zeros,
+                precision=exact(options.interpret),
+            ),
+            tokens,
+            memory,
+            written,
+            name="mdn_advance",
+            grid=specs.grid,
+            in_specs=[
+                (specs.keys(z.heads), p, values, specs.matrix(), specs.factors()),
+                None if memory is None else states,
+                written_specs,
+            ],
+            out_specs=Advanced(values, specs.kept(), states),
+            out_shape=Advanced(z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), z.memory),
+            aliases=aliases,
+            warps=options.tiles.advance_warps,
+            stages=options.tiles.advance_stages,
+            interpret=options.interpret,
+        )
+        memory = done.final
+    result: Advanced = done
+    return result
 
 
-def _advance(x, memory, out, *, chunks, precision):
-    k_ref, p_ref, v_ref, inverse_ref, factor_ref = x
+def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
+    k_ref, p_ref, v_ref, inverse_ref, factor_ref = tokens
     dtype = v_ref.dtype
+    key_dim, block = out.final.s.shape
+    values = Fragments(warps, block)
+    first, end = specs.stretch()
 
-    def factors(c: jax.Array) -> tuple[jax.Array, ...]:
-        rows = range(layout.READ_S, layout.WRITE_N + 1)
-        keeps = (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
-        return (
-            *(factor_ref[c, row, :] for row in rows),
-            *(factor_ref[c, layout.KEEP, i] for i in keeps),
+    def step(c: jax.Array, both: jax.Array) -> jax.Array:
+        # both states are one [K, 2 block] float32, operands of one product and results of one
+        start = c * CHUNK
+        # the order is the measured one: with the states stored after a product a step takes longer
+        keep_ss, keep_ns, keep_nn = (
+            factor_ref[c, layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
         )
+        v = values.load(v_ref, CHUNK, first=start).astype(jnp.float32)
+        low = both.astype(dtype)
+        for state, ref in zip(split(low), out.kept, strict=True):
+            values.store(state, ref, c)
+        k = k_ref[pl.ds(start, CHUNK), :]
+        p = k if p_ref is None else p_ref[pl.ds(start, CHUNK), :]
 
-    def step(c: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        # s, n are [K, block] float32; the rows were loaded a step ahead, off the critical path
-        s, n, read_s, read_n, write_s, write_n, keep_ss, keep_ns, keep_nn = carry
-        following = factors(jnp.minimum(c + 1, chunks - 1))
-        steps = pl.ds(c * CHUNK, CHUNK)
-        # the order of loads, stores and products is the measured one: others cost up to 40 %
-        low_s, low_n = s.astype(dtype), n.astype(dtype)
-        out.kept.s[c], out.kept.n[c] = low_s, low_n
-        k = k_ref[steps, :]
-        p = k if p_ref is None else p_ref[steps, :]
-        residual = (
-            v_ref[steps, :].astype(jnp.float32)
-            - read_s[:, None] * dot(p, low_s, precision)
-            - read_n[:, None] * dot(p, low_n, precision)
-        )
+        def factor(row: int) -> jax.Array:
+            return factor_ref[c, row, :][:, None]
+
+        seen_s, seen_n = split(dot(p, low, precision))
+        residual = v - factor(layout.READ_S) * seen_s - factor(layout.READ_N) * seen_n
         error = dot(inverse_ref[c], residual.astype(dtype), precision)
-        out.error[steps, :] = error.astype(dtype)
-        k_t = k.T
-
-        def write(by: jax.Array) -> jax.Array:
-            return dot(k_t, (error * by[:, None]).astype(dtype), precision)
-
-        s, n = keep_ss * s + keep_ns * n + write(write_s), keep_nn * n + write(write_n)
-        return s, n, *following
+        values.store(error.astype(dtype), out.error, first=start)
+        s, n = split(both)
+        kept = join(keep_ss * s + keep_ns * n, keep_nn * n)
+        written = join(factor(layout.WRITE_S) * error, factor(layout.WRITE_N) * error)
+        return kept + dot(k.T, written.astype(dtype), precision)
 
     if memory is None:
-        s = n = jnp.zeros(out.final.s.shape, jnp.float32)
+        s = n = jnp.zeros((key_dim, block), jnp.float32)
     else:
-        s, n = memory.s[...], -memory.m[...]
-    s, n, *_ = lax.fori_loop(0, chunks, step, (s, n, *factors(jnp.int32(0))))
-    out.final.s[...], out.final.m[...] = s, -n
+        s, n = values.load(memory.s, key_dim), -values.load(memory.m, key_dim)
+        if from_zeros:  # what is there is of the first halves of walks
+            s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
+    s, n = split(lax.fori_loop(first, end, step, join(s, n)))
+    values.store(s, out.final.s)
+    values.store(-n, out.final.m)
 
 
 def output(

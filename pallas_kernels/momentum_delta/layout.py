@@ -291,14 +291,14 @@ class WalkSpecs:
         """Programs of the kernel."""
         return self._walks if self._launch is None else (self._launch.programs,)
 
-    def stretch(self) -> tuple[int | jax.Array, int | jax.Array]:
-        """First and end of the chunks of the present program, which takes them from the last."""
+    def stretch(self, *, back: bool = False) -> tuple[int | jax.Array, int | jax.Array]:
+        """First and end of the chunks that the present program takes in order, or `back`."""
         chunks = self._z.chunks
         if self._launch is None:
             return 0, chunks
         half = lax.div(pl.program_id(0) + self._launch.first, self.walks)
-        cut = chunks // 2
-        return (1 - half) * cut, chunks - half * (chunks - cut)
+        late, cut = 1 - half if back else half, chunks // 2
+        return late * cut, cut + late * (chunks - cut)
 
     def _spec(self, shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
         if self._launch is None:

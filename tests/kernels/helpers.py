@@ -42,7 +42,7 @@ def kernel_rule(
         starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
         scale=key_dim**-0.5 if scale is None else scale,
         normalize=normalize_qk,
-        tiles=SMALL._replace(retreat_resident=resident),
+        tiles=SMALL._replace(advance_resident=resident, retreat_resident=resident),
         interpret=True,
     )
     return o, MDNState(*memory)

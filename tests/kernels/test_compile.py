@@ -47,6 +47,8 @@ def test_kernels_lower_compile_and_fit(case):
     # d_v alone, or with walks in halves also the memory, and what launches before have written
     in_halves = case[:4] == (128, 256, "bfloat16", (9, 0))
     in_place["mdn_retreat"] = [3, 5, 5] if in_halves else [1]
+    if in_halves:
+        in_place["mdn_advance"] = [2, 5, 5]
     found = {name: [k.in_place for k in kernels if k.name == name] for name in in_place}
     assert found == in_place
     assert len(kernels) == sum(map(len, in_place.values()))

@@ -58,9 +58,10 @@ def test_packed_documents_and_grouped_heads(p_heads):
 
 
 @pytest.mark.slow
-def test_walks_in_halves():
+@pytest.mark.parametrize("initial_state", [True, False])
+def test_walks_in_halves(initial_state):
     """Four walks of three chunks, three programs at once: two walks cross a launch."""
-    inputs = packed_inputs(seed=15, documents=2)
+    inputs = packed_inputs(seed=15, documents=2, initial_state=initial_state)
     whole, cut = (kernel_outputs_and_gradients(inputs, resident=n) for n in (None, 3))
     jax.tree.map(np.testing.assert_array_equal, cut, whole)
 

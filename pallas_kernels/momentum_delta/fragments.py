@@ -1,0 +1,83 @@
+"""Tiles between memory and the registers in which a product leaves them, with nothing exchanged.
+
+A warp holds 16 rows of a product's result. Each group of four lanes has a row of its upper eight
+and one of its lower eight, and the lane `q` of a group columns `8 j + 2 q` and `8 j + 2 q + 1`.
+Two columns are 4 bytes; a load or store of 16 takes eight neighbours, so that a compiler moves
+every tile from lane to lane by way of shared memory. Here a tile's columns go to memory in another
+order instead: of each 32, lane `q` takes the eight from `8 q`. Whatever is of values (`v`, errors,
+the columns of states) has its columns in that order inside a kernel, so that products agree.
+
+The order of the dimensions in `_places` is the one for which the compiler gives the last to lanes
+and vectors, the one before to lanes, the one before that to warps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.momentum_delta.layout import Leaf
+
+_WARP_ROWS = 16
+
+
+class Fragments(NamedTuple):
+    """Loads and stores tiles `[rows, columns]` of values.
+
+    Attributes:
+      warps: of a program.
+      columns: of a tile, 16 or a multiple of 32.
+    """
+
+    warps: int
+    columns: int
+
+    def load(self, ref: Leaf, rows: int, *at: Any, first: Any = 0) -> jax.Array:
+        """`ref[*at, first : first + rows, :]`, its columns in the order of registers."""
+        tile = ref[(*at, *self._places(rows, first))]
+        blocks, group, high, warps = self._cut(rows)
+        tile = tile.reshape(blocks, high, 2, warps, 8, 4, group // 8, 2)
+        return tile.transpose(1, 3, 2, 4, 0, 6, 5, 7).reshape(rows, self.columns)
+
+    def store(self, tile: jax.Array, ref: Leaf, *at: Any, first: Any = 0) -> None:
+        """Sets what `load` reads."""
+        rows = len(tile)
+        blocks, group, high, warps = self._cut(rows)
+        tile = tile.reshape(high, warps, 2, 8, blocks, group // 8, 4, 2)
+        tile = tile.transpose(4, 0, 2, 1, 3, 6, 5, 7)
+        ref[(*at, *self._places(rows, first))] = tile.reshape(blocks, 2 * high, warps, 8, group)
+
+    def _cut(self, rows: int) -> tuple[int, int, int, int]:
+        """Groups of columns, columns of a group, tiles of all warps on each other, warps."""
+        group, warps = min(self.columns, 32), min(self.warps, rows // _WARP_ROWS)
+        return self.columns // group, group, rows // (_WARP_ROWS * warps), warps
+
+    def _places(self, rows: int, first: Any) -> tuple[jax.Array, jax.Array]:
+        """Row and column of what is where, `[blocks, half warps' rows, warps, 8, group]`."""
+        blocks, group, high, warps = self._cut(rows)
+        shape = (blocks, 2 * high, warps, 8, group)
+        block, eights, warp, row, column = (
+            lax.broadcasted_iota("int32", shape, i) for i in range(len(shape))
+        )
+        row += first + 8 * lax.rem(eights, 2) + _WARP_ROWS * (warps * lax.div(eights, 2) + warp)
+        return row, group * block + column
+
+
+def join(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Two tiles as one of twice the columns, eight of either in turn.
+
+    Where both are in registers as products leave them, so is the result.
+    """
+    rows, columns = a.shape
+    a, b = (x.reshape(rows, columns // 8, 8, 1) for x in (a, b))
+    both = jnp.concatenate([a, b], axis=3).transpose(0, 1, 3, 2)
+    return both.reshape(rows, 2 * columns)
+
+
+def split(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tiles that `join` made one."""
+    rows, columns = both.shape
+    both = both.reshape(rows, columns // 16, 2, 8).transpose(0, 1, 3, 2)
+    a, b = (x.reshape(rows, columns // 2) for x in jnp.split(both, 2, axis=3))
+    return a, b
