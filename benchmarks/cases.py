@@ -13,6 +13,14 @@ from mdn_jax.testing import GATE_REGIMES, random_inputs
 from pallas_kernels.tiling import KEY_DIMS, Tiles, choose_tiles, unsupported
 
 VALUE_DIMS = (16, 32, 64, 128, 256, 384, 512)
+HEADS = 8
+"""Value heads that a case with gradients has at least, as rows of its batch.
+
+The gradient of one head's gates is few sums, which may all but vanish: relative errors are of no
+use then.
+"""
+MANY_HEADS = 67
+"""Heads for which 32 columns of values are more walks than the device has multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Case:
       documents: packed documents a row.
       keys: "random", "parallel" or "zero".
       initial_state: with a random entering state.
+      rows: of the batch, B.
       backward: whether gradients are asked for.
       implementation: of the operator.
     """
@@ -46,6 +55,7 @@ class Case:
     documents: int = 1
     keys: str = "random"
     initial_state: bool = True
+    rows: int = 1
     backward: bool = True
     implementation: Implementation = "pallas_triton"
 
@@ -59,15 +69,25 @@ class Case:
         parts += [f"documents{self.documents}"] * (self.documents > 1)
         parts += [f"{self.keys}-keys"] * (self.keys != "random")
         parts += ["no-state"] * (not self.initial_state)
+        parts += [f"B{self.rows}"] * (self.rows > 1)
         parts += ["forward"] * (not self.backward)
         parts += [self.implementation] * (self.implementation != "pallas_triton")
         return "_".join(parts)
+
+    @property
+    def value_heads(self) -> int:
+        """Of all rows, `B * HV`."""
+        return self.rows * self.heads * self.groups
+
+    def with_heads(self, heads: int) -> "Case":
+        """With rows enough for `heads` value heads."""
+        return replace(self, rows=-(-heads // (self.heads * self.groups)))
 
     def inputs(self) -> Inputs:
         """Arguments of `momentum_delta_rule`."""
         return random_inputs(
             seed=0,
-            batch=1,
+            batch=self.rows,
             length=self.length,
             heads=self.heads,
             value_heads=self.heads * self.groups,
@@ -157,15 +177,16 @@ def shipped_cases(capability: tuple[int, int]) -> list[Case]:
     )
     half = deal(("bfloat16", "bfloat16", "bfloat16", "float16"))
     cases = []
-    for (key_dim, value_dim, itemsize, p), sixteen, chosen in zip(
+    for (key_dim, value_dim, itemsize, p, heads), sixteen, chosen in zip(
         shapes, half, features, strict=True
     ):
         # float16 holds no gradient that goes through a momentum of e^-30 (it ends at 6e-8), and
         # none of a zero key, which the normalisation multiplies by 1,000 (it ends at 65,504)
         beyond_float16 = chosen[0] == "momentum_lost" or chosen[5] == "zero"
         narrow = "bfloat16" if beyond_float16 else sixteen
-        cases.append(Case(key_dim, value_dim, "float32" if itemsize == 4 else narrow, p, *chosen))
-    cases += [x for x in CHOSEN if _runs(x, capability)]
+        case = Case(key_dim, value_dim, "float32" if itemsize == 4 else narrow, p, *chosen)
+        cases.append(case.with_heads(heads))
+    cases += [x.with_heads(HEADS) for x in CHOSEN if _runs(x, capability)]
     return list(dict.fromkeys((*cases, *_decode_cases())))
 
 
@@ -176,21 +197,26 @@ def _runs(case: Case, capability: tuple[int, int]) -> bool:
     )
 
 
-def _tile_choices(capability: tuple[int, int]) -> list[tuple[int, int, int, bool]]:
-    """K, V, bytes of an element, explicit p: one for each K and set of tiles, V in turn."""
-    chosen: list[tuple[int, int, int, bool]] = []
+def _tile_choices(capability: tuple[int, int]) -> list[tuple[int, int, int, bool, int]]:
+    """K, V, bytes of an element, explicit p, heads: one for each K and set of tiles, V in turn."""
+    chosen: list[tuple[int, int, int, bool, int]] = []
     for itemsize in (2, 4):
         for explicit_p in (False, True):
             for key_dim in KEY_DIMS:
-                by_tiles: dict[Tiles, list[int]] = {}
-                for value_dim in VALUE_DIMS:
+                by_tiles: dict[Tiles, list[tuple[int, int]]] = {}
+                for value_dim, heads in product(VALUE_DIMS, (HEADS, MANY_HEADS)):
                     if unsupported(
                         key_dim, value_dim, capability, itemsize=itemsize, explicit_p=explicit_p
                     ):
                         continue
-                    tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p)
-                    by_tiles.setdefault(tiles, []).append(value_dim)
-                for value_dims in by_tiles.values():
-                    value_dim = value_dims[len(chosen) // 3 % len(value_dims)]
-                    chosen.append((key_dim, value_dim, itemsize, explicit_p))
+                    tiles = choose_tiles(
+                        key_dim, value_dim, itemsize, capability, explicit_p, heads=heads
+                    )
+                    sizes = by_tiles.setdefault(tiles, [])
+                    # the fewest heads that take these tiles
+                    if value_dim not in (v for v, _ in sizes):
+                        sizes.append((value_dim, heads))
+                for sizes in by_tiles.values():
+                    value_dim, heads = sizes[len(chosen) // 3 % len(sizes)]
+                    chosen.append((key_dim, value_dim, itemsize, explicit_p, heads))
     return chosen

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,9 +26,11 @@ from benchmarks.reference import (
     Rule,
     Worst,
     cotangents,
+    half_a_unit_off,
     outputs_and_gradients,
     scan_outputs,
     scan_outputs_and_gradients,
+    widen,
     worst,
 )
 from benchmarks.timing import Compiled, compile_for
@@ -36,6 +38,7 @@ from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.inputs import document_starts
+from mdn_jax.testing import relative_errors
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 
 
@@ -44,13 +47,17 @@ class CheckConfig:
     """Outputs, final states and gradients of the kernels against the float32 scan.
 
     Random inputs and random cotangents of outputs and final states. Also that a second run gives
-    the same bits.
+    the same bits. Beside the largest error of a gradient stands how far the scan's own moves when
+    q, k, v, p and the cotangent of o move by at most half a unit in the last place: where a
+    gradient nearly cancels, 16 bits of input do not say more.
     """
 
     only: str = ""
     """A regular expression; cases whose name has it are run."""
     limit_seconds: float | None = None
     """Starts no case after this time; fails if that leaves some out."""
+    rows: int | None = None
+    """Of the batch, for every case, in place of its own, which are enough for eight heads."""
     interpret: bool = False
     """In the interpreter, on any device, with the tiles of compute capability 9.0."""
     threads: int = min(12, os.cpu_count() or 1)
@@ -68,7 +75,7 @@ class Ready(NamedTuple):
       inputs: of the operator.
       cotangent: of its outputs and final states.
       kernels: the kernels, outputs and gradients.
-      scan: the reference.
+      scan: the reference, of inputs and cotangents in float32.
     """
 
     inputs: Inputs
@@ -84,6 +91,8 @@ class Outcome:
     Attributes:
       case: the call.
       worst: largest errors; None if it did not run to the end.
+      moved: how far the gradient with the largest error moves in the reference with inputs and
+        cotangents that differ by half a unit in the last place; 0 without gradients.
       identical: whether a second run gave the same bits.
       failure: why it did not run to the end; None if it did.
       compile: seconds to compile the kernels, others compiling beside them.
@@ -91,6 +100,7 @@ class Outcome:
 
     case: Case
     worst: Worst | None = None
+    moved: float = 0.0
     identical: bool = False
     failure: str | None = None
     compile: float = 0.0
@@ -106,8 +116,9 @@ class Outcome:
         if self.worst is None:
             return f"{mark} {self.case.name}: {self.failure}"
         limits = LIMITS[self.case.dtype]
+        moved = f" (the scan's moves by {self.moved:.1e})" if self.moved else ""
         return (
-            f"{mark} {self.case.name}: {self.worst}; limits {limits.outputs:.0e}, "
+            f"{mark} {self.case.name}: {self.worst}{moved}; limits {limits.outputs:.0e}, "
             f"{limits.gradients:.0e}; {'' if self.identical else 'NOT '}the same bits again; "
             f"compiled in {self.compile:.1f} s"
         )
@@ -120,6 +131,8 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
     if capability is None:
         raise SystemExit("the kernels expect a CUDA GPU; --interpret runs them anywhere, slowly")
     cases = [x for x in shipped_cases(capability) if re.search(config.only, x.name)]
+    if config.rows is not None:
+        cases = [replace(x, rows=config.rows) for x in cases]
     if not cases:
         raise SystemExit(f"only: no case has {config.only!r} in its name")
     if config.show:
@@ -185,7 +198,7 @@ def run_cases(
         on_kernels = outputs_and_gradients(chosen, gradients=case.backward)
         scan = scan_outputs_and_gradients if case.backward else scan_outputs
         kernels = compile_for(on_kernels, *arguments)
-        return Ready(*arguments, kernels, compile_for(scan, *arguments))
+        return Ready(*arguments, kernels, compile_for(scan, *widen(arguments)))
 
     with ThreadPoolExecutor(threads) as pool:
         for case, future in [(case, pool.submit(ready, case)) for case in cases]:
@@ -201,9 +214,16 @@ def run_cases(
 def _run(case: Case, ready: Ready) -> Outcome:
     arguments = (ready.inputs, ready.cotangent)
     first, again = (ready.kernels.call(*arguments) for _ in range(2))
+    right = ready.scan.call(*widen(arguments))
+    errors = worst(first, right, on_host=True)
+    moved = 0.0
+    if errors.gradient_name:
+        beside = ready.scan.call(*half_a_unit_off(arguments))
+        moved = relative_errors(beside[1], right[1])[errors.gradient_name]
     return Outcome(
         case,
-        worst=worst(first, ready.scan.call(*arguments), on_host=True),
+        worst=errors,
+        moved=moved,
         identical=_same_bits(first, again),
         compile=ready.kernels.seconds,
     )
@@ -253,6 +273,7 @@ def _record(outcome: Outcome) -> dict[str, object]:
         "passed": outcome.passed,
         "limits": LIMITS[outcome.case.dtype]._asdict(),
         "worst": outcome.worst._asdict() if outcome.worst else None,
+        "moved": outcome.moved,
         "identical": outcome.identical,
         "failure": outcome.failure,
         "compile": outcome.compile,

@@ -140,7 +140,7 @@ def stage_costs(
         ),
         "advance": (4 * state + in_v, k + p + v + matrix + factors + ends + v + kept + ends),
         "output": (2 * state + in_v, q + v + matrix + factors + kept + v),
-        "local": (2 * in_v, 2 * matrix + v + v),
+        "local": (in_v, matrix + v + v),
         "retreat": (
             6 * state + in_v,
             q + k + p + 2 * v + matrix + factors + ends + v + kept + ends,

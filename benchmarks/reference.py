@@ -117,6 +117,20 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(to_float32, tree)
 
 
+def half_a_unit_off(tree: Any, seed: int = 7) -> Any:
+    """Float arrays as float32, those of 16 bits moved at random by at most half a last place."""
+    rng = np.random.default_rng(seed)
+
+    def move(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize != 2:
+            return x
+        # a unit in the last place is eps / 2 to eps of a number
+        relative = float(jnp.finfo(x.dtype).eps) / 4 * rng.uniform(-1, 1, x.shape)
+        return x.astype(jnp.float32) * (1 + jnp.asarray(relative, jnp.float32))
+
+    return widen(jax.tree.map(move, tree))
+
+
 class Worst(NamedTuple):
     """The largest errors of a call, with the names of what has them.
 

@@ -110,7 +110,7 @@ def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
 
 def _options(config: StagesConfig) -> Options:
     """With the tiles that ship for the shape; exits where the kernels cannot run it."""
-    _, length, _, key_dim, value_dim = config.shape
+    batch, length, heads, key_dim, value_dim = config.shape
     padded = padded_key_dim(key_dim), padded_value_dim(value_dim)
     if length % CHUNK or padded != (key_dim, value_dim):
         raise SystemExit(
@@ -124,7 +124,14 @@ def _options(config: StagesConfig) -> Options:
     )
     if capability is None or reason:
         raise SystemExit(f"the kernels expect {reason}; --interpret runs them anywhere, slowly")
-    tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p=config.explicit_p)
+    tiles = choose_tiles(
+        key_dim,
+        value_dim,
+        itemsize,
+        capability,
+        explicit_p=config.explicit_p,
+        heads=batch * heads,
+    )
     return Options(key_dim**-0.5, True, tiles, config.interpret)
 
 

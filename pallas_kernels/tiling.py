@@ -19,6 +19,9 @@ SHARED_MEMORY = {
 }
 """Bytes of shared memory a block may use, by compute capability. Others have less than 102,400."""
 
+_CORES = 132
+"""Multiprocessors of an H100 or H200."""
+
 
 class Tiles(NamedTuple):
     """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages.
@@ -119,6 +122,8 @@ def choose_tiles(
     itemsize: int,
     capability: tuple[int, int],
     explicit_p: bool = False,
+    *,
+    heads: int,
 ) -> Tiles:
     """The tiles for padded dims.
 
@@ -128,12 +133,17 @@ def choose_tiles(
       itemsize: bytes of an element of q: 2 or 4.
       capability: compute capability of the device, one of `SHARED_MEMORY`.
       explicit_p: with an erase key of its own, one more array to walk over.
+      heads: value heads of all rows, `B * HV`, each a walk for every block of V.
     """
     tiles = Tiles()
     if itemsize == 2:
         tiles = tiles._replace(prepare_warps=4 if key_dim == 256 else 2, gates_warps=1)
     if itemsize == 2 and capability >= (9, 0):
         tiles = tiles._replace(advance_stages=2 if explicit_p else 3)
+        if key_dim >= 128:
+            tiles = tiles._replace(
+                states_block_k=128, states_block_v=32, states_warps=8, states_stages=3
+            )
         if key_dim == 256:
             tiles = tiles._replace(
                 retreat_warps=8,
@@ -144,6 +154,14 @@ def choose_tiles(
         elif key_dim == 128:
             # two programs on each of 132 cores
             tiles = tiles._replace(scores_block_v=128, advance_resident=264, retreat_resident=264)
+        if (
+            key_dim >= 128
+            and value_dim >= 32
+            and not explicit_p
+            and heads * value_dim <= 16 * _CORES
+        ):
+            # a core for each walk: narrow ones take shorter steps
+            tiles = tiles._replace(advance_block_v=16, advance_stages=4, retreat_block_v=16)
     elif itemsize == 2:
         tiles = tiles._replace(
             advance_stages=1,

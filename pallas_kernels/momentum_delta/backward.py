@@ -43,10 +43,10 @@ class Retreated(NamedTuple):
 
 
 def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Options) -> jax.Array:
-    """The fourth kernel: the gradient of v from its own chunk's outputs, `X^T A^T dO`.
+    """The fourth kernel: the gradient of the error from its own chunk's outputs, `A^T dO`.
 
-    A program takes a block of V. It keeps two matrices a chunk out of the walk back, which is
-    short of shared memory.
+    A program takes a block of V. It keeps a matrix a chunk out of the walk back, which is short of
+    shared memory.
     """
     z = x.sizes
     block = options.tiles.output_block_v
@@ -55,11 +55,10 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
     return kernel_call(
         partial(_local_gradient, precision=exact(options.interpret)),
         prepared.attention,
-        prepared.inverse,
         d_o,
         name="mdn_local_gradient",
         grid=specs.grid,
-        in_specs=[specs.matrix(), specs.matrix(), values],
+        in_specs=[specs.matrix(), values],
         out_specs=values,
         out_shape=z.per_head(z.value_dim, x.v.dtype),
         warps=options.tiles.output_warps,
@@ -68,9 +67,8 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
     )
 
 
-def _local_gradient(attention, inverse, d_o, out, *, precision):
-    d_error = dot(attention[...].T, d_o[...], precision).astype(out.dtype)
-    out[...] = dot(inverse[...].T, d_error, precision).astype(out.dtype)
+def _local_gradient(attention, d_o, out, *, precision):
+    out[...] = dot(attention[...].T, d_o[...], precision).astype(out.dtype)
 
 
 def retreat(
@@ -171,8 +169,8 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
         d_o = values.load(do_ref, CHUNK, first=start).astype(jnp.float32)
 
         by_s, by_n = split(dot(k, low, precision))
-        d_error = (write_s * by_s + write_n * by_n).astype(dtype)
-        d_v = dot(inverse_ref[c].T, d_error, precision) + d_local.astype(jnp.float32)
+        d_error = d_local.astype(jnp.float32) + write_s * by_s + write_n * by_n
+        d_v = dot(inverse_ref[c].T, d_error.astype(dtype), precision)
         values.store(d_v.astype(dtype), out.d_v, first=start)
 
         d_s, d_n = split(d_both)

@@ -70,7 +70,12 @@ def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, M
     z = x.sizes
     key_dim, value_dim = padded_key_dim(z.key_dim), padded_value_dim(z.value_dim)
     tiles = call.tiles or choose_tiles(
-        key_dim, value_dim, x.q.dtype.itemsize, call.capability, explicit_p=x.p is not None
+        key_dim,
+        value_dim,
+        x.q.dtype.itemsize,
+        call.capability,
+        explicit_p=x.p is not None,
+        heads=z.batch * z.value_heads,
     )
     x, memory = _pad(x, memory, -z.length % CHUNK)
     options = Options(call.scale, call.normalize, tiles, call.interpret)

@@ -29,17 +29,23 @@ TINY = Case(16, 16, "float32", length=20)
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_every_tile_choice_is_covered(capability):
-    def key(key_dim, value_dim, itemsize, explicit_p):
+    def key(key_dim, value_dim, itemsize, explicit_p, heads):
         key_dim, value_dim = padded_key_dim(key_dim), padded_value_dim(value_dim)
-        tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p)
+        tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p, heads=heads)
         return key_dim, itemsize, explicit_p, tiles
 
     cases = shipped_cases(capability)
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
-    covered = {key(x.key_dim, x.value_dim, sizes[x.dtype], x.explicit_p) for x in cases}
+    covered = {
+        key(x.key_dim, x.value_dim, sizes[x.dtype], x.explicit_p, x.value_heads)
+        for x in cases
+        if x.backward
+    }
     shipped = {
-        key(key_dim, value_dim, itemsize, p)
-        for key_dim, value_dim, itemsize, p in product(KEY_DIMS, VALUE_DIMS, (2, 4), (False, True))
+        key(key_dim, value_dim, itemsize, p, heads)
+        for key_dim, value_dim, itemsize, p, heads in product(
+            KEY_DIMS, VALUE_DIMS, (2, 4), (False, True), (1, 8, 48, 1000)
+        )
         if not unsupported(key_dim, value_dim, capability, itemsize=itemsize, explicit_p=p)
     }
     assert shipped <= covered
@@ -47,7 +53,7 @@ def test_every_tile_choice_is_covered(capability):
 
 def test_every_feature_is_covered_several_times():
     cases = shipped_cases((9, 0))
-    assert len({x.name for x in cases}) == len(cases) < 110
+    assert len({x.name for x in cases}) == len(cases) < 115
     for name, values in {
         "regime": GATE_REGIMES,
         "dtype": ("bfloat16", "float16", "float32"),
@@ -62,6 +68,7 @@ def test_every_feature_is_covered_several_times():
         counts = Counter(getattr(x, name) for x in cases)
         assert all(counts[value] >= 5 for value in values), (name, counts)
     assert sum(x.documents > 1 for x in cases) >= 10
+    assert all(x.value_heads >= 8 for x in cases if x.backward)
     assert {24, 96} <= {x.key_dim for x in cases}
     wide = {(x.key_dim, x.value_dim) for x in cases if x.dtype == "float32"}
     assert {(256, 512), (32, 256), (64, 256), (96, 256)} <= wide
@@ -104,6 +111,7 @@ def test_right_kernels_pass_and_corrupted_ones_do_not(monkeypatch, tmp_path, cap
     assert f"ok   {packed.name}: " in out
     (line,) = [line for line in out.splitlines() if line.startswith(f"ok   {decoded.name}: ")]
     assert "gradients" not in line
+    assert "the scan's moves" not in line
     assert "without those in native Triton: it has no interpreter here" in out
     assert "2 of 2 cases right" in out
 
@@ -125,6 +133,20 @@ def test_right_kernels_pass_and_corrupted_ones_do_not(monkeypatch, tmp_path, cap
     assert not result["passed"]
     assert result["worst"]["output"] <= 1e-5
     assert result["worst"]["gradient"] > 5e-4
+
+
+@pytest.mark.slow
+def test_what_half_a_unit_of_the_inputs_does_stands_beside_16_bit_gradients(
+    monkeypatch, tmp_path, capsys
+):
+    half = dataclasses.replace(TINY, dtype="bfloat16")
+    monkeypatch.setattr(command, "shipped_cases", lambda capability: [half])
+    output = tmp_path / "check.json"
+    command.check(CheckConfig(interpret=True, threads=1, rows=16, output=output))
+    (result,) = json.loads(output.read_text())["results"]
+    assert result["case"]["rows"] == 16
+    assert 1e-4 < result["moved"] < 1e-2
+    assert f"(the scan's moves by {result['moved']:.1e})" in capsys.readouterr().out
 
 
 def test_other_bits_are_wrong():

@@ -12,6 +12,7 @@ from benchmarks.reference import (
     Worst,
     cotangents,
     forward_keeping_states,
+    half_a_unit_off,
     scan_outputs_and_gradients,
     worst,
 )
@@ -37,6 +38,20 @@ def test_the_worst_is_named_and_agrees_with_the_library():
     on_host = worst(wrong, right, on_host=True)
     assert on_host[1::2] == errors[1::2]
     assert on_host[::2] == pytest.approx(errors[::2], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_a_unit_off_is_within_what_16_bits_round(dtype):
+    x = jax.random.normal(jax.random.key(0), (1000,)).astype(dtype)
+    given = {"x": x, "gate": jnp.ones(3), "ids": jnp.arange(3)}
+    moved = half_a_unit_off(given)
+    assert moved["x"].dtype == jnp.float32
+    assert jnp.array_equal(moved["x"].astype(dtype), x)
+    change = jnp.abs(moved["x"] - x.astype(jnp.float32)) / jnp.abs(x.astype(jnp.float32))
+    assert 0.9 < jnp.max(change) / (jnp.finfo(dtype).eps / 4) <= 1.001
+    for name in ("gate", "ids"):
+        assert jnp.array_equal(moved[name], given[name])
+        assert moved[name].dtype == given[name].dtype
 
 
 def pair(x):

@@ -27,7 +27,7 @@ KERNELS = {
 
 def describe(case):
     major, minor = case.capability
-    p = "_p" if case.explicit_p else ""
+    p = "_p" * case.explicit_p + f"_B{case.batch}" * (case.batch != 8)
     return f"K{case.key_dim}_V{case.value_dim}_{case.dtype}_sm{major}{minor}{p}"
 
 

@@ -1,5 +1,7 @@
 """Tile choices fit every shape, and what the kernels cannot run is named."""
 
+from itertools import product
+
 import pytest
 
 from pallas_kernels.tiling import (
@@ -42,21 +44,28 @@ def test_padded_dims_above_128():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("explicit_p", [False, True])
 def test_tiles_divide_every_padded_shape(explicit_p, itemsize, capability):
-    for key_dim in KEY_DIMS:
-        for value_dim in VALUE_DIMS:
-            tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p)
-            for name, size in tiles._asdict().items():
-                if name.endswith("_block_v"):
-                    assert size >= 16, name
-                    assert value_dim % size == 0, name
-                elif name.endswith("_block_k"):
-                    assert key_dim % min(size, key_dim) == 0, name
-                elif name.endswith("_warps"):
-                    assert size in (1, 2, 4, 8, 16), name
-                elif name.endswith("_resident"):
-                    assert size is None or size >= 1, name
-                else:
-                    assert size in (1, 2, 3), name
+    for key_dim, value_dim, heads in product(KEY_DIMS, VALUE_DIMS, (1, 200)):
+        tiles = choose_tiles(key_dim, value_dim, itemsize, capability, explicit_p, heads=heads)
+        for name, size in tiles._asdict().items():
+            if name.endswith("_block_v"):
+                assert size >= 16, name
+                assert value_dim % size == 0, name
+            elif name.endswith("_block_k"):
+                assert key_dim % min(size, key_dim) == 0, name
+            elif name.endswith("_warps"):
+                assert size in (1, 2, 4, 8, 16), name
+            elif name.endswith("_resident"):
+                assert size is None or size >= 1, name
+            else:
+                assert size in (1, 2, 3, 4), name
+
+
+def test_few_walks_take_narrow_tiles():
+    few, many = (choose_tiles(128, 256, 2, (9, 0), heads=heads) for heads in (8, 9))
+    assert (few.advance_block_v, few.retreat_block_v) == (16, 16)
+    assert (many.advance_block_v, many.retreat_block_v) == (32, 32)
+    # 8 heads of 256 values are 128 blocks of 16, for 132 multiprocessors
+    assert few == many._replace(advance_block_v=16, advance_stages=4, retreat_block_v=16)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
