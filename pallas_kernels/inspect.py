@@ -2,7 +2,7 @@
 
 Lowering needs no GPU, and PyPI's Triton compiles what comes out for any compute capability; the
 `ptxas` in its wheel reports registers, spills and shared memory. XLA carries a Triton of its own,
-so the GPU's numbers may differ a little.
+so the GPU's numbers may differ: it has spilled registers where this said none.
 """
 
 import multiprocessing
