@@ -1,7 +1,7 @@
 """Block shapes, warps and stages: a small deterministic table, no autotuning at run time.
 
-The choices for bfloat16 at (128, 256) and (256, 512) were measured on an H100 (docs/kernels.md);
-the others follow from what fits into shared memory without spilling registers.
+The choices for bfloat16 at (128, 256) and (256, 512) were measured on an H100 or H200
+(docs/kernels.md); the others follow from what fits into shared memory without spilling registers.
 """
 
 from typing import NamedTuple
