@@ -169,6 +169,7 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
         d_o = values.load(do_ref, CHUNK, first=start).astype(jnp.float32)
 
         by_s, by_n = split(dot(k, low, precision))
+        # what is loaded as values keeps the sum in their layout, of two numbers of a row a thread
         d_error = d_local.astype(jnp.float32) + write_s * by_s + write_n * by_n
         d_v = dot(inverse_ref[c].T, d_error.astype(dtype), precision)
         values.store(d_v.astype(dtype), out.d_v, first=start)
