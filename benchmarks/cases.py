@@ -20,7 +20,7 @@ The gradient of one head's gates is few sums, which may all but vanish: relative
 use then.
 """
 MANY_HEADS = 67
-"""Heads for which 32 columns of values are more walks than the device has multiprocessors."""
+"""Value heads that take the tiles for many walks, whatever V (from 32 on)."""
 
 
 @dataclass(frozen=True)
