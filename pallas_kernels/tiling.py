@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
     retreat_warps: int = 4
     retreat_stages: int = 2
     retreat_resident: int | None = None
-    states_block_k: int = 64
+    states_block_k: int = 32
     states_block_v: int = 64
     states_warps: int = 4
     states_stages: int = 2
@@ -139,11 +139,7 @@ def choose_tiles(
     if itemsize == 2:
         tiles = tiles._replace(prepare_warps=4 if key_dim == 256 else 2, gates_warps=1)
     if itemsize == 2 and capability >= (9, 0):
-        tiles = tiles._replace(advance_stages=2 if explicit_p else 3)
-        if key_dim >= 128:
-            tiles = tiles._replace(
-                states_block_k=128, states_block_v=32, states_warps=8, states_stages=3
-            )
+        tiles = tiles._replace(advance_stages=2 if explicit_p else 3, states_stages=3)
         if key_dim == 256:
             tiles = tiles._replace(
                 retreat_warps=8,
@@ -167,7 +163,6 @@ def choose_tiles(
             advance_stages=1,
             output_block_v=64,
             retreat_stages=1,
-            states_block_k=32,
             states_block_v=32,
             states_stages=1,
             scores_block_v=32,
@@ -185,21 +180,23 @@ def choose_tiles(
             output_block_v=32,
             retreat_block_v=16,
             retreat_stages=1,
-            states_block_k=32,
             states_block_v=32,
             states_stages=1,
             scores_block_v=16,
             scores_warps=8,
             scores_stages=1,
         )
-        if capability >= (9, 0) and key_dim == 256:
-            tiles = tiles._replace(states_block_k=64, states_block_v=16, scores_warps=4)
+        if capability < (9, 0):
+            # with 32 columns ptxas leaves a thread 32 registers and spills 6 KB
+            tiles = tiles._replace(states_block_v=16, states_stages=2)
+            if key_dim == 256:
+                tiles = tiles._replace(
+                    advance_warps=8, output_block_v=16, retreat_warps=8, scores_block_v=32
+                )
+            else:
+                tiles = tiles._replace(scores_block_v=32, scores_warps=4)
         elif key_dim == 256:
-            tiles = tiles._replace(
-                advance_warps=8, output_block_v=16, retreat_warps=8, scores_block_v=32
-            )
-        elif capability < (9, 0):
-            tiles = tiles._replace(scores_block_v=32, scores_warps=4)
+            tiles = tiles._replace(scores_warps=4)
     clipped = {
         name: min(size, value_dim)
         for name, size in tiles._asdict().items()

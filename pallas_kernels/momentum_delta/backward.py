@@ -247,6 +247,7 @@ def state_gradients(
             _state_gradients,
             value_dim=z.value_dim,
             block_v=min(options.tiles.states_block_v, z.value_dim),
+            warps=options.tiles.states_warps,
             precision=exact(options.interpret),
         ),
         (x.q, x.k, x.p),
@@ -275,16 +276,33 @@ def state_gradients(
     )
 
 
-def _state_gradients(tokens, values, kept, d_kept, factors, out, *, value_dim, block_v, precision):
+def _state_gradients(
+    tokens, values, kept, d_kept, factors, out, *, value_dim, block_v, warps, precision
+):
     q_ref, k_ref, p_ref = tokens
     do_ref, dv_ref, error_ref = values
     dtype = q_ref.dtype
+    key_dim = q_ref.shape[1]
+    keys = Fragments(warps, key_dim)
+    order = keys.order()  # of the rows of states, so that products have the columns of keys
+
+    def load_keys() -> tuple[jax.Array, ...]:
+        q, k = keys.load(q_ref, CHUNK), keys.load(k_ref, CHUNK)
+        return q, k, k if p_ref is None else keys.load(p_ref, CHUNK)
+
+    # after the loop they would stall; float32 leaves no registers to have them before
+    early = load_keys() if dtype.itemsize == 2 else None
+    threads = min(key_dim, warps * 32 * 8 // block_v), block_v // 8  # with 8 numbers of a row each
+
+    def within_threads(tile: jax.Array) -> jax.Array:
+        """Sums of what each thread has of a tile of states: nothing is exchanged."""
+        return jnp.sum(jnp.sum(tile.reshape(-1, *threads, 8), axis=3), axis=0)
 
     def step(i: jax.Array, carry):
         columns = pl.ds(i * block_v, block_v)
         d_o, d_v, error = do_ref[:, columns], dv_ref[:, columns], error_ref[:, columns]
-        s, n = kept.s[:, columns], kept.n[:, columns]
-        d_s, d_n = d_kept.s[:, columns], d_kept.n[:, columns]
+        s, n = kept.s[order, columns], kept.n[order, columns]
+        d_s, d_n = d_kept.s[order, columns], d_kept.n[order, columns]
         products, keeps = carry
         # in the order of the factors: READ_S, READ_N, WRITE_S, WRITE_N, QUERY_S, QUERY_N
         pairs = ((d_v, s), (d_v, n), (error, d_s), (error, d_n), (d_o, s), (d_o, n))
@@ -293,35 +311,39 @@ def _state_gradients(tokens, values, kept, d_kept, factors, out, *, value_dim, b
             for total, (rows, state) in zip(products, pairs, strict=True)
         )
         s, n, d_s, d_n = (y.astype(jnp.float32) for y in (s, n, d_s, d_n))
-        inner = (jnp.sum(d_s * s), jnp.sum(d_s * n), jnp.sum(d_n * n))  # in the order of KEEP
-        keeps = tuple(total + part for total, part in zip(keeps, inner, strict=True))
+        inner = (d_s * s, d_s * n, d_n * n)  # in the order of KEEP
+        keeps = tuple(
+            total + within_threads(part) for total, part in zip(keeps, inner, strict=True)
+        )
         return products, keeps
 
     square = jnp.zeros(q_ref.shape, jnp.float32)
-    carry = ((square,) * 6, (jnp.float32(0),) * 3)
+    carry = ((square,) * 6, (jnp.zeros(threads, jnp.float32),) * 3)
     products, keeps = lax.fori_loop(0, value_dim // block_v, step, carry)
+    # all loads before the first is used: one wait
+    row_factors = [factors[row, :] for row in range(layout.QUERY_N + 1)]
+    q, k, p = early or load_keys()
 
     keep = jnp.zeros((CHUNK,), jnp.float32)
     for index, gradient in enumerate(keeps):
-        keep = jnp.where(layout.lanes() == index, gradient, keep)
+        keep = jnp.where(layout.lanes() == index, jnp.sum(gradient), keep)
     out.rows[layout.KEEP, :] = keep
 
-    def through(rows: tuple[int, int], keys: jax.Array, sign: float = 1.0) -> jax.Array:
+    def through(rows: tuple[int, int], tile: jax.Array, sign: float = 1.0) -> jax.Array:
         """Gradient of the keys whose products the two rows of factors scale."""
-        wide = sign * keys.astype(jnp.float32)
+        wide = sign * tile.astype(jnp.float32)
         for row in rows:
             out.rows[row, :] = jnp.sum(products[row] * wide, axis=1)
-        scaled = [(sign * factors[row, :])[:, None] * products[row] for row in rows]
+        scaled = [(sign * row_factors[row])[:, None] * products[row] for row in rows]
         return scaled[0] + scaled[1]
 
     # one pair of products is done with before the next: registers are short
-    d_q = through((layout.QUERY_S, layout.QUERY_N), q_ref[...])
-    out.keys.q[...] = d_q.astype(dtype)
-    k = k_ref[...]
+    d_q = through((layout.QUERY_S, layout.QUERY_N), q)
+    keys.store(d_q.astype(dtype), out.keys.q)
     d_k = through((layout.WRITE_S, layout.WRITE_N), k)
-    d_p = through((layout.READ_S, layout.READ_N), k if p_ref is None else p_ref[...], sign=-1.0)
+    d_p = through((layout.READ_S, layout.READ_N), p, sign=-1.0)
     if p_ref is None:
         d_k += d_p
     else:
-        out.keys.p[...] = d_p.astype(dtype)
-    out.keys.k[...] = d_k.astype(dtype)
+        keys.store(d_p.astype(dtype), out.keys.p)
+    keys.store(d_k.astype(dtype), out.keys.k)

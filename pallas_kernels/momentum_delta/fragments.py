@@ -4,8 +4,9 @@ A warp holds 16 rows of a product's result. Each group of four lanes has a row o
 and one of its lower eight, and the lane `q` of a group columns `8 j + 2 q` and `8 j + 2 q + 1`.
 Two columns are 4 bytes; a load or store of 16 takes eight neighbours, so that a compiler moves
 every tile from lane to lane by way of shared memory. Here a tile's columns go to memory in another
-order instead: of each 32, lane `q` takes the eight from `8 q`. Whatever is of values (`v`, errors,
-the columns of states) has its columns in that order inside a kernel, so that products agree.
+order instead: of each 32, lane `q` takes the eight from `8 q`. In the walks whatever is of values
+(`v`, errors, the columns of states) has its columns in that order, so that products agree; in the
+gradients by way of states the keys have, and the rows of states are loaded in it.
 
 The order of the dimensions in `_places` is the one for which the compiler gives the last to lanes
 and vectors, the one before to lanes, the one before that to warps.
@@ -23,7 +24,7 @@ _WARP_ROWS = 16
 
 
 class Fragments(NamedTuple):
-    """Loads and stores tiles `[rows, columns]` of values.
+    """Loads and stores tiles `[rows, columns]`.
 
     Attributes:
       warps: of a program.
@@ -47,6 +48,13 @@ class Fragments(NamedTuple):
         tile = tile.reshape(high, warps, 2, 8, blocks, group // 8, 4, 2)
         tile = tile.transpose(4, 0, 2, 1, 3, 6, 5, 7)
         ref[(*at, *self._places(rows, first))] = tile.reshape(blocks, 2 * high, warps, 8, group)
+
+    def order(self) -> jax.Array:
+        """Where in memory each column of a loaded tile is, `[columns]`."""
+        column = lax.broadcasted_iota("int32", (self.columns,), 0)
+        group = min(self.columns, 32)
+        lane, eight = lax.rem(column, 8) // 2, lax.rem(column, group) // 8
+        return group * (column // group) + group // 4 * lane + 2 * eight + lax.rem(column, 2)
 
     def _cut(self, rows: int) -> tuple[int, int, int, int]:
         """Groups of columns, columns of a group, tiles of all warps on each other, warps."""

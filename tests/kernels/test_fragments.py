@@ -52,6 +52,7 @@ def test_rows_keep_their_places_and_columns_share_one_order(rows, columns, warps
         np.arange(columns), (columns // group, group // 8, 4, 2)
     )
     order = group * block + group // 4 * lane + 2 * eight + one
+    np.testing.assert_array_equal(fragments.order(), order)
     for count in sorted({rows, min(rows, 64)}):
         body = partial(load, fragments=fragments, rows=rows, count=count)
         np.testing.assert_array_equal(run(body, x, (count, columns)), x[1, rows - count :, order].T)
