@@ -69,7 +69,10 @@ class Stage(NamedTuple):
 
 
 def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
-    """Times each kernel by itself; refuses to time kernels that are wrong together."""
+    """Times each kernel by itself; refuses to time kernels that are wrong together.
+
+    Handing a call over costs the host 0.05 to 0.12 ms: shorter kernels are shown too slow.
+    """
     options, inputs = _options(config), _inputs(config)
     cotangent = cotangents(inputs)
     x = Tokens(**{name: inputs.get(name) for name in Tokens._fields})
