@@ -95,6 +95,7 @@ class Kernel(NamedTuple):
       warps: warps of a program.
       stages: pipeline stages of its loops.
       in_place: results that take the memory of an operand.
+      grid: programs along each axis.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Kernel(NamedTuple):
     warps: int
     stages: int
     in_place: int = 0
+    grid: tuple[int, ...] = (1, 1, 1)
 
 
 class KernelReport(NamedTuple):
@@ -243,6 +245,9 @@ def _kernels(operation: Any) -> Iterator[Kernel]:
                             warps=ir.IntegerAttr(config["num_warps"]).value,
                             stages=ir.IntegerAttr(config["num_stages"]).value,
                             in_place=len(ir.ArrayAttr(inner.attributes[ALIASES])),
+                            grid=tuple(
+                                ir.IntegerAttr(config[f"grid_{axis}"]).value for axis in "xyz"
+                            ),
                         )
                 yield from _kernels(inner)
 

@@ -61,7 +61,9 @@ def test_kernels_lower_compile_and_fit(case):
     assert not [report for report in reports if report.over_limit]
     for report in reports:
         assert (report.wgmma + report.mma > 0) == (report.name in KERNELS), report
-        if report.name == "mdn_decode":
+        # the loop of the one and the loads before the loop of the other have registers to spare
+        timed = case.dtype == "bfloat16" and case.capability == (9, 0) and not case.explicit_p
+        if report.name == "mdn_decode" or (timed and report.name == "mdn_state_gradients"):
             assert report.spilled == 0, report
 
 

@@ -66,7 +66,9 @@ def test_walks_in_halves(initial_state):
     jax.tree.map(np.testing.assert_array_equal, cut, whole)
 
 
-@pytest.mark.parametrize(("walks", "resident"), [(4, 3), (384, 264), (265, 264), (7, 5)])
+@pytest.mark.parametrize(
+    ("walks", "resident"), [(4, 3), (384, 264), (265, 264), (576, 264), (7, 5)]
+)
 def test_no_second_half_is_launched_with_its_first(walks, resident):
     cut = launches(walks, resident)
     assert len(cut) < 2 * -(-walks // resident)
@@ -78,9 +80,10 @@ def test_no_second_half_is_launched_with_its_first(walks, resident):
 
 
 @pytest.mark.parametrize(
-    ("walks", "resident"), [(4, None), (4, 4), (512, 264), (3, 4), (1, 264), (132, 264)]
+    ("walks", "resident"),
+    [(4, None), (4, 4), (512, 264), (3, 4), (1, 264), (132, 264), (793, 264), (24_576, 264)],
 )
-def test_walks_stay_whole_where_halves_would_take_as_long(walks, resident):
+def test_walks_stay_whole_where_halves_would_take_as_long_or_be_many(walks, resident):
     assert launches(walks, resident) == [None]
 
 

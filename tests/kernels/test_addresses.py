@@ -1,0 +1,45 @@
+"""Arrays of more than 2^31 elements: no index on the way to an address overflows."""
+
+import numpy as np
+import pytest
+
+from pallas_kernels import inspect
+from pallas_kernels.inspect import Kernel
+from pallas_kernels.tiling import choose_tiles
+from tests.kernels.addresses import offsets
+
+BATCH = 512
+"""3.2e9 values and 6.4e9 numbers of chunk states at T 4096, H 6, K 128, V 256."""
+LARGE = {"mdn_advance", "mdn_output", "mdn_local_gradient", "mdn_retreat", "mdn_state_gradients"}
+LARGE |= {"mdn_score_gradients", "mdn_decode"}
+"""Kernels that read or write values or states."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("halves", [False, True])
+def test_no_index_overflows(halves, monkeypatch):
+    monkeypatch.setattr(inspect, "_DECODE_BATCH", 2**14)
+    tiles = choose_tiles(128, 256, 2, (9, 0), heads=6 * BATCH)
+    if halves:  # 24,576 walks, in three launches
+        tiles = tiles._replace(advance_resident=2**14, retreat_resident=2**14)
+    kernels = inspect.lower(128, 256, "bfloat16", (9, 0), batch=BATCH, tiles=tiles)
+    assert len(kernels) == 9 + 4 * halves
+    for kernel in kernels:
+        greatest = max(int(offset.max()) for offset in offsets(kernel))
+        assert (greatest >= 2**31) == (kernel.name in LARGE), (kernel.name, greatest)
+
+
+def test_an_overflow_is_seen():
+    source = """
+    tt.func @kernel(%x: !tt.ptr<f32>) {
+      %program = tt.get_program_id y : i32
+      %width = arith.constant 65536 : i32
+      %at = arith.muli %program, %width : i32
+      %place = tt.addptr %x, %at : !tt.ptr<f32>, i32
+      tt.return
+    }
+    """
+    fits, too_many = (Kernel("kernel", source, 4, 1, grid=(1, n, 1)) for n in (2**15, 2**15 + 1))
+    assert all(np.array_equal(offset, (2**15 - 1) * 2**16) for offset in offsets(fits))
+    with pytest.raises(OverflowError, match="kernel: 2147483648 does not fit into i32"):
+        list(offsets(too_many))
