@@ -42,9 +42,10 @@ def offsets(kernel: Kernel) -> Iterator[np.ndarray]:
     with ir.Context() as context:
         dialect.register_dialect(context)
         module = ir.Module.parse(kernel.source)
-        for add in _find(module.operation, "tt.addptr"):
-            for last in (False, True):
-                yield _Evaluation(kernel, last).value(add.operands[1])
+        for last in (False, True):
+            evaluation = _Evaluation(kernel, last)
+            for add in _find(module.operation, "tt.addptr"):
+                yield evaluation.value(add.operands[1])
 
 
 def _find(operation: Any, name: str) -> Iterator[Any]:
