@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.extend.core import Var
 from jaxtyping import Array
 from tabulate import tabulate
 
@@ -34,6 +35,8 @@ from pallas_kernels.momentum_delta.scores import score_gradients
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
 
 FORWARD = STAGES[:3]
+CALLS = 4
+"""Of a kernel in a program: handing many arrays over costs the host up to 0.12 ms a program."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,19 @@ class Stage(NamedTuple):
 
     Attributes:
       name: one of `STAGES`.
-      compiled: of the kernel alone.
-      arguments: of a call.
+      compiled: of the kernel alone, `calls` times.
+      arguments: of the program.
+      calls: in the program.
     """
 
     name: str
     compiled: Compiled
     arguments: tuple[Any, ...]
+    calls: int
 
 
 def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
-    """Times each kernel by itself; refuses to time kernels that are wrong together.
-
-    Handing a call over costs the host 0.05 to 0.12 ms: shorter kernels are shown too slow.
-    """
+    """Times each kernel by itself; refuses to time kernels that are wrong together."""
     options, inputs = _options(config), _inputs(config)
     cotangent = cotangents(inputs)
     x = Tokens(**{name: inputs.get(name) for name in Tokens._fields})
@@ -81,10 +83,7 @@ def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
     if not errors.within(LIMITS[config.dtype]):
         raise SystemExit(f"relative errors {errors} are above {LIMITS[config.dtype]}; not timed")
     costs = stage_costs(x.sizes, config.dtype, options.tiles, explicit_p=config.explicit_p)
-    timings = {
-        name: measure_compiled(compiled, *arguments, runs=config.runs)
-        for name, compiled, arguments in chain
-    }
+    timings = {stage.name: _measure(stage, config.runs) for stage in chain}
     device = jax.devices()[0].device_kind
     special = [", explicit p"] * config.explicit_p + [", interpreted"] * config.interpret
     print(
@@ -109,6 +108,17 @@ def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
             },
         }
         config.output.write_text(json.dumps(record, indent=1, default=str))
+
+
+def _measure(stage: Stage, runs: int) -> Timing:
+    """Of one call."""
+    timing = measure_compiled(stage.compiled, *stage.arguments, runs=runs)
+    return replace(
+        timing,
+        median=timing.median / stage.calls,
+        spread=timing.spread / stage.calls,
+        calls=timing.calls * stage.calls,
+    )
 
 
 def _options(config: StagesConfig) -> Options:
@@ -167,11 +177,13 @@ def run_stages(
       The kernels with their arguments, and what they give together: outputs and gradients.
     """
     chain: list[Stage] = []
+    calls = 1 if options.interpret else CALLS
 
     def run(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
-        compiled = compile_for(lambda *arrays: kernel(*arrays, options), *arguments)
-        chain.append(Stage(name, compiled, arguments))
-        return compiled.call(*arguments)
+        program, inputs = several(lambda *arrays: kernel(*arrays, options), arguments, calls)
+        compiled = compile_for(program, *inputs)
+        chain.append(Stage(name, compiled, inputs, calls))
+        return compiled.call(*inputs)[0]
 
     d_o, d_final = cotangent
     prepared = run("prepare", prepare, x)
@@ -193,6 +205,37 @@ def run_stages(
     gradients = {name: y for name, y in gradients.items() if y is not None}
     gradients["initial_state"] = MDNState(*d_initial)
     return chain, ((o, MDNState(*final)), gradients)
+
+
+def several(
+    function: Callable[..., Any], arguments: tuple[Any, ...], calls: int
+) -> tuple[Callable[..., list[Any]], tuple[Any, ...]]:
+    """A program of several calls of which none can be left out, and its arguments.
+
+    Args:
+      function: called with `arguments`, pytrees of arrays.
+      arguments: of each call.
+      calls: how many.
+
+    Returns:
+      The program, which gives the results of all calls, and what to call it with. The smallest
+      array in use is handed over once for each call: equal calls of the same arrays become one.
+    """
+    arrays, tree = jax.tree.flatten(arguments)
+    traced = jax.make_jaxpr(function)(*arguments).jaxpr
+    used = {x for equation in traced.eqns for x in equation.invars if isinstance(x, Var)}
+    in_use = [i for i, x in enumerate(traced.invars) if x in used]
+    smallest = min(in_use, key=lambda i: arrays[i].nbytes)
+
+    def program(own: tuple[Array, ...], shared: tuple[Any, ...]) -> list[Any]:
+        results = []
+        for array in own:
+            leaves = jax.tree.leaves(shared)
+            leaves[smallest] = array
+            results.append(function(*jax.tree.unflatten(tree, leaves)))
+        return results
+
+    return program, ((arrays[smallest],) * calls, arguments)
 
 
 def table(costs: dict[str, Cost], timings: dict[str, Timing], device: str, dtype: str) -> str:

@@ -1,14 +1,17 @@
 """`mdn-bench stages` in the interpreter: the chain is right, or is not timed."""
 
 import json
+import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import stages as command
 from benchmarks.costs import STAGES
 from benchmarks.reference import scan_outputs_and_gradients
-from benchmarks.stages import StagesConfig
+from benchmarks.stages import StagesConfig, several
 
 TINY = StagesConfig(shape=(1, 128, 1, 16, 16), dtype="float32", runs=2, interpret=True)
 
@@ -28,6 +31,16 @@ def test_every_kernel_is_timed(tmp_path, capsys):
     assert tuple(record["results"]) == STAGES
     assert record["errors"]["gradient"] <= 1e-5
     assert all(row["median"] > 0 for row in record["results"].values())
+
+
+def test_no_call_of_several_is_left_out():
+    """Nor are equal ones made one, as the compiler does where nothing tells them apart."""
+    x, y = jnp.ones((8, 16)), {"y": jnp.ones((16, 4)), "not in use": jnp.ones(1)}
+    program, arguments = several(lambda x, y: jnp.sin(x) @ y["y"], (x, y), 3)
+    compiled = jax.jit(program).lower(*arguments).compile()
+    assert len(re.findall(r" (?:dot|custom-call)\(", compiled.as_text())) == 3
+    for result in compiled(*arguments):
+        np.testing.assert_allclose(result, 16 * np.sin(1.0), rtol=1e-6)
 
 
 def test_wrong_kernels_are_not_timed(monkeypatch):
