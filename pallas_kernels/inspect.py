@@ -79,6 +79,7 @@ CI = (
         for dims, dtype, capability in product(
             ((16, 16), (64, 64), (128, 256), (256, 512)), _DTYPES, DEVICES
         )
+        if (dims, dtype) != ((64, 64), "float32")  # the tiles of (128, 256)
     ),
     Case(128, 256, "bfloat16", (9, 0), explicit_p=True),
     Case(256, 256, "bfloat16", (9, 0), batch=1),
