@@ -16,8 +16,8 @@ VALUE_DIMS = (16, 32, 64, 128, 256, 384, 512)
 HEADS = 8
 """Value heads that a case with gradients has at least, as rows of its batch.
 
-The gradient of one head's gates is few sums, which may all but vanish: relative errors are of no
-use then.
+The gradient of one head's gates is few sums, which may all but vanish. With one row a case some
+bfloat16 gradients are outside the limits: docs/kernels.md, "How exact".
 """
 MANY_HEADS = 67
 """Value heads that take the tiles for many walks, whatever V (from 32 on)."""
