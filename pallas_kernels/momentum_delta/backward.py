@@ -116,7 +116,7 @@ def retreat(
             tokens,
             d_final,
             written,
-            (prepared.inverse, prepared.factors),
+            (prepared.mixing, prepared.factors),
             name="mdn_retreat",
             grid=specs.grid,
             in_specs=[
@@ -139,7 +139,7 @@ def retreat(
 
 def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
     q_ref, k_ref, p_ref, do_ref, local_ref = tokens
-    inverse_ref, factor_ref = prepared
+    mixing_ref, factor_ref = prepared
     dtype = do_ref.dtype
     key_dim, block = d_final.s.shape
     values = Fragments(warps, block)
@@ -171,7 +171,7 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
         by_s, by_n = split(dot(k, low, precision))
         # what is loaded as values keeps the sum in their layout, of two numbers of a row a thread
         d_error = d_local.astype(jnp.float32) + write_s * by_s + write_n * by_n
-        d_v = dot(inverse_ref[c].T, d_error.astype(dtype), precision)
+        d_v = d_error + dot(mixing_ref[c].T, d_error.astype(dtype), precision)
         values.store(d_v.astype(dtype), out.d_v, first=start)
 
         d_s, d_n = split(d_both)

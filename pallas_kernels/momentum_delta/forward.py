@@ -171,10 +171,11 @@ def _prepare(x, out, *, options):
     out.factors[layout.KEEP, :] = keep
 
     inverse = unit_lower_inverse(lower, coarse, float16=x.q.dtype != jnp.float32)
-    store(out.inverse, first, first, inverse.first)
-    store(out.inverse, second, first, inverse.corner)
-    store(out.inverse, second, second, inverse.second)
-    for ref in (out.gamma, out.attention, out.inverse):
+    row, column = layout.iotas(HALF)
+    store(out.mixing, first, first, jnp.where(row > column, inverse.first, 0.0))
+    store(out.mixing, second, first, inverse.corner)
+    store(out.mixing, second, second, jnp.where(row > column, inverse.second, 0.0))
+    for ref in (out.gamma, out.attention, out.mixing):
         ref[first, second] = jnp.zeros((HALF, HALF), ref.dtype)
 
 
@@ -206,7 +207,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
         specs = WalkSpecs(z, block, launch)
         p = None if x.p is None else specs.keys(z.p_heads)
         values, states = specs.values(), specs.memory()
-        tokens = (x.k, x.p, x.v, prepared.inverse, prepared.factors)
+        tokens = (x.k, x.p, x.v, prepared.mixing, prepared.factors)
         # what earlier launches wrote stays where it is: places of operands, to those of results
         after = len(jax.tree.leaves(tokens))
         aliases = {}
@@ -247,7 +248,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
 
 
 def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
-    k_ref, p_ref, v_ref, inverse_ref, factor_ref = tokens
+    k_ref, p_ref, v_ref, mixing_ref, factor_ref = tokens
     dtype = v_ref.dtype
     key_dim, block = out.final.s.shape
     values = Fragments(warps, block)
@@ -272,7 +273,8 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
 
         seen_s, seen_n = split(dot(p, low, precision))
         residual = v - factor(layout.READ_S) * seen_s - factor(layout.READ_N) * seen_n
-        error = dot(inverse_ref[c], residual.astype(dtype), precision)
+        # a step's own residual is not rounded
+        error = residual + dot(mixing_ref[c], residual.astype(dtype), precision)
         values.store(error.astype(dtype), out.error, first=start)
         s, n = split(both)
         kept = join(keep_ss * s + keep_ns * n, keep_nn * n)

@@ -110,13 +110,14 @@ class Prepared(NamedTuple):
 
     Attributes:
       attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, dtype of q.
-      inverse: `(I + L)^-1`, same shape and dtype.
+      mixing: `(I + L)^-1 - I`, what a step's error takes from earlier ones of the chunk, same shape
+        and dtype.
       gamma: gamma as the error sees it, same shape and dtype.
       factors: row factors `[B, HV, NT, FACTORS, C]` float32.
     """
 
     attention: Leaf
-    inverse: Leaf
+    mixing: Leaf
     gamma: Leaf
     factors: Leaf
 
