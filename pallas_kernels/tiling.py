@@ -45,6 +45,7 @@ class Tiles(NamedTuple):
     states_block_v: int = 64
     states_warps: int = 4
     states_stages: int = 2
+    scores_block_k: int = 256
     scores_block_v: int = 64
     scores_warps: int = 4
     scores_stages: int = 2
@@ -105,11 +106,11 @@ def unsupported(
         return f"K at most {MAX_KEY_DIM}, got {key_dim}"
     if value_dim > MAX_VALUE_DIM:
         return f"V at most {MAX_VALUE_DIM}, got {value_dim}"
-    if explicit_p and itemsize == 4 and key_dim > 128:
-        # q, k and p of a chunk do not fit into shared memory together
-        return f"K at most 128 with p given and float32 inputs, got {key_dim}"
     if capability is None:
         return "a CUDA GPU, got none"
+    if explicit_p and itemsize == 4 and key_dim > 128 and capability < (9, 0):
+        # q, k and p of a chunk do not fit into shared memory together
+        return f"K at most 128 with p given and float32 inputs, got {key_dim}"
     if capability not in SHARED_MEMORY:
         known = ", ".join(f"{major}.{minor}" for major, minor in SHARED_MEMORY)
         return f"compute capability {known}, got {capability[0]}.{capability[1]}"
@@ -196,7 +197,9 @@ def choose_tiles(
             else:
                 tiles = tiles._replace(scores_block_v=32, scores_warps=4)
         elif key_dim == 256:
-            tiles = tiles._replace(scores_warps=4)
+            tiles = tiles._replace(
+                scores_block_k=64 if explicit_p else 128, scores_warps=8 if explicit_p else 4
+            )
     clipped = {
         name: min(size, value_dim)
         for name, size in tiles._asdict().items()

@@ -3,8 +3,9 @@
 Formulas: docs/algorithm.md, section 5.
 """
 
-from functools import partial
-from typing import NamedTuple
+from functools import partial, reduce
+from operator import add
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,11 +116,17 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     by_output = jnp.where(t >= j, by_output, 0.0) * norm_q[:, None] * norm_k[None, :]
     by_error = jnp.where(t > j, -by_error, 0.0) * norm_p[:, None] * norm_k[None, :]
 
-    q, k = x.q[...], x.k[...]
-    p = k if x.p is None else x.p[...]
-    k_t = k.T
-    out.attention[...] = (by_output * dot(q, k_t, precision)).astype(dtype)
-    out.overlap[...] = (by_error * dot(p, k_t, precision)).astype(dtype)
+    # in blocks of K where shared memory is short (float32)
+    width = min(options.tiles.scores_block_k, x.q.shape[1])
+    blocks = [pl.ds(first, width) for first in range(0, x.q.shape[1], width)]
+    q, k = [x.q[:, block] for block in blocks], [x.k[:, block] for block in blocks]
+    p = k if x.p is None else [x.p[:, block] for block in blocks]
+
+    def products(rows: list[jax.Array]) -> jax.Array:
+        return reduce(add, (dot(a, b.T, precision) for a, b in zip(rows, k, strict=True)))
+
+    out.attention[...] = (by_output * products(q)).astype(dtype)
+    out.overlap[...] = (by_error * products(p)).astype(dtype)
 
     to_mu = jnp.cumsum(log_mu)
     exponents = jnp.minimum(to_mu[:, None] - to_mu[None, :], 0.0)
@@ -132,23 +139,33 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     by_output = (by_output * (lifted + beta[:, None] * w) * eta).astype(dtype)
     by_error = by_error * gamma_read * eta
 
-    def through_norm(gradient: jax.Array, keys: jax.Array, norm: jax.Array) -> jax.Array:
-        if not options.normalize:
-            return gradient
-        wide = keys.astype(jnp.float32)
-        along = jnp.sum(gradient * wide, axis=1) * norm * norm
-        return gradient - wide * along[:, None]
+    def store(ref: Leaf, gradients: list[jax.Array], keys: list[jax.Array], norm: Any) -> None:
+        """Through the norm of the keys, which is `1 / norm`; None: not normalised."""
+        if norm is not None and options.normalize:
+            wide = [y.astype(jnp.float32) for y in keys]
+            along = reduce(
+                add, (jnp.sum(g * y, axis=1) for g, y in zip(gradients, wide, strict=True))
+            )
+            along *= norm * norm
+            gradients = [g - y * along[:, None] for g, y in zip(gradients, wide, strict=True)]
+        for block, gradient in zip(blocks, gradients, strict=True):
+            ref[:, block] = gradient.astype(dtype)
+
+    def plus(ref: Leaf, matrix: jax.Array, keys: list[jax.Array]) -> list[jax.Array]:
+        return [
+            ref[:, block].astype(jnp.float32) + dot(matrix, y, precision)
+            for block, y in zip(blocks, keys, strict=True)
+        ]
 
     # one gradient is stored before the next is begun: registers are short
-    d_q = from_states.q[...].astype(jnp.float32) + dot(by_output, k, precision)
-    out.keys.q[...] = through_norm(d_q, q, norm_q * (1.0 / options.scale)).astype(dtype)
-    d_k = from_states.k[...].astype(jnp.float32) + dot(by_output.T, q, precision)
+    store(out.keys.q, plus(from_states.q, by_output, k), q, norm_q * (1.0 / options.scale))
+    d_k = plus(from_states.k, by_output.T, q)
     if x.p is None:
-        d_k += dot((by_error + by_error.T).astype(dtype), k, precision)
+        both = (by_error + by_error.T).astype(dtype)
+        d_k = [d + dot(both, y, precision) for d, y in zip(d_k, k, strict=True)]
     else:
         by_error = by_error.astype(dtype)
-        d_k += dot(by_error.T, p, precision)
-    out.keys.k[...] = through_norm(d_k, k, norm_k).astype(dtype)
+        d_k = [d + dot(by_error.T, y, precision) for d, y in zip(d_k, p, strict=True)]
+    store(out.keys.k, d_k, k, norm_k)
     if x.p is not None:
-        d_p = from_states.p[...].astype(jnp.float32) + dot(by_error, k, precision)
-        out.keys.p[...] = d_p.astype(dtype)
+        store(out.keys.p, plus(from_states.p, by_error, k), p, None)

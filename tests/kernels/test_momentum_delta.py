@@ -20,7 +20,7 @@ from tests.ops.helpers import cotangents, outputs_and_gradients
 small_inputs = partial(random_inputs, batch=1, heads=1, key_dim=16, value_dim=16, length=20)
 # two value heads a key head, three chunks, the last one ragged
 packed_inputs = partial(
-    random_inputs, batch=1, heads=1, value_heads=2, key_dim=16, value_dim=32, length=130
+    random_inputs, batch=1, heads=1, value_heads=2, key_dim=32, value_dim=32, length=130
 )
 
 
