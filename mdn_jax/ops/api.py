@@ -16,7 +16,7 @@ from mdn_jax.ops.arguments import (
     check_values,
 )
 from mdn_jax.ops.chunkwise import chunkwise_rule
-from mdn_jax.ops.inputs import RuleInputs, document_starts, l2_normalize
+from mdn_jax.ops.inputs import RuleInputs, document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
 
@@ -54,7 +54,9 @@ def momentum_delta_rule(
     (MDN, arXiv 2605.05838, section 3.) `mu = 0, eta = 1` is the gated delta rule. Differentiable in
     every array argument and through the returned state; works under `jit`, `vmap`, `grad`,
     `jax.checkpoint` and `shard_map`; forward mode (`jax.jvp`) with `implementation="scan"` alone.
-    The length of the input never changes the arithmetic.
+    The length of the input never changes the arithmetic. For 16-bit inputs the kernels keep what
+    passes between them in 16 bits; under `jax.default_matmul_precision("highest")` (or "float32")
+    every implementation computes them as float32.
 
     Args:
       q: queries, float32, bfloat16, float16 or float64.
@@ -91,6 +93,8 @@ def momentum_delta_rule(
     """
     _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(Implementation))
+    dtype = v.dtype
+    q, k, v, p = in_full_precision((q, k, v, p))
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -110,7 +114,7 @@ def momentum_delta_rule(
                 'use implementation="xla", or None for the best one that supports the call'
             )
     if implementation in _KERNELS:
-        return _on_kernels(
+        o, state = _on_kernels(
             (q, k, v, p, *gates),
             state,
             segment_ids,
@@ -118,6 +122,7 @@ def momentum_delta_rule(
             normalize=normalize_qk,
             native=implementation == "triton",
         )
+        return o.astype(dtype), state
     if state is None:
         state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
         # inside shard_map the states differ over the mesh axes that the inputs differ over
@@ -150,7 +155,7 @@ def momentum_delta_rule(
             chunk_size=chunk_size,
             precision=lax.Precision.HIGHEST if full else lax.Precision.DEFAULT,
         )
-    return o.reshape(batch, length, value_heads, value_dim).astype(v.dtype), state
+    return o.reshape(batch, length, value_heads, value_dim).astype(dtype), state
 
 
 def _capability() -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 L2_EPSILON = 1e-6
+_FULL_PRECISION = ("highest", "float32")
 
 
 class RuleInputs(NamedTuple):
@@ -29,6 +30,13 @@ class RuleInputs(NamedTuple):
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     """`x / sqrt(sum(x^2) + 1e-6)` over the last axis (the training form: epsilon in the root)."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON)
+
+
+def in_full_precision[Arrays](arrays: Arrays) -> Arrays:
+    """16-bit arrays as float32 where `jax.default_matmul_precision` is "highest" or "float32"."""
+    if jax.config.jax_default_matmul_precision not in _FULL_PRECISION:
+        return arrays
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype.itemsize == 2 else x, arrays)
 
 
 def document_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Array:

@@ -10,7 +10,8 @@ import pytest
 import pallas_kernels.momentum_delta
 from mdn_jax import momentum_delta_rule
 from mdn_jax.ops import api
-from mdn_jax.testing import random_inputs, relative_errors
+from mdn_jax.testing import random_inputs, relative_error, relative_errors
+from tests.ops.helpers import cotangents, outputs_and_gradients
 
 INPUTS = random_inputs(
     seed=0, batch=1, length=20, heads=1, value_heads=2, key_dim=16, value_dim=16, documents=2
@@ -84,3 +85,24 @@ def test_a_gpu_gets_the_kernels(hopper):
     half = INPUTS | {"beta": INPUTS["beta"].astype(jnp.bfloat16), "initial_state": None}
     expected = momentum_delta_rule(**half, implementation="scan")
     assert max(relative_errors(rule(**half), expected).values()) <= 2e-5
+
+
+@pytest.mark.slow
+def test_16_bits_in_full_precision(hopper):
+    """In three chunks, with gradients: what 16 bits lose between the kernels is more than 1e-4."""
+    inputs = random_inputs(seed=1, batch=1, length=130, heads=1, dtype=jnp.bfloat16)
+    cotangent = cotangents(inputs)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangent))
+    _, expected = outputs_and_gradients(*wide, implementation="scan")
+
+    def errors():
+        (o, _), gradients = outputs_and_gradients(inputs, cotangent, implementation="pallas_triton")
+        assert o.dtype == gradients["v"].dtype == jnp.bfloat16
+        # of 16-bit results the last rounding is most of the error
+        gates = ("log_alpha", "log_mu", "beta", "eta")
+        return [relative_error(gradients[name], expected[name]) for name in gates]
+
+    assert min(errors()) > 1e-4
+    for name in ("highest", "float32"):
+        with jax.default_matmul_precision(name):
+            assert max(errors()) <= 2e-5

@@ -20,7 +20,7 @@ from mdn_jax.ops.gated import mosaic
 from mdn_jax.ops.gated.chunkwise import chunkwise_gated
 from mdn_jax.ops.gated.inputs import GatedInputs
 from mdn_jax.ops.gated.scan import scan_gated
-from mdn_jax.ops.inputs import document_starts, l2_normalize
+from mdn_jax.ops.inputs import document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.state import MDNState
 
 GatedImplementation = Literal["scan", "xla", "mosaic_gpu", "pallas_triton"]
@@ -169,6 +169,8 @@ def _run(
     q, k, v, log_alpha, beta, p = arrays
     _check(kind, q, k, v, log_alpha, beta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(GatedImplementation))
+    dtype = v.dtype
+    q, k, v, p = in_full_precision((q, k, v, p))
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -203,7 +205,8 @@ def _run(
         )
     if implementation == "mosaic_gpu":
         call = mosaic.Call(q, k, v, log_alpha, beta, state, segment_ids)
-        return mosaic.run(kind, call, scale=scale, normalize=normalize)
+        o, state = mosaic.run(kind, call, scale=scale, normalize=normalize)
+        return o.astype(dtype), state
     if implementation == "pallas_triton":
         o, pair = momentum_delta_rule(
             *(q, k, v, log_alpha, jnp.full_like(log_alpha, _NO_MOMENTUM), beta),
@@ -215,7 +218,7 @@ def _run(
             normalize_qk=normalize,
             implementation="pallas_triton",
         )
-        return o, pair.s
+        return o.astype(dtype), pair.s
 
     def grouped(x: Array) -> Array:  # [B, T, HV, ...] -> [B, T, H, G, ...]
         return x.reshape(batch, length, heads, -1, *x.shape[3:]).astype(compute)
@@ -242,7 +245,7 @@ def _run(
         full = v.dtype in (jnp.float32, jnp.float64)
         precision = lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
         o, final = chunkwise_gated(inputs, grouped_state, precision=precision, **options)
-    return o.reshape(v.shape).astype(v.dtype), final.reshape(state.shape)
+    return o.reshape(v.shape).astype(dtype), final.reshape(state.shape)
 
 
 def _check(
