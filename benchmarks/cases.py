@@ -83,10 +83,10 @@ class Case:
         """With rows enough for `heads` value heads."""
         return replace(self, rows=-(-heads // (self.heads * self.groups)))
 
-    def inputs(self) -> Inputs:
+    def inputs(self, seed: int = 0) -> Inputs:
         """Arguments of `momentum_delta_rule`."""
         return random_inputs(
-            seed=0,
+            seed=seed,
             batch=self.rows,
             length=self.length,
             heads=self.heads,

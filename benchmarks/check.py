@@ -37,7 +37,7 @@ from benchmarks.timing import Compiled, compile_for
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api
 from mdn_jax.ops.api import Implementation
-from mdn_jax.ops.inputs import document_starts
+from mdn_jax.ops.inputs import document_starts, in_full_precision
 from mdn_jax.testing import relative_errors
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 
@@ -56,6 +56,8 @@ class CheckConfig:
     """A regular expression; cases whose name has it are run."""
     limit_seconds: float | None = None
     """Starts no case after this time; fails if that leaves some out."""
+    draws: int = 1
+    """Of random inputs for each case; every one of them must be right."""
     rows: int | None = None
     """Of the batch, for every case, in place of its own, which are enough for eight heads."""
     interpret: bool = False
@@ -72,24 +74,21 @@ class Ready(NamedTuple):
     """A case, compiled.
 
     Attributes:
-      inputs: of the operator.
-      cotangent: of its outputs and final states.
       kernels: the kernels, outputs and gradients.
       scan: the reference, of inputs and cotangents in float32.
     """
 
-    inputs: Inputs
-    cotangent: tuple[Array, MDNState]
     kernels: Compiled
     scan: Compiled
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """What became of a draw of a case.
 
     Attributes:
       case: the call.
+      draw: number of its random inputs.
       worst: largest errors; None if it did not run to the end.
       moved: how far the gradient with the largest error moves in the reference with inputs and
         cotangents that differ by half a unit in the last place; 0 without gradients.
@@ -99,11 +98,17 @@ class Outcome:
     """
 
     case: Case
+    draw: int = 0
     worst: Worst | None = None
     moved: float = 0.0
     identical: bool = False
     failure: str | None = None
     compile: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Of the case, and the draw unless it is the first."""
+        return self.case.name + f"_draw{self.draw}" * (self.draw > 0)
 
     @property
     def passed(self) -> bool:
@@ -114,11 +119,11 @@ class Outcome:
     def __str__(self) -> str:
         mark = "ok  " if self.passed else "FAIL"
         if self.worst is None:
-            return f"{mark} {self.case.name}: {self.failure}"
+            return f"{mark} {self.name}: {self.failure}"
         limits = LIMITS[self.case.dtype]
         moved = f" (the scan's moves by {self.moved:.1e})" if self.moved else ""
         return (
-            f"{mark} {self.case.name}: {self.worst}{moved}; limits {limits.outputs:.0e}, "
+            f"{mark} {self.name}: {self.worst}{moved}; limits {limits.outputs:.0e}, "
             f"{limits.gradients:.0e}; {'' if self.identical else 'NOT '}the same bits again; "
             f"compiled in {self.compile:.1f} s"
         )
@@ -133,6 +138,8 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
     cases = [x for x in shipped_cases(capability) if re.search(config.only, x.name)]
     if config.rows is not None:
         cases = [replace(x, rows=config.rows) for x in cases]
+    if config.draws < 1:
+        raise SystemExit(f"draws: expected at least 1, got {config.draws}")
     if not cases:
         raise SystemExit(f"only: no case has {config.only!r} in its name")
     if config.show:
@@ -150,15 +157,19 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         cases,
         interpreted_rule if config.interpret else momentum_delta_rule,
         threads=config.threads,
+        draws=config.draws,
         deadline=deadline,
     ):
         print(outcome, flush=True)
         outcomes.append(outcome)
     done = {x.case for x in outcomes}
     left = [x.name for x in cases if x not in done]
-    failed = [x.case.name for x in outcomes if not x.passed]
+    failed = [x.name for x in outcomes if not x.passed]
     seconds = time.perf_counter() - start
-    summary = f"{len(outcomes) - len(failed)} of {len(cases)} cases right in {seconds:.0f} s"
+    right = len({x.case for x in outcomes} - {x.case for x in outcomes if not x.passed})
+    summary = f"{right} of {len(cases)} cases right in {seconds:.0f} s"
+    if config.draws > 1:
+        summary += "".join(f"\n{line}" for line in _spread(outcomes))
     print(
         summary
         + "".join(f"\nwrong: {x}" for x in failed)
@@ -174,11 +185,16 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         }
         config.output.write_text(json.dumps(record, indent=1))
     if failed or left:
-        raise SystemExit(f"{len(failed)} cases wrong, {len(left)} not run")
+        raise SystemExit(f"{len(cases) - right - len(left)} cases wrong, {len(left)} not run")
 
 
 def run_cases(
-    cases: Sequence[Case], rule: Rule, *, threads: int, deadline: float | None = None
+    cases: Sequence[Case],
+    rule: Rule,
+    *,
+    threads: int,
+    draws: int = 1,
+    deadline: float | None = None,
 ) -> Iterator[Outcome]:
     """Compiles cases in threads and runs one after another, in order.
 
@@ -186,33 +202,39 @@ def run_cases(
       cases: what to run.
       rule: the operator; also gets the implementation.
       threads: that compile at once.
+      draws: of random inputs for each case.
       deadline: of `time.perf_counter`; a case that would begin later is left out.
     """
 
     def ready(case: Case) -> Ready | None:
         if deadline is not None and time.perf_counter() > deadline:
             return None
-        inputs = case.inputs()
-        arguments = (inputs, cotangents(inputs))
+        arguments = _arguments(case, 0)
         chosen = partial(rule, implementation=case.implementation)
         on_kernels = outputs_and_gradients(chosen, gradients=case.backward)
         scan = scan_outputs_and_gradients if case.backward else scan_outputs
         kernels = compile_for(on_kernels, *arguments)
-        return Ready(*arguments, kernels, compile_for(scan, *widen(arguments)))
+        return Ready(kernels, compile_for(scan, *widen(arguments)))
 
     with ThreadPoolExecutor(threads) as pool:
         for case, future in [(case, pool.submit(ready, case)) for case in cases]:
             try:
                 compiled = future.result()
                 if compiled is not None:
-                    yield _run(case, compiled)
+                    yield from (_run(case, draw, compiled) for draw in range(draws))
             except Exception as error:  # of any kind: the other cases still count
                 lines = str(error).strip().splitlines() or [""]
                 yield Outcome(case, failure=f"{type(error).__name__}: {lines[0][:300]}")
 
 
-def _run(case: Case, ready: Ready) -> Outcome:
-    arguments = (ready.inputs, ready.cotangent)
+def _arguments(case: Case, draw: int) -> tuple[Inputs, tuple[Array, MDNState]]:
+    """Inputs of the operator, and cotangents of its outputs and final states."""
+    inputs = case.inputs(seed=draw)
+    return inputs, cotangents(inputs, seed=99 + draw)
+
+
+def _run(case: Case, draw: int, ready: Ready) -> Outcome:
+    arguments = _arguments(case, draw)
     first, again = (ready.kernels.call(*arguments) for _ in range(2))
     right = ready.scan.call(*widen(arguments))
     errors = worst(first, right, on_host=True)
@@ -222,11 +244,24 @@ def _run(case: Case, ready: Ready) -> Outcome:
         moved = relative_errors(beside[1], right[1])[errors.gradient_name]
     return Outcome(
         case,
+        draw,
         worst=errors,
         moved=moved,
         identical=_same_bits(first, again),
         compile=ready.kernels.seconds,
     )
+
+
+def _spread(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """How many draws have a gradient outside the limits, and the largest errors, by dtype."""
+    for dtype, limits in LIMITS.items():
+        errors = sorted(
+            (x.worst.gradient for x in outcomes if x.worst and x.case.dtype == dtype), reverse=True
+        )
+        outside = sum(error > limits.gradients for error in errors)
+        if errors:
+            largest = " ".join(f"{error:.1e}" for error in errors[:8])
+            yield f"{dtype}: {outside} of {len(errors)} draws have a gradient outside; {largest}"
 
 
 def _same_bits(first: Results, again: Results) -> bool:
@@ -251,7 +286,7 @@ def interpreted_rule(
 ) -> tuple[Array, MDNState]:
     """`momentum_delta_rule` on the kernels in the interpreter, with the tiles that ship."""
     assert implementation == "pallas_triton"
-    x = Tokens(**({"p": None} | arrays))
+    x = Tokens(**({"p": None} | in_full_precision(arrays)))
     batch, length, _, key_dim = x.q.shape
     if initial_state is None:
         shape = (batch, x.v.shape[2], key_dim, x.v.shape[3])
@@ -264,12 +299,13 @@ def interpreted_rule(
         normalize=True,
         interpret=True,
     )
-    return o, MDNState(*memory)
+    return o.astype(arrays["v"].dtype), MDNState(*memory)
 
 
 def _record(outcome: Outcome) -> dict[str, object]:
     return {
-        "name": outcome.case.name,
+        "name": outcome.name,
+        "draw": outcome.draw,
         "passed": outcome.passed,
         "limits": LIMITS[outcome.case.dtype]._asdict(),
         "worst": outcome.worst._asdict() if outcome.worst else None,

@@ -133,6 +133,12 @@ def test_right_kernels_pass_and_corrupted_ones_do_not(monkeypatch, tmp_path, cap
     assert not result["passed"]
     assert result["worst"]["output"] <= 1e-5
     assert result["worst"]["gradient"] > 5e-4
+    with pytest.raises(SystemExit, match="1 cases wrong, 0 not run"):
+        command.check(CheckConfig(interpret=True, threads=1, draws=2))
+    out = capsys.readouterr().out
+    assert "0 of 1 cases right" in out
+    assert "float32: 2 of 2 draws have a gradient outside" in out
+    assert f"wrong: {TINY.name}_draw1" in out
 
 
 @pytest.mark.slow
@@ -142,11 +148,19 @@ def test_what_half_a_unit_of_the_inputs_does_stands_beside_16_bit_gradients(
     half = dataclasses.replace(TINY, dtype="bfloat16")
     monkeypatch.setattr(command, "shipped_cases", lambda capability: [half])
     output = tmp_path / "check.json"
-    command.check(CheckConfig(interpret=True, threads=1, rows=16, output=output))
-    (result,) = json.loads(output.read_text())["results"]
-    assert result["case"]["rows"] == 16
-    assert 1e-4 < result["moved"] < 1e-2
-    assert f"(the scan's moves by {result['moved']:.1e})" in capsys.readouterr().out
+    command.check(CheckConfig(interpret=True, threads=1, rows=16, draws=2, output=output))
+    results = json.loads(output.read_text())["results"]
+    out = capsys.readouterr().out
+    assert [x["name"] for x in results] == [f"{half.name}_B16{draw}" for draw in ("", "_draw1")]
+    assert [x["draw"] for x in results] == [0, 1]
+    for result in results:
+        assert result["case"]["rows"] == 16
+        assert 1e-4 < result["moved"] < 1e-2
+        assert f"(the scan's moves by {result['moved']:.1e})" in out
+    largest, other = sorted((x["worst"]["gradient"] for x in results), reverse=True)
+    assert largest > other
+    assert "1 of 1 cases right" in out
+    assert f"bfloat16: 0 of 2 draws have a gradient outside; {largest:.1e} {other:.1e}\n" in out
 
 
 def test_other_bits_are_wrong():
@@ -182,6 +196,8 @@ def test_only_and_show(capsys):
     assert all(line.startswith("K256_V512_") and "_p_" in line for line in lines)
     with pytest.raises(SystemExit, match="no case has 'nothing'"):
         command.check(CheckConfig(interpret=True, only="nothing"))
+    with pytest.raises(SystemExit, match="draws: expected at least 1, got 0"):
+        command.check(CheckConfig(interpret=True, draws=0))
 
 
 def test_a_cpu_is_told_of_the_interpreter(monkeypatch):
