@@ -33,6 +33,7 @@ from benchmarks.reference import (
     widen,
     worst,
 )
+from benchmarks.report import precision_note
 from benchmarks.timing import Compiled, compile_for
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api
@@ -146,7 +147,10 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         print("\n".join(x.name for x in cases))
         return
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}; {len(cases)} cases against the float32 scan")
+    print(
+        f"{device}, jax {jax.__version__}{precision_note()}; "
+        f"{len(cases)} cases against the float32 scan"
+    )
     lacking = _why_no_triton(config)
     if lacking:
         print(f"without those in native Triton: {lacking}")
@@ -286,7 +290,7 @@ def interpreted_rule(
 ) -> tuple[Array, MDNState]:
     """`momentum_delta_rule` on the kernels in the interpreter, with the tiles that ship."""
     assert implementation == "pallas_triton"
-    x = Tokens(**({"p": None} | in_full_precision(arrays)))
+    x = Tokens(**({"p": None} | arrays))
     batch, length, _, key_dim = x.q.shape
     if initial_state is None:
         shape = (batch, x.v.shape[2], key_dim, x.v.shape[3])
@@ -297,9 +301,10 @@ def interpreted_rule(
         starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
         scale=key_dim**-0.5,
         normalize=True,
+        precise=in_full_precision() and x.q.dtype == jnp.bfloat16,
         interpret=True,
     )
-    return o.astype(arrays["v"].dtype), MDNState(*memory)
+    return o, MDNState(*memory)
 
 
 def _record(outcome: Outcome) -> dict[str, object]:

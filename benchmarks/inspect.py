@@ -25,6 +25,8 @@ class InspectConfig:
     """With `shapes`: with an erase key of its own."""
     batch: int = 8
     """With `shapes`: rows of six heads; few of them take other tiles."""
+    precise: bool = False
+    """With `shapes`: as under jax.default_matmul_precision("highest"); bfloat16, 9.0."""
     flagged_only: bool = False
     """Show only the kernels that spill or are over the limit."""
     processes: int | None = None
@@ -40,9 +42,9 @@ def inspect(config: Annotated[InspectConfig, tyro.conf.arg(name="")]) -> None:
             over += kernel.over_limit
             if kernel.spilled or kernel.over_limit or not config.flagged_only:
                 rows.append(_row(case, kernel))
-    headers = ["K", "V", "dtype", "p", "B", "sm", "kernel", "warps", "stages", "registers"]
+    headers = ["K", "V", "dtype", "p", "B", "", "sm", "kernel", "warps", "stages", "registers"]
     headers += ["spilled B", "shared B", "wgmma", "mma", "cp.async", ""]
-    print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=[5]))
+    print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=[6]))
     if over:
         raise SystemExit(f"{over} kernels need more shared memory than a block may use")
 
@@ -51,7 +53,7 @@ def _cases(config: InspectConfig) -> list[Case]:
     capabilities = [(int(x[0]), int(x[2])) for x in config.capabilities]
     if config.shapes:
         return [
-            Case(*shape, dtype, capability, config.explicit_p, config.batch)
+            Case(*shape, dtype, capability, config.explicit_p, config.batch, config.precise)
             for shape in config.shapes
             for dtype in config.dtypes
             for capability in capabilities
@@ -72,6 +74,7 @@ def _row(case: Case, kernel: KernelReport) -> list[object]:
         case.dtype,
         "explicit" if case.explicit_p else "alpha k",
         case.batch,
+        "precise" if case.precise else "",
         ".".join(map(str, case.capability)),
         *kernel[:6],
         *kernel[7:],

@@ -27,7 +27,7 @@ from benchmarks.reference import (
     outputs_and_gradients,
     worst,
 )
-from benchmarks.report import Part, Row, Shape, record, shape_text, table
+from benchmarks.report import Part, Row, Shape, precision_note, record, shape_text, table
 from benchmarks.timing import (
     call_and_peak,
     compile_for,
@@ -119,7 +119,10 @@ class Refusal(NamedTuple):
 def kernels(config: Annotated[KernelsConfig, tyro.conf.arg(name="")]) -> None:
     """Times the operator's implementations; refuses to time one that is wrong, and then fails."""
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {config.dtype}; {how_timed(config.runs)}")
+    print(
+        f"{device}, jax {jax.__version__}, {config.dtype}{precision_note()}; "
+        f"{how_timed(config.runs)}"
+    )
     print(
         "TFLOP/s and GB/s: the operator's own operations and bytes whatever an implementation "
         "does, over the time; floor: the larger of both at the device's peaks"

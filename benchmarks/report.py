@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
+import jax
 from tabulate import tabulate
 
 from benchmarks.costs import Cost
@@ -33,6 +34,12 @@ class Row(NamedTuple):
     cost: Cost
     timing: Timing
     errors: Worst
+
+
+def precision_note() -> str:
+    """For headers: the precision that jax was asked for, if any."""
+    precision = jax.config.jax_default_matmul_precision
+    return f", default_matmul_precision {precision}" if precision else ""
 
 
 def shape_text(shape: Shape) -> str:

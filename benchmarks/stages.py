@@ -145,7 +145,7 @@ def _options(config: StagesConfig) -> Options:
         explicit_p=config.explicit_p,
         heads=batch * heads,
     )
-    return Options(key_dim**-0.5, True, tiles, config.interpret)
+    return Options(key_dim**-0.5, True, tiles, False, config.interpret)
 
 
 def _inputs(config: StagesConfig) -> Inputs:

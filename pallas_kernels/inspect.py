@@ -43,6 +43,7 @@ class Case(NamedTuple):
       capability: compute capability, one of `DEVICES`.
       explicit_p: with an erase key of its own.
       batch: rows of six heads; few of them take other tiles.
+      precise: of bfloat16 inputs: float32 between the kernels.
     """
 
     key_dim: int
@@ -51,17 +52,19 @@ class Case(NamedTuple):
     capability: tuple[int, int]
     explicit_p: bool = False
     batch: int = 8
+    precise: bool = False
 
 
 ALIASES = "output_operand_aliases"
 _DTYPES = ("bfloat16", "float32")
 
 SHIPPED = tuple(
-    Case(key_dim, value_dim, dtype, capability, explicit_p, batch)
-    for key_dim, value_dim, dtype, capability, explicit_p, batch in (
-        *product(KEY_DIMS, (16, 64, 128, 256, 512), _DTYPES, DEVICES, (False,), (8,)),
-        *product((64, 128, 256), (256,), _DTYPES, DEVICES, (True,), (8,)),
-        *product((128, 256), (32, 64, 256), ("bfloat16",), ((9, 0),), (False,), (1,)),
+    Case(key_dim, value_dim, dtype, capability, explicit_p, batch, precise)
+    for key_dim, value_dim, dtype, capability, explicit_p, batch, precise in (
+        *product(KEY_DIMS, (16, 64, 128, 256, 512), _DTYPES, DEVICES, (False,), (8,), (False,)),
+        *product((64, 128, 256), (256,), _DTYPES, DEVICES, (True,), (8,), (False,)),
+        *product((128, 256), (32, 64, 256), ("bfloat16",), ((9, 0),), (False,), (1,), (False,)),
+        *product(KEY_DIMS, (16, 64, 512), ("bfloat16",), ((9, 0),), (False, True), (8,), (True,)),
     )
     if not unsupported(
         key_dim,
@@ -71,7 +74,7 @@ SHIPPED = tuple(
         explicit_p=explicit_p,
     )
 )
-"""Every padded K and what V takes, both kinds of erase key, few heads where it matters."""
+"""Every padded K and what V takes, both kinds of erase key and of precision, few heads."""
 
 CI = (
     *(
@@ -82,6 +85,7 @@ CI = (
         if (dims, dtype) != ((64, 64), "float32")  # the tiles of (128, 256)
     ),
     Case(128, 256, "bfloat16", (9, 0), explicit_p=True),
+    Case(256, 512, "bfloat16", (9, 0), explicit_p=True, precise=True),
     Case(256, 256, "bfloat16", (9, 0), batch=1),
 )
 """Part of `SHIPPED` that compiles in a few minutes."""
@@ -173,6 +177,7 @@ def lower(
     capability: tuple[int, int],
     explicit_p: bool = False,
     batch: int = 8,
+    precise: bool = False,
     *,
     tiles: Tiles | None = None,
 ) -> list[Kernel]:
@@ -185,6 +190,7 @@ def lower(
       capability: compute capability, one of `DEVICES`.
       explicit_p: with an erase key of its own.
       batch: rows of six heads.
+      precise: of bfloat16 inputs: float32 between the kernels.
       tiles: None: those that ship.
     """
 
@@ -205,6 +211,7 @@ def lower(
             starts=None,
             scale=key_dim**-0.5,
             normalize=True,
+            precise=precise,
             tiles=tiles,
             capability=capability,
         )
@@ -337,6 +344,7 @@ def report(
     capability: tuple[int, int],
     explicit_p: bool = False,
     batch: int = 8,
+    precise: bool = False,
 ) -> list[KernelReport]:
     """Compiles the kernels of one forward and backward pass, and of decoding, as they ship.
 
@@ -347,11 +355,12 @@ def report(
       capability: compute capability, one of `DEVICES`.
       explicit_p: with an erase key of its own.
       batch: rows of six heads.
+      precise: of bfloat16 inputs: float32 between the kernels.
 
     Raises:
       ImportError: Triton is not installed.
     """
-    kernels = lower(key_dim, value_dim, dtype, capability, explicit_p, batch)
+    kernels = lower(key_dim, value_dim, dtype, capability, explicit_p, batch, precise)
     return [compile_kernel(kernel, capability) for kernel in kernels]
 
 

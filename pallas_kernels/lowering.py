@@ -2,8 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pl_triton
 
-Precision = lax.Precision | lax.DotAlgorithmPreset
+PARTS: Literal["parts"] = "parts"
+"""float32 operands as two bfloat16 numbers each, in three products."""
+Precision = lax.Precision | lax.DotAlgorithmPreset | Literal["parts"]
 
 # jax announces, while it lowers a kernel, that this backend will leave; users can do nothing there
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
@@ -33,9 +37,27 @@ def coefficient_precision(dtype: jnp.dtype, interpret: bool) -> Precision:
 
 
 def dot(a: jax.Array, b: jax.Array, precision: Precision | None) -> jax.Array:
-    """`a @ b` accumulated in float32. 16-bit operands multiply exactly and ignore `precision`."""
-    wide = a.dtype == jnp.float32
-    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision if wide else None)
+    """`a @ b` accumulated in float32.
+
+    16-bit operands multiply exactly and ignore `precision`. Where one is bfloat16 and the other
+    float32, the latter is taken as two bfloat16 numbers: 16 digits, two products.
+    """
+    if a.dtype == b.dtype and not (a.dtype == jnp.float32 and precision == PARTS):
+        wide = a.dtype == jnp.float32
+        return jnp.dot(
+            a, b, preferred_element_type=jnp.float32, precision=precision if wide else None
+        )
+    # what is left out is the product of two rests
+    parts = [(i, j) for i in range(len(_parts(a))) for j in range(len(_parts(b))) if i + j < 2]
+    return reduce(add, (dot(_parts(a)[i], _parts(b)[j], None) for i, j in parts))
+
+
+def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
+    """What bfloat16 holds of float32 numbers, and what it holds of the rest."""
+    if x.dtype == jnp.bfloat16:
+        return (x,)
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def kernel_call(

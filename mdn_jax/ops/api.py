@@ -93,8 +93,6 @@ def momentum_delta_rule(
     """
     _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(Implementation))
-    dtype = v.dtype
-    q, k, v, p = in_full_precision((q, k, v, p))
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -114,7 +112,7 @@ def momentum_delta_rule(
                 'use implementation="xla", or None for the best one that supports the call'
             )
     if implementation in _KERNELS:
-        o, state = _on_kernels(
+        return _on_kernels(
             (q, k, v, p, *gates),
             state,
             segment_ids,
@@ -122,7 +120,6 @@ def momentum_delta_rule(
             normalize=normalize_qk,
             native=implementation == "triton",
         )
-        return o.astype(dtype), state
     if state is None:
         state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
         # inside shard_map the states differ over the mesh axes that the inputs differ over
@@ -147,7 +144,7 @@ def momentum_delta_rule(
     if implementation == "scan":
         o, state = scan_rule(inputs, state, scale=scale, chunk_size=chunk_size)
     else:
-        full = v.dtype in (jnp.float32, jnp.float64)
+        full = v.dtype.itemsize > 2 or in_full_precision()
         o, state = chunkwise_rule(
             inputs,
             state,
@@ -155,7 +152,7 @@ def momentum_delta_rule(
             chunk_size=chunk_size,
             precision=lax.Precision.HIGHEST if full else lax.Precision.DEFAULT,
         )
-    return o.reshape(batch, length, value_heads, value_dim).astype(dtype), state
+    return o.reshape(batch, length, value_heads, value_dim).astype(v.dtype), state
 
 
 def _capability() -> tuple[int, int] | None:
@@ -165,6 +162,18 @@ def _capability() -> tuple[int, int] | None:
     version = getattr(jax.devices()[0], "compute_capability", "")
     major, _, minor = str(version).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+def _kernel_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What the kernels get q, k, v and p in, under `jax.default_matmul_precision`."""
+    if dtype.itemsize > 2 or not in_full_precision() or _precise(dtype):
+        return dtype
+    return jnp.dtype(jnp.float32)
+
+
+def _precise(dtype: jnp.dtype) -> bool:
+    """Whether kernels for 16-bit inputs keep float32 between them."""
+    return dtype == jnp.bfloat16 and in_full_precision() and (_capability() or (0, 0)) >= (9, 0)
 
 
 def kernels_lack(
@@ -197,7 +206,7 @@ def kernels_lack(
         q.shape[-1],
         v.shape[-1],
         capability,
-        itemsize=q.dtype.itemsize,
+        itemsize=_kernel_dtype(q.dtype).itemsize,
         explicit_p=p is not None,
     )
 
@@ -213,7 +222,9 @@ def _on_kernels(
 ) -> tuple[Array, MDNState]:
     from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 
-    x = Tokens(*(None if y is None else jnp.asarray(y) for y in arrays))
+    dtype = arrays[0].dtype
+    keys = (None if y is None else jnp.asarray(y, _kernel_dtype(dtype)) for y in arrays[:4])
+    x = Tokens(*keys, *arrays[4:])
     starts = (
         None if segment_ids is None else document_starts(segment_ids, (x.q.shape[0], x.q.shape[1]))
     )
@@ -223,10 +234,11 @@ def _on_kernels(
         starts=starts,
         scale=scale,
         normalize=normalize,
+        precise=_precise(dtype),
         capability=_capability() or (9, 0),
         native=native,
     )
-    return o, MDNState(*memory)
+    return o.astype(dtype), MDNState(*memory)
 
 
 def _check(

@@ -32,11 +32,9 @@ def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON)
 
 
-def in_full_precision[Arrays](arrays: Arrays) -> Arrays:
-    """16-bit arrays as float32 where `jax.default_matmul_precision` is "highest" or "float32"."""
-    if jax.config.jax_default_matmul_precision not in _FULL_PRECISION:
-        return arrays
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype.itemsize == 2 else x, arrays)
+def in_full_precision() -> bool:
+    """Whether `jax.default_matmul_precision` asks for products of all digits of float32."""
+    return jax.config.jax_default_matmul_precision in _FULL_PRECISION
 
 
 def document_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import dot, exact, kernel_call
+from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.fragments import Fragments, join, split
 from pallas_kernels.momentum_delta.layout import (
@@ -32,8 +32,8 @@ class Retreated(NamedTuple):
     """What the walk back over the chunks gives.
 
     Attributes:
-      d_v: gradient of v, `[B, T, HV, V]` in v's dtype.
-      d_kept: gradients of the states leaving each chunk, in v's dtype.
+      d_v: gradient of v, `[B, T, HV, V]` in the storage dtype.
+      d_kept: gradients of the states leaving each chunk, in the storage dtype.
       d_memory: gradient of the initial memory, float32.
     """
 
@@ -53,14 +53,14 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
     specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
     return kernel_call(
-        partial(_local_gradient, precision=exact(options.interpret)),
+        partial(_local_gradient, precision=options.products),
         prepared.attention,
         d_o,
         name="mdn_local_gradient",
         grid=specs.grid,
         in_specs=[specs.matrix(), values],
         out_specs=values,
-        out_shape=z.per_head(z.value_dim, x.v.dtype),
+        out_shape=z.per_head(z.value_dim, options.storage(x.q.dtype)),
         warps=options.tiles.output_warps,
         stages=1,
         interpret=options.interpret,
@@ -87,7 +87,7 @@ def retreat(
     before. `d_v` takes the memory of `d_local`, if `in_place`: a tile is read before it is written.
     """
     z = x.sizes
-    block = options.tiles.retreat_block_v
+    block, storage = options.tiles.retreat_block_v, options.storage(x.q.dtype)
     done: Any = None
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.retreat_resident):
         specs = WalkSpecs(z, block, launch)
@@ -111,7 +111,7 @@ def retreat(
                 _retreat,
                 specs=specs,
                 warps=options.tiles.retreat_warps,
-                precision=exact(options.interpret),
+                precision=options.products,
             ),
             tokens,
             d_final,
@@ -126,7 +126,7 @@ def retreat(
                 (specs.matrix(), specs.factors()),
             ],
             out_specs=Retreated(values, specs.kept(), memory),
-            out_shape=Retreated(z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), z.memory),
+            out_shape=Retreated(z.per_head(z.value_dim, storage), z.states(storage), z.memory),
             aliases=aliases,
             warps=options.tiles.retreat_warps,
             stages=options.tiles.retreat_stages,
@@ -140,7 +140,7 @@ def retreat(
 def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
     q_ref, k_ref, p_ref, do_ref, local_ref = tokens
     mixing_ref, factor_ref = prepared
-    dtype = do_ref.dtype
+    dtype = out.d_v.dtype
     key_dim, block = d_final.s.shape
     values = Fragments(warps, block)
     first, end = specs.stretch(back=True)
@@ -248,7 +248,7 @@ def state_gradients(
             value_dim=z.value_dim,
             block_v=min(options.tiles.states_block_v, z.value_dim),
             warps=options.tiles.states_warps,
-            precision=exact(options.interpret),
+            precision=options.products,
         ),
         (x.q, x.k, x.p),
         values,
@@ -291,7 +291,7 @@ def _state_gradients(
         return q, k, k if p_ref is None else keys.load(p_ref, CHUNK)
 
     # after the loop they would stall; float32 leaves no registers to have them before
-    early = load_keys() if dtype.itemsize == 2 else None
+    early = load_keys() if kept.s.dtype.itemsize == 2 else None
     threads = min(key_dim, warps * 32 * 8 // block_v), block_v // 8  # with 8 numbers of a row each
 
     def within_threads(tile: jax.Array) -> jax.Array:

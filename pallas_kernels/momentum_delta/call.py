@@ -24,6 +24,7 @@ class _Call(NamedTuple):
 
     scale: float
     normalize: bool
+    precise: bool
     tiles: Tiles | None
     capability: tuple[int, int]
     native: bool
@@ -37,6 +38,7 @@ def momentum_delta(
     starts: jax.Array | None,
     scale: float,
     normalize: bool,
+    precise: bool = False,
     tiles: Tiles | None = None,
     capability: tuple[int, int] = (9, 0),
     native: bool = False,
@@ -52,6 +54,7 @@ def momentum_delta(
       starts: `[B, T]` bool, the first step of each document but a row's first; or None.
       scale: factor on the output.
       normalize: l2-normalise q and k.
+      precise: of bfloat16 inputs: the chunk kernels keep and hand on float32.
       tiles: of the chunk kernels; None: chosen for the shape.
       capability: compute capability of the device.
       native: the decode kernel in Triton's own language (jax-triton) instead of Pallas.
@@ -60,7 +63,7 @@ def momentum_delta(
     Returns:
       Outputs `[B, T, HV, V]` in v's dtype and the final states.
     """
-    call = _Call(scale, normalize, tiles, capability, native, interpret)
+    call = _Call(scale, normalize, precise, tiles, capability, native, interpret)
     run = _steps if x.sizes.length <= MAX_STEPS else _chunks
     return run(call, _reset(x, starts), memory)
 
@@ -75,10 +78,11 @@ def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, M
         x.q.dtype.itemsize,
         call.capability,
         explicit_p=x.p is not None,
+        precise=call.precise,
         heads=z.batch * z.value_heads,
     )
     x, memory = _pad(x, memory, -z.length % CHUNK)
-    options = Options(call.scale, call.normalize, tiles, call.interpret)
+    options = Options(call.scale, call.normalize, tiles, call.precise, call.interpret)
     return _cut(*rule(options, x, memory), z)
 
 

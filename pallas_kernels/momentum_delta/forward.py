@@ -47,7 +47,7 @@ def prepare(x: Tokens, options: Options) -> Prepared:
     specs = ChunkSpecs(z)
     keys, gate = specs.tokens(z.key_dim, z.heads), specs.gate()
     p = None if x.p is None else specs.tokens(z.key_dim, z.p_heads)
-    matrix = z.per_chunk(CHUNK, CHUNK, dtype=x.q.dtype)
+    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.storage(x.q.dtype))
     return kernel_call(
         partial(_prepare, options=options),
         x._replace(v=None),
@@ -77,7 +77,7 @@ class _Half(NamedTuple):
 
 def _prepare(x, out, *, options):
     precision = exact(options.interpret)
-    coarse = coefficient_precision(x.q.dtype, options.interpret)
+    coarse = coefficient_precision(options.storage(x.q.dtype), options.interpret)
     explicit_p = x.p is not None
 
     first, second = HALVES
@@ -170,7 +170,7 @@ def _prepare(x, out, *, options):
         keep = jnp.where(layout.lanes() == entry, value, keep)
     out.factors[layout.KEEP, :] = keep
 
-    inverse = unit_lower_inverse(lower, coarse, float16=x.q.dtype != jnp.float32)
+    inverse = unit_lower_inverse(lower, coarse, float16=options.storage(x.q.dtype) != jnp.float32)
     row, column = layout.iotas(HALF)
     store(out.mixing, first, first, jnp.where(row > column, inverse.first, 0.0))
     store(out.mixing, second, first, inverse.corner)
@@ -183,8 +183,8 @@ class Advanced(NamedTuple):
     """What the walk over the chunks gives.
 
     Attributes:
-      error: `v'`, the error of every step before its write, `[B, T, HV, V]` in v's dtype.
-      kept: the states entering each chunk, in v's dtype.
+      error: `v'`, the error of every step before its write, `[B, T, HV, V]` in the storage dtype.
+      kept: the states entering each chunk, in the storage dtype.
       final: the memory after the last step, float32.
     """
 
@@ -200,7 +200,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
     before.
     """
     z = x.sizes
-    block = options.tiles.advance_block_v
+    block, storage = options.tiles.advance_block_v, options.storage(x.q.dtype)
     from_zeros = memory is None
     done: Any = None
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.advance_resident):
@@ -223,7 +223,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
                 specs=specs,
                 warps=options.tiles.advance_warps,
                 from_zeros=from_zeros,
-                precision=exact(options.interpret),
+                precision=options.products,
             ),
             tokens,
             memory,
@@ -236,7 +236,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
                 written_specs,
             ],
             out_specs=Advanced(values, specs.kept(), states),
-            out_shape=Advanced(z.per_head(z.value_dim, x.v.dtype), z.states(x.v.dtype), z.memory),
+            out_shape=Advanced(z.per_head(z.value_dim, storage), z.states(storage), z.memory),
             aliases=aliases,
             warps=options.tiles.advance_warps,
             stages=options.tiles.advance_stages,
@@ -249,7 +249,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
 
 def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
     k_ref, p_ref, v_ref, mixing_ref, factor_ref = tokens
-    dtype = v_ref.dtype
+    dtype = out.error.dtype
     key_dim, block = out.final.s.shape
     values = Fragments(warps, block)
     first, end = specs.stretch()
@@ -301,7 +301,7 @@ def output(
     specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
     return kernel_call(
-        partial(_output, precision=exact(options.interpret)),
+        partial(_output, precision=options.products),
         x.q,
         error,
         prepared.attention,

@@ -64,7 +64,7 @@ def gate_gradients(
             half_of=specs.block,
             blocks=blocks,
             explicit_p=x.p is not None,
-            precision=coefficient_precision(x.q.dtype, options.interpret),
+            precision=coefficient_precision(options.storage(x.q.dtype), options.interpret),
         ),
         x._replace(q=None, k=None, v=None, p=None),
         (scores.attention, scores.overlap),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.lowering import PARTS, Precision, exact
 from pallas_kernels.tiling import Tiles
 
 Leaf = Any
@@ -51,13 +52,24 @@ class Options(NamedTuple):
       scale: factor on the output.
       normalize: l2-normalise q and k.
       tiles: block shapes, warps, stages.
+      precise: of bfloat16 inputs: what the kernels keep and hand on is float32.
       interpret: run the kernels in the interpreter, on any device.
     """
 
     scale: float
     normalize: bool
     tiles: Tiles
+    precise: bool
     interpret: bool
+
+    def storage(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Of what the kernels keep and hand on, where q is of `dtype`."""
+        return jnp.dtype(jnp.float32) if self.precise else dtype
+
+    @property
+    def products(self) -> Precision:
+        """Of float32 operands."""
+        return PARTS if self.precise else exact(self.interpret)
 
 
 class Tokens(NamedTuple):
@@ -109,7 +121,7 @@ class Prepared(NamedTuple):
     """What the gates, keys and queries of a chunk give, whatever the states.
 
     Attributes:
-      attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, dtype of q.
+      attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, in the storage dtype.
       mixing: `(I + L)^-1 - I`, what a step's error takes from earlier ones of the chunk, same shape
         and dtype.
       gamma: gamma as the error sees it, same shape and dtype.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import dot, exact, kernel_call
+from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.backward import KeyGradients
 from pallas_kernels.momentum_delta.coefficients import exp, log_gate
@@ -59,7 +59,7 @@ def score_gradients(
     per_head, gradient = specs.tokens(z.key_dim, z.value_heads), z.per_head(z.key_dim, x.q.dtype)
     key_specs = KeyGradients(per_head, per_head, None if p is None else per_head)
     key_shapes = KeyGradients(gradient, gradient, None if p is None else gradient)
-    matrix = z.per_chunk(CHUNK, CHUNK, dtype=x.q.dtype)
+    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.storage(x.q.dtype))
     tokens = x._replace(v=None, log_alpha=x.log_alpha if x.p is not None else None)
     keys_at = len(jax.tree.leaves((tokens, values)))
     return kernel_call(
@@ -94,7 +94,7 @@ def score_gradients(
 
 def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, block_v, options):
     do_ref, dv_ref, error_ref = values
-    precision, dtype = exact(options.interpret), x.q.dtype
+    precision, dtype = options.products, options.storage(x.q.dtype)
 
     # loads that would stall after the loop
     log_mu, beta, eta = log_gate(x.log_mu, slice(None)), x.beta[...], x.eta[...]
@@ -149,7 +149,7 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
             along *= norm * norm
             gradients = [g - y * along[:, None] for g, y in zip(gradients, wide, strict=True)]
         for block, gradient in zip(blocks, gradients, strict=True):
-            ref[:, block] = gradient.astype(dtype)
+            ref[:, block] = gradient.astype(ref.dtype)
 
     def plus(ref: Leaf, matrix: jax.Array, keys: list[jax.Array]) -> list[jax.Array]:
         return [

@@ -82,7 +82,7 @@ def _backward(
     d_x = Tokens(
         q=_sum_groups(d_q, x.q),
         k=_sum_groups(d_k, x.k),
-        v=d_v,
+        v=d_v.astype(x.v.dtype),
         p=None if d_p is None or x.p is None else _sum_groups(d_p, x.p),
         **d_gates._asdict(),
     )

@@ -32,8 +32,9 @@ def kernel_rule(
     scale=None,
     normalize_qk=True,
     resident=None,
+    precise=False,
 ):
-    """`momentum_delta_rule` on the kernels, interpreted; `resident` as in `Tiles`."""
+    """`momentum_delta_rule` on the kernels, interpreted; `resident` is that of `Tiles`."""
     batch, length = v.shape[:2]
     key_dim = q.shape[-1]
     o, memory = momentum_delta(
@@ -42,6 +43,7 @@ def kernel_rule(
         starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
         scale=key_dim**-0.5 if scale is None else scale,
         normalize=normalize_qk,
+        precise=precise,
         tiles=SMALL._replace(advance_resident=resident, retreat_resident=resident),
         interpret=True,
     )

@@ -88,16 +88,22 @@ def test_a_gpu_gets_the_kernels(hopper):
 
 
 @pytest.mark.slow
-def test_16_bits_in_full_precision(hopper):
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [("bfloat16", (9, 0)), ("bfloat16", (8, 0)), ("float16", (9, 0))]
+)
+def test_16_bits_in_full_precision(dtype, capability, hopper, monkeypatch):
     """In three chunks, with gradients: what 16 bits lose between the kernels is more than 1e-4."""
-    inputs = random_inputs(seed=1, batch=1, length=130, heads=1, dtype=jnp.bfloat16)
+    monkeypatch.setattr(api, "_capability", lambda: capability)
+    # one compilation a length
+    length = {"bfloat16": 130, "float16": 140}[dtype] + capability[0]
+    inputs = random_inputs(seed=1, batch=1, length=length, heads=1, dtype=dtype)
     cotangent = cotangents(inputs)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangent))
     _, expected = outputs_and_gradients(*wide, implementation="scan")
 
     def errors():
         (o, _), gradients = outputs_and_gradients(inputs, cotangent, implementation="pallas_triton")
-        assert o.dtype == gradients["v"].dtype == jnp.bfloat16
+        assert o.dtype == gradients["v"].dtype == dtype
         # of 16-bit results the last rounding is most of the error
         gates = ("log_alpha", "log_mu", "beta", "eta")
         return [relative_error(gradients[name], expected[name]) for name in gates]
@@ -106,3 +112,23 @@ def test_16_bits_in_full_precision(hopper):
     for name in ("highest", "float32"):
         with jax.default_matmul_precision(name):
             assert max(errors()) <= 2e-5
+
+
+def test_what_the_kernels_get_in_full_precision(hopper, monkeypatch):
+    half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    assert api._kernel_dtype(half) == half
+    assert not api._precise(half)
+    with jax.default_matmul_precision("high"):
+        assert not api._precise(half)
+    with jax.default_matmul_precision("highest"):
+        assert api._precise(half)
+        assert not api._precise(single)
+        assert api._kernel_dtype(half) == half
+        assert api._kernel_dtype(jnp.dtype("float16")) == single
+        monkeypatch.setattr(api, "_capability", lambda: (8, 0))
+        assert not api._precise(half)
+        assert api._kernel_dtype(half) == single
+        # float32 keys of 256 and an erase key are too much for its shared memory
+        inputs = random_inputs(seed=2, length=2, key_dim=256, explicit_p=True, dtype=half)
+        assert "K at most 128" in explain(**inputs, segment_ids=None)
+        momentum_delta_rule(**inputs)

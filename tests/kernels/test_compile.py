@@ -28,6 +28,7 @@ KERNELS = {
 def describe(case):
     major, minor = case.capability
     p = "_p" * case.explicit_p + f"_B{case.batch}" * (case.batch != 8)
+    p += "_precise" * case.precise
     return f"K{case.key_dim}_V{case.value_dim}_{case.dtype}_sm{major}{minor}{p}"
 
 

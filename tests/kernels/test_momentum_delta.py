@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from mdn_jax import MDNState
-from mdn_jax.testing import GATE_REGIMES, random_inputs, relative_errors
+from mdn_jax.testing import GATE_REGIMES, random_inputs, relative_error, relative_errors
 from pallas_kernels.lowering import kernel_call
 from pallas_kernels.momentum_delta.layout import launches
 from pallas_kernels.momentum_delta.vjp import CHUNK_FACTORS, CHUNK_STATES
@@ -121,13 +121,48 @@ def test_low_precision(dtype):
     (o, state), gradients = kernel_outputs_and_gradients(inputs, cotangent)
     assert o.dtype == gradients["q"].dtype == gradients["v"].dtype == gradients["p"].dtype == dtype
     assert state.s.dtype == state.m.dtype == gradients["log_alpha"].dtype == jnp.float32
-    widen = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
-    wide = {name: x if name == "segment_ids" else widen(x) for name, x in inputs.items()}
-    expected = outputs_and_gradients(wide, widen(cotangent), implementation="scan")
+    expected = outputs_and_gradients(*widen((inputs, cotangent)), implementation="scan")
     values = relative_errors((o, state), expected[0])
     assert max(values.values()) <= 5e-3, values
     errors = relative_errors(gradients, expected[1])
     assert max(errors.values()) <= 1e-2, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("explicit_p", [False, True])
+def test_precise(explicit_p):
+    """One head alone, whose gradients of gates may all but cancel: 16 bits would be off by 1e-2."""
+    for seed, regime in enumerate(GATE_REGIMES):
+        for keys in ("random", "parallel", "zero"):
+            inputs = small_inputs(
+                seed=seed,
+                length=130,
+                key_dim=32,
+                value_dim=32,
+                regime=regime,
+                keys=keys,
+                documents=2,
+                dtype=jnp.bfloat16,
+                explicit_p=explicit_p,
+            )
+            cotangent = cotangents(inputs)
+            actual, gradients = kernel_outputs_and_gradients(inputs, cotangent, precise=True)
+            assert actual[0].dtype == gradients["v"].dtype == gradients["q"].dtype == jnp.bfloat16
+            expected, right = outputs_and_gradients(
+                *widen((inputs, cotangent)), implementation="scan"
+            )
+            assert relative_error(actual[0], expected[0]) <= 2.5e-3  # the rounding of o
+            errors = relative_errors((actual[1], gradients), (expected[1], right))
+            assert max(errors.values()) <= 5e-3, (regime, keys, errors)
+            errors = {
+                name: x for name, x in errors.items() if not name.endswith(("q", "k", "v", "p"))
+            }
+            assert max(errors.values()) <= 2e-4, (regime, keys, errors)
+
+
+def widen(tree):
+    """Arrays of 16 bits as float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype.itemsize == 2 else x, tree)
 
 
 @pytest.mark.slow

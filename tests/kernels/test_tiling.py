@@ -60,6 +60,18 @@ def test_tiles_divide_every_padded_shape(explicit_p, itemsize, capability):
                 assert size in (1, 2, 3, 4), name
 
 
+@pytest.mark.parametrize("explicit_p", [False, True])
+def test_precise_tiles_divide_every_padded_shape(explicit_p):
+    for key_dim, value_dim in product(KEY_DIMS, VALUE_DIMS):
+        tiles = choose_tiles(key_dim, value_dim, 2, (9, 0), explicit_p, precise=True, heads=8)
+        for name, size in tiles._asdict().items():
+            if name.endswith("_block_v"):
+                assert size >= 16, name
+                assert value_dim % size == 0, name
+            elif name.endswith("_block_k"):
+                assert key_dim % min(size, key_dim) == 0, name
+
+
 def test_few_walks_take_narrow_tiles():
     few, many = (choose_tiles(128, 256, 2, (9, 0), heads=heads) for heads in (8, 9))
     assert (few.advance_block_v, few.retreat_block_v) == (16, 16)

@@ -169,8 +169,6 @@ def _run(
     q, k, v, log_alpha, beta, p = arrays
     _check(kind, q, k, v, log_alpha, beta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(GatedImplementation))
-    dtype = v.dtype
-    q, k, v, p = in_full_precision((q, k, v, p))
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -185,6 +183,8 @@ def _run(
 
     def lacks(name: GatedImplementation) -> str | None:
         if name == "mosaic_gpu":
+            if in_full_precision():
+                return 'jax.default_matmul_precision below "highest"'
             call = mosaic.Call(q, k, v, log_alpha, beta, state, segment_ids)
             return mosaic.lacking(kind, call, p is not None, chunk_size)
         if name == "pallas_triton":
@@ -205,8 +205,7 @@ def _run(
         )
     if implementation == "mosaic_gpu":
         call = mosaic.Call(q, k, v, log_alpha, beta, state, segment_ids)
-        o, state = mosaic.run(kind, call, scale=scale, normalize=normalize)
-        return o.astype(dtype), state
+        return mosaic.run(kind, call, scale=scale, normalize=normalize)
     if implementation == "pallas_triton":
         o, pair = momentum_delta_rule(
             *(q, k, v, log_alpha, jnp.full_like(log_alpha, _NO_MOMENTUM), beta),
@@ -218,7 +217,7 @@ def _run(
             normalize_qk=normalize,
             implementation="pallas_triton",
         )
-        return o.astype(dtype), pair.s
+        return o, pair.s
 
     def grouped(x: Array) -> Array:  # [B, T, HV, ...] -> [B, T, H, G, ...]
         return x.reshape(batch, length, heads, -1, *x.shape[3:]).astype(compute)
@@ -242,10 +241,10 @@ def _run(
     if implementation == "scan":
         o, final = scan_gated(inputs, grouped_state, **options)
     else:
-        full = v.dtype in (jnp.float32, jnp.float64)
+        full = v.dtype.itemsize > 2 or in_full_precision()
         precision = lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
         o, final = chunkwise_gated(inputs, grouped_state, precision=precision, **options)
-    return o.reshape(v.shape).astype(dtype), final.reshape(state.shape)
+    return o.reshape(v.shape).astype(v.dtype), final.reshape(state.shape)
 
 
 def _check(

@@ -81,6 +81,8 @@ def test_calls_that_the_library_does_not_take(library, monkeypatch):
     monkeypatch.setattr(api, "_capability", lambda: (8, 0))
     assert "a Hopper GPU" in lacking("kda")
     monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+    with jax.default_matmul_precision("highest"):
+        assert 'default_matmul_precision below "highest"' in lacking("kda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "mdn-jax[mosaic]" in lacking("kda")
     RULES["kda"](**inputs)  # by another implementation
