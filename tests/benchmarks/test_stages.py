@@ -60,7 +60,7 @@ def test_wrong_kernels_are_not_timed(monkeypatch):
     [
         ({"shape": (1, 100, 1, 16, 16)}, "multiple of 64"),
         ({"shape": (1, 128, 1, 24, 16)}, r"such as \(32, 16\)"),
-        ({"shape": (1, 64, 1, 256, 16), "explicit_p": True}, "K at most 128"),
+        ({"shape": (1, 64, 1, 16, 1024)}, "V at most 512"),
     ],
 )
 def test_shapes_that_kernels_cannot_run(change, words):
