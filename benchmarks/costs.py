@@ -106,18 +106,27 @@ STAGES = ("prepare", "advance", "output", "local", "retreat", "states", "scores"
 
 
 def stage_costs(
-    sizes: Sizes, dtype: jax.typing.DTypeLike, tiles: Tiles, *, explicit_p: bool = False
+    sizes: Sizes,
+    dtype: jax.typing.DTypeLike,
+    tiles: Tiles,
+    *,
+    explicit_p: bool = False,
+    storage: jax.typing.DTypeLike | None = None,
 ) -> dict[str, Cost]:
     """The cost of each of `STAGES`, as docs/kernels.md describes them.
+
+    Operations are those of the products, in however many parts a kernel takes them.
 
     Args:
       sizes: of the call; `T` a multiple of the chunk.
       dtype: of q, k, v.
       tiles: `state_gradients` writes one part of the row gradients a block of K.
       explicit_p: with an erase key of its own.
+      storage: dtype of what the kernels hand on; None: that of q.
     """
     b, t, heads, p_heads, value_heads, key_dim, value_dim = sizes
     size = jnp.dtype(dtype).itemsize
+    stored = jnp.dtype(storage or dtype).itemsize
     tokens, chunks = b * t * value_heads, b * value_heads * sizes.chunks
     # operations in a chunk: [C, K] x [K, V], [C, C] x [C, V], [C, C] x [C, K], [C, C] x [C, C]
     state = 2 * CHUNK * key_dim * value_dim
@@ -126,9 +135,10 @@ def stage_costs(
     q = k = b * t * heads * key_dim * size
     p = b * t * p_heads * key_dim * size if explicit_p else 0
     v, per_head = tokens * value_dim * size, tokens * key_dim * size
-    gate, matrix = tokens * _WIDE, chunks * CHUNK * CHUNK * size
+    error = tokens * value_dim * stored  # or a gradient
+    gate, matrix = tokens * _WIDE, chunks * CHUNK * CHUNK * stored
     factors = chunks * FACTORS * CHUNK * _WIDE
-    kept = 2 * chunks * key_dim * value_dim * size
+    kept = 2 * chunks * key_dim * value_dim * stored
     ends = 2 * b * value_heads * key_dim * value_dim * _WIDE
     blocks = key_dim // min(tiles.states_block_k, key_dim)
     rows = chunks * blocks * ROW_GRADIENTS * CHUNK * _WIDE
@@ -138,17 +148,18 @@ def stage_costs(
             2 * in_k + (_GAMMA_PRODUCTS + _INVERSE_PRODUCTS) * square,
             q + k + p + 4 * gate + 3 * matrix + factors,
         ),
-        "advance": (4 * state + in_v, k + p + v + matrix + factors + ends + v + kept + ends),
-        "output": (2 * state + in_v, q + v + matrix + factors + kept + v),
-        "local": (in_v, matrix + v + v),
+        "advance": (4 * state + in_v, k + p + v + matrix + factors + ends + error + kept + ends),
+        "output": (2 * state + in_v, q + error + matrix + factors + kept + v),
+        "local": (in_v, matrix + v + error),
         "retreat": (
             6 * state + in_v,
-            q + k + p + 2 * v + matrix + factors + ends + v + kept + ends,
+            q + k + p + v + 2 * error + matrix + factors + ends + kept + ends,
         ),
-        "states": (6 * state, q + k + p + 3 * v + 2 * kept + factors + d_keys + rows),
+        "states": (6 * state, q + k + p + v + 2 * error + 2 * kept + factors + d_keys + rows),
         "scores": (
             2 * in_v + (6 if explicit_p else 5) * in_k,
-            q + k + p + (4 if explicit_p else 3) * gate + 3 * v + factors + 3 * matrix + 2 * d_keys,
+            (q + k + p + (4 if explicit_p else 3) * gate)
+            + (v + 2 * error + factors + 3 * matrix + 2 * d_keys),
         ),
         "gates": (_GATE_PRODUCTS * square, 2 * matrix + rows + factors + 8 * gate),
     }

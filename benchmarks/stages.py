@@ -49,6 +49,8 @@ class StagesConfig:
     """Of q, k, v."""
     explicit_p: bool = False
     """With an erase key of its own."""
+    precise: bool = False
+    """The kernels for bfloat16 under jax.default_matmul_precision("highest")."""
     runs: int = 20
     """Timed groups of calls after the warm-up; the median is shown."""
     interpret: bool = False
@@ -82,10 +84,17 @@ def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
     errors = worst(results, jax.jit(scan_outputs_and_gradients)(inputs, cotangent))
     if not errors.within(LIMITS[config.dtype]):
         raise SystemExit(f"relative errors {errors} are above {LIMITS[config.dtype]}; not timed")
-    costs = stage_costs(x.sizes, config.dtype, options.tiles, explicit_p=config.explicit_p)
+    costs = stage_costs(
+        x.sizes,
+        config.dtype,
+        options.tiles,
+        explicit_p=config.explicit_p,
+        storage=options.storage(x.q.dtype),
+    )
     timings = {stage.name: _measure(stage, config.runs) for stage in chain}
     device = jax.devices()[0].device_kind
-    special = [", explicit p"] * config.explicit_p + [", interpreted"] * config.interpret
+    special = [", explicit p"] * config.explicit_p + [", precise"] * config.precise
+    special += [", interpreted"] * config.interpret
     print(
         f"{device}, jax {jax.__version__}; B,T,H,K,V = {config.shape}, {config.dtype}",
         *special,
@@ -131,6 +140,11 @@ def _options(config: StagesConfig) -> Options:
             f"{padded}, got {config.shape}"
         )
     capability = (9, 0) if config.interpret else api._capability()
+    if config.precise and (config.dtype != "bfloat16" or (capability or (9, 0)) < (9, 0)):
+        raise SystemExit(
+            f"precise: expected bfloat16 and compute capability 9.0, got {config.dtype} and "
+            f"{capability}"
+        )
     itemsize = jnp.dtype(config.dtype).itemsize
     reason = unsupported(
         key_dim, value_dim, capability, itemsize=itemsize, explicit_p=config.explicit_p
@@ -143,9 +157,10 @@ def _options(config: StagesConfig) -> Options:
         itemsize,
         capability,
         explicit_p=config.explicit_p,
+        precise=config.precise,
         heads=batch * heads,
     )
-    return Options(key_dim**-0.5, True, tiles, False, config.interpret)
+    return Options(key_dim**-0.5, True, tiles, config.precise, config.interpret)
 
 
 def _inputs(config: StagesConfig) -> Inputs:

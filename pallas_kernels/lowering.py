@@ -47,17 +47,22 @@ def dot(a: jax.Array, b: jax.Array, precision: Precision | None) -> jax.Array:
         return jnp.dot(
             a, b, preferred_element_type=jnp.float32, precision=precision if wide else None
         )
-    # what is left out is the product of two rests
-    parts = [(i, j) for i in range(len(_parts(a))) for j in range(len(_parts(b))) if i + j < 2]
-    return reduce(add, (dot(_parts(a)[i], _parts(b)[j], None) for i, j in parts))
+    # a part is computed where it is needed, for registers; the product of two rests is left out
+    parts = [(i, j) for i in range(_count(a)) for j in range(_count(b)) if i + j < 2]
+    return reduce(add, (dot(_part(a, i), _part(b, j), None) for i, j in parts))
 
 
-def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
-    """What bfloat16 holds of float32 numbers, and what it holds of the rest."""
-    if x.dtype == jnp.bfloat16:
-        return (x,)
+def _count(x: jax.Array) -> int:
+    """Parts of an operand."""
+    return 2 if x.dtype == jnp.float32 else 1
+
+
+def _part(x: jax.Array, index: int) -> jax.Array:
+    """What bfloat16 holds of an operand, and what it holds of the rest."""
     high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    if index == 0:
+        return high
+    return (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def kernel_call(

@@ -32,6 +32,25 @@ def test_every_kernel_is_timed(tmp_path, capsys):
     assert record["errors"]["gradient"] <= 1e-5
     assert all(row["median"] > 0 for row in record["results"].values())
 
+    command.stages(with_(output=output, dtype="bfloat16", precise=True))
+    assert "bfloat16, precise, interpreted" in capsys.readouterr().out
+    bytes_of = {name: x["bytes"] for name, x in json.loads(output.read_text())["results"].items()}
+    command.stages(with_(output=output, dtype="bfloat16"))
+    narrow = {name: x["bytes"] for name, x in json.loads(output.read_text())["results"].items()}
+    kept = 2 * (128 // 64) * 16 * 16 * 2
+    error, matrices = 128 * 16 * 2, 2 * 64 * 64 * 2
+    extra = {name: bytes_of[name] - narrow[name] for name in STAGES}
+    assert extra == {
+        "prepare": 3 * matrices,
+        "advance": matrices + error + kept,
+        "output": matrices + error + kept,
+        "local": matrices + error,
+        "retreat": matrices + 2 * error + kept,
+        "states": 2 * error + 2 * kept,
+        "scores": 3 * matrices + 2 * error,
+        "gates": 2 * matrices,
+    }
+
 
 def test_no_call_of_several_is_left_out():
     """Nor are equal ones made one, as the compiler does where nothing tells them apart."""
@@ -61,6 +80,7 @@ def test_wrong_kernels_are_not_timed(monkeypatch):
         ({"shape": (1, 100, 1, 16, 16)}, "multiple of 64"),
         ({"shape": (1, 128, 1, 24, 16)}, r"such as \(32, 16\)"),
         ({"shape": (1, 64, 1, 16, 1024)}, "V at most 512"),
+        ({"precise": True}, "precise: expected bfloat16 and compute capability 9.0, got float32"),
     ],
 )
 def test_shapes_that_kernels_cannot_run(change, words):
