@@ -17,7 +17,7 @@ HEADS = 8
 """Value heads that a case with gradients has at least, as rows of its batch.
 
 The gradient of one head's gates is few sums, which may all but vanish. With one row a case some
-bfloat16 gradients are outside the limits: docs/kernels.md, "How exact".
+bfloat16 gradients are outside the limits, but in full precision: docs/kernels.md, "How exact".
 """
 MANY_HEADS = 67
 """Value heads that take the tiles for many walks, whatever V (from 32 on)."""
@@ -42,6 +42,7 @@ class Case:
       rows: of the batch, B.
       backward: whether gradients are asked for.
       implementation: of the operator.
+      precise: under `jax.default_matmul_precision("highest")`.
     """
 
     key_dim: int
@@ -58,6 +59,7 @@ class Case:
     rows: int = 1
     backward: bool = True
     implementation: Implementation = "pallas_triton"
+    precise: bool = False
 
     @property
     def name(self) -> str:
@@ -72,6 +74,7 @@ class Case:
         parts += [f"B{self.rows}"] * (self.rows > 1)
         parts += ["forward"] * (not self.backward)
         parts += [self.implementation] * (self.implementation != "pallas_triton")
+        parts += ["precise"] * self.precise
         return "_".join(parts)
 
     @property
@@ -126,6 +129,23 @@ CHOSEN = (
     *(Case(128, 256, dtype, keys="parallel") for dtype in ("bfloat16", "float32")),
 )
 """Cases with a reason of their own."""
+
+PRECISE = tuple(
+    Case(*sizes, "bfloat16", p, regime, length, documents=3, keys=keys, precise=True)
+    for sizes, p, regime, length, keys in (
+        ((16, 16), True, "half_beta_zero", 130, "zero"),
+        ((32, 32), False, "momentum_lost", 200, "zero"),
+        ((64, 64), False, "ballistic", 200, "parallel"),
+        ((128, 256), True, "momentum_lost", 130, "random"),
+        ((256, 16), True, "wide", 130, "random"),
+        ((256, 16), False, "layer", 200, "zero"),
+        ((256, 32), True, "momentum_quarter", 200, "parallel"),
+        ((256, 32), False, "half_beta_zero", 200, "parallel"),
+        ((256, 512), True, "momentum_half", 200, "random"),
+        ((256, 512), False, "wide", 130, "random"),
+    )
+)
+"""One row each, of what 16 bits between the kernels would not always do."""
 
 
 def _decode_cases() -> Iterator[Case]:
@@ -187,6 +207,8 @@ def shipped_cases(capability: tuple[int, int]) -> list[Case]:
         case = Case(key_dim, value_dim, "float32" if itemsize == 4 else narrow, p, *chosen)
         cases.append(case.with_heads(heads))
     cases += [x.with_heads(HEADS) for x in CHOSEN if _runs(x, capability)]
+    if capability >= (9, 0):
+        cases += PRECISE
     return list(dict.fromkeys((*cases, *_decode_cases())))
 
 

@@ -213,6 +213,12 @@ def run_cases(
     def ready(case: Case) -> Ready | None:
         if deadline is not None and time.perf_counter() > deadline:
             return None
+        if case.precise:  # of this thread alone
+            with jax.default_matmul_precision("highest"):
+                return build(case)
+        return build(case)
+
+    def build(case: Case) -> Ready:
         arguments = _arguments(case, 0)
         chosen = partial(rule, implementation=case.implementation)
         on_kernels = outputs_and_gradients(chosen, gradients=case.backward)

@@ -39,7 +39,7 @@ def test_every_tile_choice_is_covered(capability):
     covered = {
         key(x.key_dim, x.value_dim, sizes[x.dtype], x.explicit_p, x.value_heads)
         for x in cases
-        if x.backward
+        if x.backward and not x.precise
     }
     shipped = {
         key(key_dim, value_dim, itemsize, p, heads)
@@ -50,10 +50,18 @@ def test_every_tile_choice_is_covered(capability):
     }
     assert shipped <= covered
 
+    def precise(key_dim, value_dim, explicit_p):
+        key_dim, value_dim = padded_key_dim(key_dim), padded_value_dim(value_dim)
+        return choose_tiles(key_dim, value_dim, 2, (9, 0), explicit_p, precise=True, heads=1)
+
+    covered = {precise(x.key_dim, x.value_dim, x.explicit_p) for x in cases if x.precise}
+    shipped = {precise(*sizes) for sizes in product(KEY_DIMS, VALUE_DIMS, (False, True))}
+    assert (shipped <= covered) == (capability >= (9, 0))
+
 
 def test_every_feature_is_covered_several_times():
     cases = shipped_cases((9, 0))
-    assert len({x.name for x in cases}) == len(cases) < 115
+    assert len({x.name for x in cases}) == len(cases) < 120
     for name, values in {
         "regime": GATE_REGIMES,
         "dtype": ("bfloat16", "float16", "float32"),
@@ -68,7 +76,8 @@ def test_every_feature_is_covered_several_times():
         counts = Counter(getattr(x, name) for x in cases)
         assert all(counts[value] >= 5 for value in values), (name, counts)
     assert sum(x.documents > 1 for x in cases) >= 10
-    assert all(x.value_heads >= 8 for x in cases if x.backward)
+    assert all(x.value_heads >= 8 for x in cases if x.backward and not x.precise)
+    assert all(x.value_heads == 1 for x in cases if x.precise)
     assert {24, 96} <= {x.key_dim for x in cases}
     wide = {(x.key_dim, x.value_dim) for x in cases if x.dtype == "float32"}
     assert {(256, 512), (32, 256), (64, 256), (96, 256)} <= wide
