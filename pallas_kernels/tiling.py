@@ -139,12 +139,21 @@ def choose_tiles(
       heads: value heads of all rows, `B * HV`, each a walk for every block of V.
     """
     tiles = Tiles()
-    if precise:
-        tiles = _precise_tiles(key_dim, explicit_p)
-    elif itemsize == 2:
+    if itemsize == 2:
         tiles = tiles._replace(prepare_warps=4 if key_dim == 256 else 2, gates_warps=1)
     if precise:
-        pass
+        three_large = explicit_p and key_dim == 256
+        tiles = tiles._replace(
+            advance_block_v=16,
+            advance_stages=2 if three_large else 3,
+            output_block_v=32 if key_dim == 256 else 64,
+            retreat_block_v=16,
+            retreat_stages=1 if three_large else 2,
+            states_block_v=32,
+            states_stages=3,
+            scores_warps=8 if key_dim == 256 else 4,
+            scores_stages=3,
+        )
     elif itemsize == 2 and capability >= (9, 0):
         tiles = tiles._replace(advance_stages=2 if explicit_p else 3, states_stages=3)
         if key_dim == 256:
@@ -212,20 +221,3 @@ def choose_tiles(
         if name.endswith("_block_v")
     }
     return tiles._replace(**clipped)
-
-
-def _precise_tiles(key_dim: int, explicit_p: bool) -> Tiles:
-    three_large = explicit_p and key_dim == 256
-    return Tiles(
-        prepare_warps=4 if key_dim == 256 else 2,
-        advance_block_v=16,
-        advance_stages=2 if three_large else 3,
-        output_block_v=32 if key_dim == 256 else 64,
-        retreat_block_v=16,
-        retreat_stages=1 if three_large else 2,
-        states_block_v=32,
-        states_stages=3,
-        scores_warps=8 if key_dim == 256 else 4,
-        scores_stages=3,
-        gates_warps=1,
-    )
