@@ -5,7 +5,7 @@ Formulas: docs/algorithm.md, section 5.
 
 from functools import partial, reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,9 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     by_output = (by_output * (lifted + beta[:, None] * w) * eta).astype(dtype)
     by_error = by_error * gamma_read * eta
 
-    def store(ref: Leaf, gradients: list[jax.Array], keys: list[jax.Array], norm: Any) -> None:
+    def store(
+        ref: Leaf, gradients: list[jax.Array], keys: list[jax.Array], norm: jax.Array | None
+    ) -> None:
         """Through the norm of the keys, which is `1 / norm`; None: not normalised."""
         if norm is not None and options.normalize:
             wide = [y.astype(jnp.float32) for y in keys]

@@ -94,7 +94,7 @@ def test_a_gpu_gets_the_kernels(hopper):
 def test_16_bits_in_full_precision(dtype, capability, hopper, monkeypatch):
     """In three chunks, with gradients: what 16 bits lose between the kernels is more than 1e-4."""
     monkeypatch.setattr(api, "_capability", lambda: capability)
-    # one compilation a length
+    # the helper's jitted function does not know the capability: another shape traces it again
     length = {"bfloat16": 130, "float16": 140}[dtype] + capability[0]
     inputs = random_inputs(seed=1, batch=1, length=length, heads=1, dtype=dtype)
     cotangent = cotangents(inputs)
