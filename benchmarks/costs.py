@@ -143,6 +143,8 @@ def stage_costs(
     blocks = key_dim // min(tiles.states_block_k, key_dim)
     rows = chunks * blocks * ROW_GRADIENTS * CHUNK * _WIDE
     d_keys = (3 if explicit_p else 2) * per_head
+    # float16's: a number for each column of V and kind of sum
+    units = chunks * value_dim * _WIDE if stored == 2 else 0
     per_chunk = {
         "prepare": (
             2 * in_k + (_GAMMA_PRODUCTS + _INVERSE_PRODUCTS) * square,
@@ -155,11 +157,14 @@ def stage_costs(
             6 * state + in_v,
             q + k + p + v + 2 * error + matrix + factors + ends + kept + ends,
         ),
-        "states": (6 * state, q + k + p + v + 2 * error + 2 * kept + factors + d_keys + rows),
+        "states": (
+            6 * state,
+            q + k + p + v + 2 * error + 2 * kept + factors + d_keys + rows + 4 * units,
+        ),
         "scores": (
             2 * in_v + (6 if explicit_p else 5) * in_k,
             (q + k + p + (4 if explicit_p else 3) * gate)
-            + (v + 2 * error + factors + 3 * matrix + 2 * d_keys),
+            + (v + 2 * error + factors + 3 * matrix + 2 * d_keys + 2 * units),
         ),
         "gates": (_GATE_PRODUCTS * square, 2 * matrix + rows + factors + 8 * gate),
     }

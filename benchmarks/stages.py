@@ -30,8 +30,9 @@ from mdn_jax.testing import random_inputs
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output, prepare
 from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens
+from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens, Values
 from pallas_kernels.momentum_delta.scores import score_gradients
+from pallas_kernels.momentum_delta.units import sums, whole
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
 
 FORWARD = STAGES[:3]
@@ -207,16 +208,17 @@ def run_stages(
 
     # arguments stay as they are, to be timed again
     walk = partial(retreat, in_place=False)
-    d_local = run("local", local_gradient, x, prepared, d_o)
-    arguments = (x, prepared, d_o, d_local, Memory(*d_final))
+    local = run("local", local_gradient, x, prepared, d_o)
+    arguments = (x, prepared, d_o, local, Memory(*d_final))
     d_v, d_kept, d_initial = run("retreat", walk, *arguments)
-    values = (d_o, d_v, error)
-    from_states = run("states", state_gradients, x, prepared, values, kept, d_kept)
+    values = (Values(d_o, local.of_outputs), d_v, error)
+    units = sums(*values, kept, d_kept)
+    from_states = run("states", state_gradients, x, prepared, values, kept, d_kept, units)
     score = partial(score_gradients, in_place=False)
-    scores = run("scores", score, x, prepared, values, from_states.keys)
+    scores = run("scores", score, x, prepared, values, from_states.keys, units)
     d_gates = run("gates", gate_gradients, x, prepared, from_states.rows, scores)
 
-    gradients = scores.keys._asdict() | d_gates._asdict() | {"v": d_v}
+    gradients = scores.keys._asdict() | d_gates._asdict() | {"v": whole(d_v, x.v.dtype)}
     gradients = {name: y for name, y in gradients.items() if y is not None}
     gradients["initial_state"] = MDNState(*d_initial)
     return chain, ((o, MDNState(*final)), gradients)

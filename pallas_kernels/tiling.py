@@ -158,6 +158,7 @@ def choose_tiles(
         tiles = tiles._replace(advance_stages=2 if explicit_p else 3, states_stages=3)
         if key_dim == 256:
             tiles = tiles._replace(
+                output_block_v=64,
                 retreat_warps=8,
                 retreat_stages=1 if explicit_p else 2,
                 scores_block_v=128,

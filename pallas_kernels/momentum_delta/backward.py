@@ -23,26 +23,53 @@ from pallas_kernels.momentum_delta.layout import (
     Prepared,
     States,
     Tokens,
+    Values,
     WalkSpecs,
     launches,
 )
+from pallas_kernels.momentum_delta.units import (
+    KEEP,
+    QUERY,
+    READ,
+    WRITE,
+    Range,
+    Sums,
+    enter,
+    largest,
+    leave,
+    most,
+    unit_of,
+)
+
+
+class Local(NamedTuple):
+    """What a chunk's outputs give.
+
+    Attributes:
+      d_error: gradient of the error from them alone, in the storage dtype.
+      of_outputs: unit that float16 needs for the gradients of outputs, `[B, HV, NT, blocks of V]`;
+        None where nothing is in float16.
+    """
+
+    d_error: Values
+    of_outputs: Leaf | None
 
 
 class Retreated(NamedTuple):
     """What the walk back over the chunks gives.
 
     Attributes:
-      d_v: gradient of v, `[B, T, HV, V]` in the storage dtype.
+      d_v: gradient of v, in the storage dtype.
       d_kept: gradients of the states leaving each chunk, in the storage dtype.
       d_memory: gradient of the initial memory, float32.
     """
 
-    d_v: Leaf
+    d_v: Values
     d_kept: States
     d_memory: Memory
 
 
-def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Options) -> jax.Array:
+def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Options) -> Local:
     """The fourth kernel: the gradient of the error from its own chunk's outputs, `A^T dO`.
 
     A program takes a block of V. It keeps a matrix a chunk out of the walk back, which is short of
@@ -52,6 +79,9 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
     block = options.tiles.output_block_v
     specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
+    storage = options.storage(x.q.dtype)
+    unit = z.units(block, storage)
+    unit_spec = None if unit is None else specs.unit()
     return kernel_call(
         partial(_local_gradient, precision=options.products),
         prepared.attention,
@@ -59,23 +89,30 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
         name="mdn_local_gradient",
         grid=specs.grid,
         in_specs=[specs.matrix(), values],
-        out_specs=values,
-        out_shape=z.per_head(z.value_dim, options.storage(x.q.dtype)),
+        out_specs=Local(Values(values, unit_spec), unit_spec),
+        out_shape=Local(Values(z.per_head(z.value_dim, storage), unit), unit),
         warps=options.tiles.output_warps,
         stages=1,
         interpret=options.interpret,
     )
 
 
-def _local_gradient(attention, d_o, out, *, precision):
-    out[...] = dot(attention[...].T, d_o[...], precision).astype(out.dtype)
+def _local_gradient(attention, d_o_ref, out, *, precision):
+    d_o = d_o_ref[...]
+    d_error = dot(attention[...].T, d_o, precision)
+    if out.of_outputs is not None:
+        out.of_outputs[0] = unit_of(largest(d_o.astype(jnp.float32))).size
+        unit = unit_of(largest(d_error))
+        out.d_error.unit[0] = unit.size
+        d_error *= unit.inverse
+    out.d_error.data[...] = d_error.astype(out.d_error.data.dtype)
 
 
 def retreat(
     x: Tokens,
     prepared: Prepared,
     d_o: jax.Array,
-    d_local: jax.Array,
+    local: Local,
     d_final: Memory,
     options: Options,
     *,
@@ -84,33 +121,41 @@ def retreat(
     """The fifth kernel, sequential over chunks from the last, a block of V a program.
 
     In one launch, or in several that take the walks in halves and each add to the results of those
-    before. `d_v` takes the memory of `d_local`, if `in_place`: a tile is read before it is written.
+    before. `d_v` takes the memory of `local.d_error`, if `in_place`: a tile is read before it is
+    written.
     """
     z = x.sizes
     block, storage = options.tiles.retreat_block_v, options.storage(x.q.dtype)
     done: Any = None
+    d_error = local.d_error.data
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.retreat_resident):
         specs = WalkSpecs(z, block, launch)
         keys, values, memory = specs.keys(z.heads), specs.values(), specs.memory()
         p = None if x.p is None else specs.keys(z.p_heads)
-        tokens = (x.q, x.k, x.p, d_o, d_local)
+        units = local.of_outputs, local.d_error.unit
+        tokens = (x.q, x.k, x.p, d_o, units, d_error)
+        d_v = Values(values, specs.units(storage))
+        shapes = (
+            Values(z.per_head(z.value_dim, storage), z.units(block, storage)),
+            z.states(block, storage),
+        )
         # what earlier launches wrote stays where it is: places of operands, to those of results
-        after = len(jax.tree.leaves(tokens))
+        after, results = len(jax.tree.leaves(tokens)), len(jax.tree.leaves(shapes))
         aliases = {after - 1: 0} if in_place else {}
         if launch is not None:
-            aliases |= {after: 3, after + 1: 4}
-        if done is None:
-            written = written_specs = None
-        else:
-            written = (None if in_place else done.d_v, done.d_kept)
-            written_specs = (None if in_place else values, specs.kept())
-            results = (1, 2) if in_place else (0, 1, 2)
-            aliases |= {after + 2 + i: result for i, result in enumerate(results)}
+            aliases |= {after: results, after + 1: results + 1}
+        written = written_specs = None
+        if done is not None:
+            again = done.d_v._replace(data=None) if in_place else done.d_v
+            written = again, done.d_kept
+            written_specs = d_v._replace(data=None) if in_place else d_v, specs.kept(storage)
+            aliases |= {after + 2 + i: i + in_place for i in range(results - in_place)}
         done = kernel_call(
             partial(
                 _retreat,
                 specs=specs,
                 warps=options.tiles.retreat_warps,
+                storage=storage,
                 precision=options.products,
             ),
             tokens,
@@ -120,27 +165,27 @@ def retreat(
             name="mdn_retreat",
             grid=specs.grid,
             in_specs=[
-                (keys, keys, p, values, values),
+                (keys, keys, p, values, tuple(map(specs.units_of, units)), values),
                 memory,
                 written_specs,
                 (specs.matrix(), specs.factors()),
             ],
-            out_specs=Retreated(values, specs.kept(), memory),
-            out_shape=Retreated(z.per_head(z.value_dim, storage), z.states(storage), z.memory),
+            out_specs=Retreated(d_v, specs.kept(storage), memory),
+            out_shape=Retreated(*shapes, z.memory),
             aliases=aliases,
             warps=options.tiles.retreat_warps,
             stages=options.tiles.retreat_stages,
             interpret=options.interpret,
         )
-        d_local, d_final = (done.d_v if in_place else d_local), done.d_memory
+        d_error, d_final = (done.d_v.data if in_place else d_error), done.d_memory
     result: Retreated = done
     return result
 
 
-def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
-    q_ref, k_ref, p_ref, do_ref, local_ref = tokens
+def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precision):
+    q_ref, k_ref, p_ref, do_ref, (output_unit, local_unit), local_ref = tokens
     mixing_ref, factor_ref = prepared
-    dtype = out.d_v.dtype
+    operands = mixing_ref.dtype
     key_dim, block = d_final.s.shape
     values = Fragments(warps, block)
     first, end = specs.stretch(back=True)
@@ -153,40 +198,63 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, precision):
             *(factor_ref[c, layout.KEEP, i] for i in keeps),
         )
 
-    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         # both gradients are one [K, 2 block] float32; rows and d_local were loaded a step ahead
-        d_both, d_local, *rows, keep_ss, keep_ns, keep_nn = carry
+        d_both, leaving, d_local, *rows, keep_ss, keep_ns, keep_nn = carry
         read_s, read_n, write_s, write_n, query_s, query_n = (row[:, None] for row in rows)
         c = end - 1 - i
         start = c * CHUNK
         following = ahead(jnp.maximum(c - 1, 0))
-        low = d_both.astype(dtype)
-        for state, ref in zip(split(low), out.d_kept, strict=True):
+        for state, ref in zip(split(d_both.astype(storage)), out.d_kept[:2], strict=True):
             values.store(state, ref, c)
         steps = pl.ds(start, CHUNK)
         k, q = k_ref[steps, :], q_ref[steps, :]
         p = k if p_ref is None else p_ref[steps, :]
         d_o = values.load(do_ref, CHUNK, first=start).astype(jnp.float32)
+        if leaving is not None:
+            unit = out.d_kept.unit[c] = leaving.unit.size
+            write_s, write_n = write_s * unit, write_n * unit
 
-        by_s, by_n = split(dot(k, low, precision))
+        by_s, by_n = split(dot(k, d_both.astype(operands), precision))
         # what is loaded as values keeps the sum in their layout, of two numbers of a row a thread
-        d_error = d_local.astype(jnp.float32) + write_s * by_s + write_n * by_n
-        d_v = d_error + dot(mixing_ref[c].T, d_error.astype(dtype), precision)
-        values.store(d_v.astype(dtype), out.d_v, first=start)
+        d_error = d_local.astype(jnp.float32)
+        if leaving is not None:
+            d_error *= local_unit[c]
+        d_error = d_error + write_s * by_s + write_n * by_n
+        d_v = d_error + dot(mixing_ref[c].T, d_error.astype(operands), precision)
+        entering = None
+        if leaving is None:
+            values.store(d_v.astype(storage), out.d_v.data, first=start)
+        else:
+            size = largest(d_v)
+            of_v = unit_of(size)
+            values.store((d_v * of_v.inverse).astype(storage), out.d_v.data, first=start)
+            out.d_v.unit[c] = of_v.size
+            by_query, by_read = (
+                factor_ref[c, layout.KEEP, i] for i in (layout.REACH_QUERY, layout.REACH_READ)
+            )
+            grown = jnp.maximum(abs(keep_ss), abs(keep_ns) + abs(keep_nn)) * leaving.bound
+            bound = grown + by_query * most(output_unit[c]) + by_read * size
+            entering = Range(bound, unit_of(bound))
+            to_unit = entering.unit.inverse
+            keep_ss, keep_ns, keep_nn = (x * (unit * to_unit) for x in (keep_ss, keep_ns, keep_nn))
+            read_s, read_n, query_s, query_n = (
+                x * to_unit for x in (read_s, read_n, query_s, query_n)
+            )
 
         d_s, d_n = split(d_both)
         d_both = join(keep_ss * d_s, keep_ns * d_s + keep_nn * d_n)
         # both products accumulate onto what is kept
-        by_query = join(query_s * d_o, query_n * d_o).astype(dtype)
+        by_query = join(query_s * d_o, query_n * d_o).astype(operands)
         d_both += dot(q.T, by_query, precision)
-        by_read = join(-read_s * d_v, -read_n * d_v).astype(dtype)
+        by_read = join(-read_s * d_v, -read_n * d_v).astype(operands)
         d_both += dot(p.T, by_read, precision)
-        return d_both, *following
+        return d_both, entering, *following
 
     d_s, d_n = values.load(d_final.s, key_dim), -values.load(d_final.m, key_dim)
-    carry = (join(d_s, d_n), *ahead(jnp.int32(end - 1)))
-    d_both, *_ = lax.fori_loop(0, end - first, step, carry)
-    d_s, d_n = split(d_both)
+    carry = (*enter(join(d_s, d_n), storage), *ahead(jnp.int32(end - 1)))
+    d_both, entering, *_ = lax.fori_loop(0, end - first, step, carry)
+    d_s, d_n = split(leave(d_both, entering))
     values.store(d_s, out.d_memory.s)
     values.store(-d_n, out.d_memory.m)
 
@@ -215,9 +283,10 @@ class FromStates(NamedTuple):
 def state_gradients(
     x: Tokens,
     prepared: Prepared,
-    values: tuple[jax.Array, jax.Array, jax.Array],
+    values: tuple[Values, Values, Values],
     kept: States,
     d_kept: States,
+    units: Sums | None,
     options: Options,
 ) -> FromStates:
     """The sixth kernel: gradients by way of the states, a block of K a program.
@@ -225,9 +294,10 @@ def state_gradients(
     Args:
       x: the call's tokens.
       prepared: from the forward pass.
-      values: `d_o`, `d_v` and `error`, `[B, T, HV, V]`.
+      values: `d_o` (itself in its own dtype), `d_v` and `error`.
       kept: states entering each chunk.
       d_kept: gradients of the states leaving each chunk.
+      units: from `units.sums`; None for float32.
       options: of the call.
     """
     z = x.sizes
@@ -240,7 +310,6 @@ def state_gradients(
         specs.tokens(block, z.value_heads, blocked=True),
         z.per_head(z.key_dim, x.q.dtype),
     )
-    states = specs.states(block, z.value_dim, cut="k")
     rows = z.per_chunk(blocks, layout.ROW_GRADIENTS, CHUNK, dtype=jnp.float32)
     return kernel_call(
         partial(
@@ -254,14 +323,16 @@ def state_gradients(
         values,
         kept,
         d_kept,
+        units,
         prepared.factors,
         name="mdn_state_gradients",
         grid=specs.grid,
         in_specs=[
             (keys, keys, p),
-            (specs.tokens(z.value_dim, z.value_heads),) * 3,
-            states,
-            states,
+            tuple(specs.values(x) for x in values),
+            specs.states(kept, block, z.value_dim, cut="k"),
+            specs.states(d_kept, block, z.value_dim, cut="k"),
+            specs.units(units),
             specs.factors(),
         ],
         out_specs=FromStates(
@@ -277,10 +348,10 @@ def state_gradients(
 
 
 def _state_gradients(
-    tokens, values, kept, d_kept, factors, out, *, value_dim, block_v, warps, precision
+    tokens, values, kept, d_kept, units, factors, out, *, value_dim, block_v, warps, precision
 ):
     q_ref, k_ref, p_ref = tokens
-    do_ref, dv_ref, error_ref = values
+    do_ref, dv_ref, error_ref = (x.data for x in values)
     dtype = q_ref.dtype
     key_dim = q_ref.shape[1]
     keys = Fragments(warps, key_dim)
@@ -299,18 +370,30 @@ def _state_gradients(
         return jnp.sum(jnp.sum(tile.reshape(-1, *threads, 8), axis=3), axis=0)
 
     def step(i: jax.Array, carry):
-        columns = pl.ds(i * block_v, block_v)
-        d_o, d_v, error = do_ref[:, columns], dv_ref[:, columns], error_ref[:, columns]
-        s, n = kept.s[order, columns], kept.n[order, columns]
-        d_s, d_n = d_kept.s[order, columns], d_kept.n[order, columns]
+        at = pl.ds(i * block_v, block_v)
+        d_o, d_v, error = do_ref[:, at], dv_ref[:, at], error_ref[:, at]
+        s, n = kept.s[order, at], kept.n[order, at]
+        d_s, d_n = d_kept.s[order, at], d_kept.n[order, at]
         products, keeps = carry
-        # in the order of the factors: READ_S, READ_N, WRITE_S, WRITE_N, QUERY_S, QUERY_N
-        pairs = ((d_v, s), (d_v, n), (error, d_s), (error, d_n), (d_o, s), (d_o, n))
-        products = tuple(
-            total + dot(rows, state.T, precision)
-            for total, (rows, state) in zip(products, pairs, strict=True)
-        )
+        by_read, by_write, by_query = (s, n), (d_s, d_n), (s, n)
+        if units is not None:
+            to_read, to_write, to_query, to_keep = (
+                units.columns[row, at][None, :] for row in (READ, WRITE, QUERY, KEEP)
+            )
+            by_read = tuple(y * to_read.astype(s.dtype) for y in by_read)
+            by_write = tuple(y * to_write.astype(s.dtype) for y in by_write)
         s, n, d_s, d_n = (y.astype(jnp.float32) for y in (s, n, d_s, d_n))
+        if units is not None:
+            # of what d_o multiplies bfloat16's digits are enough
+            by_query = tuple((y * to_query).astype(d_o.dtype) for y in (s, n))
+            d_s, d_n = (y * to_keep for y in (d_s, d_n))
+        # in the order of the factors
+        rows = (d_v, d_v, error, error, d_o, d_o)
+        states = (*by_read, *by_write, *by_query)
+        products = tuple(
+            total + dot(row, state.T, precision)
+            for total, row, state in zip(products, rows, states, strict=True)
+        )
         inner = (d_s * s, d_s * n, d_n * n)  # in the order of KEEP
         keeps = tuple(
             total + within_threads(part) for total, part in zip(keeps, inner, strict=True)
@@ -327,15 +410,16 @@ def _state_gradients(
     keep = jnp.zeros((CHUNK,), jnp.float32)
     for index, gradient in enumerate(keeps):
         keep = jnp.where(layout.lanes() == index, jnp.sum(gradient), keep)
-    out.rows[layout.KEEP, :] = keep
+    out.rows[layout.KEEP, :] = keep if units is None else keep * units.unit[KEEP]
 
     def through(rows: tuple[int, int], tile: jax.Array, sign: float = 1.0) -> jax.Array:
         """Gradient of the keys whose products the two rows of factors scale."""
-        wide = sign * tile.astype(jnp.float32)
+        by = sign if units is None else sign * units.unit[rows[0] // 2]
+        wide = tile.astype(jnp.float32)
         for row in rows:
-            out.rows[row, :] = jnp.sum(products[row] * wide, axis=1)
-        scaled = [(sign * row_factors[row])[:, None] * products[row] for row in rows]
-        return scaled[0] + scaled[1]
+            out.rows[row, :] = jnp.sum(products[row] * wide, axis=1) * by
+        both = [(row_factors[row] * by)[:, None] * products[row] for row in rows]
+        return both[0] + both[1]
 
     # one pair of products is done with before the next: registers are short
     d_q = through((layout.QUERY_S, layout.QUERY_N), q)

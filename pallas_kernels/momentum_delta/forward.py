@@ -30,14 +30,23 @@ from pallas_kernels.momentum_delta.layout import (
     HALF,
     HALVES,
     ChunkSpecs,
-    Leaf,
     Memory,
     Options,
     Prepared,
     States,
     Tokens,
+    Values,
     WalkSpecs,
     launches,
+)
+from pallas_kernels.momentum_delta.units import (
+    Range,
+    columns,
+    enter,
+    largest,
+    leave,
+    power_of_two,
+    unit_of,
 )
 
 
@@ -47,7 +56,7 @@ def prepare(x: Tokens, options: Options) -> Prepared:
     specs = ChunkSpecs(z)
     keys, gate = specs.tokens(z.key_dim, z.heads), specs.gate()
     p = None if x.p is None else specs.tokens(z.key_dim, z.p_heads)
-    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.storage(x.q.dtype))
+    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.operands(x.q.dtype))
     return kernel_call(
         partial(_prepare, options=options),
         x._replace(v=None),
@@ -64,6 +73,10 @@ def prepare(x: Tokens, options: Options) -> Prepared:
     )
 
 
+_Pair = tuple[jax.Array, jax.Array]
+"""Of the two halves of a chunk."""
+
+
 class _Half(NamedTuple):
     """What is left of half a chunk when its coefficients are stored."""
 
@@ -77,23 +90,27 @@ class _Half(NamedTuple):
 
 def _prepare(x, out, *, options):
     precision = exact(options.interpret)
-    coarse = coefficient_precision(options.storage(x.q.dtype), options.interpret)
+    operands = options.operands(x.q.dtype)
+    coarse = coefficient_precision(operands, options.interpret)
     explicit_p = x.p is not None
 
     first, second = HALVES
     q, k = x.q[...], x.k[...]
     p = x.p[...] if explicit_p else k
     k_t = k.T
+    ones = halves(jnp.ones((CHUNK,), jnp.float32))
     overlaps = lower_quarters(dot(p, k_t, precision))
-    norm_q = norm_k = halves(jnp.ones((CHUNK,), jnp.float32))
+    square_q = halves(squares(q))
+    if explicit_p or k.dtype == jnp.float32:
+        square_k = halves(squares(k))
+    else:  # products of 16-bit numbers are exact
+        square_k = diagonal(overlaps.first), diagonal(overlaps.second)
+    square_p = halves(squares(p)) if explicit_p else square_k
+    norm_q = norm_k = ones
     if options.normalize:
-        norm_q = halves(inverse_norm(squares(q)))
-        if explicit_p or k.dtype == jnp.float32:
-            norm_k = halves(inverse_norm(squares(k)))
-        else:  # products of 16-bit numbers are exact
-            norm_k = tuple(inverse_norm(diagonal(m)) for m in (overlaps.first, overlaps.second))
+        norm_q, norm_k = (tuple(map(inverse_norm, x)) for x in (square_q, square_k))
     norm_q = tuple(options.scale * norm for norm in norm_q)
-    norm_p = halves(jnp.ones((CHUNK,), jnp.float32)) if explicit_p else norm_k
+    norm_p = ones if explicit_p else norm_k
     write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, norm_k, strict=True))
 
     def scaled(m: Quarters, norm: tuple[jax.Array, jax.Array]) -> Quarters:
@@ -109,13 +126,12 @@ def _prepare(x, out, *, options):
     def store(ref, row: pl.Slice, column: pl.Slice, value: jax.Array) -> None:
         ref[row, column] = value.astype(ref.dtype)
 
-    def rows(index: int, values: tuple[jax.Array, ...], by: tuple[jax.Array, ...]) -> None:
+    def rows(index: int, values: _Pair, by: _Pair) -> None:
         for half, value, factor in zip(HALVES, values, by, strict=True):
             out.factors[index, half] = value * factor
 
-    one = jnp.float32(1)
-    rows(layout.NORM_Q, norm_q, (one, one))
-    rows(layout.NORM_K, norm_k, (one, one))
+    rows(layout.NORM_Q, norm_q, ones)
+    rows(layout.NORM_K, norm_k, ones)
 
     def half_chunk(index: jax.Array, carry: tuple[_Half, _Half]) -> tuple[_Half, _Half]:
         at = pl.ds(index * HALF, HALF)
@@ -146,13 +162,20 @@ def _prepare(x, out, *, options):
     store(out.attention, second, first, scores.corner * query.gamma)
     lower = Quarters(half_1.lower, overlaps.corner * read.gamma, half_2.lower)
 
-    rows(layout.READ_S, (half_1.read_total, read.total), norm_p)
-    rows(layout.READ_N, (half_1.read_lead, read.lead), norm_p)
-    rows(layout.QUERY_S, (half_1.out_total, query.total), norm_q)
-    rows(layout.QUERY_N, (half_1.out_lead, query.lead), norm_q)
     total, lead = end_2.total, end_2.lead  # of the second half, seen from the end
-    rows(layout.WRITE_S, (total * end_1.gamma + lead * end_1.w, end_2.gamma), write)
-    rows(layout.WRITE_N, (end_2.momentum * end_1.w, end_2.w), write)
+    reads = (half_1.read_total, read.total), (half_1.read_lead, read.lead)
+    queries = (half_1.out_total, query.total), (half_1.out_lead, query.lead)
+    writes = (
+        (total * end_1.gamma + lead * end_1.w, end_2.gamma),
+        (end_2.momentum * end_1.w, end_2.w),
+    )
+    for index, of_states, norm in (
+        ((layout.READ_S, layout.READ_N), reads, norm_p),
+        ((layout.QUERY_S, layout.QUERY_N), queries, norm_q),
+        ((layout.WRITE_S, layout.WRITE_N), writes, write),
+    ):
+        for row, of_state in zip(index, of_states, strict=True):
+            rows(row, of_state, norm)
     out.factors[layout.SIGHT_2, first] = half_2.read_total
     out.factors[layout.SIGHT_2, second] = half_2.read_lead
     out.factors[layout.ENDS_1, first], out.factors[layout.ENDS_1, second] = end_1.gamma, end_1.w
@@ -165,12 +188,36 @@ def _prepare(x, out, *, options):
         layout.MOMENTUM_1: end_1.momentum,
         layout.MOMENTUM_2: end_2.momentum,
     }
+    if options.storage(x.q.dtype) == jnp.float16:
+
+        def reach(of_states: tuple[_Pair, _Pair], by: _Pair) -> jax.Array:
+            """Of a chunk's rows together, each of a key of length `by`."""
+            halves = zip(*of_states, by, strict=True)
+            first_half, second_half = ((abs(s) + abs(n)) * abs(size) for s, n, size in halves)
+            return jnp.sum(first_half + second_half)
+
+        def lengths(square: _Pair) -> _Pair:
+            """No element of a key is larger than the key is long."""
+            return jnp.sqrt(square[0]), jnp.sqrt(square[1])
+
+        scale = jnp.full((HALF,), options.scale)
+        length_q, length_k = ones, ones
+        if not options.normalize:
+            length_q, length_k = lengths(square_q), lengths(square_k)
+        length_p = lengths(square_p) if explicit_p else length_k
+        keeps |= {
+            layout.REACH_READ: reach(reads, length_p),
+            layout.REACH_QUERY: reach(queries, tuple(scale * y for y in length_q)),
+            layout.REACH_WRITE: reach(
+                writes, tuple(x.eta[half] * y for half, y in zip(HALVES, length_k, strict=True))
+            ),
+        }
     keep = jnp.zeros((CHUNK,), jnp.float32)
     for entry, value in keeps.items():
         keep = jnp.where(layout.lanes() == entry, value, keep)
     out.factors[layout.KEEP, :] = keep
 
-    inverse = unit_lower_inverse(lower, coarse, float16=options.storage(x.q.dtype) != jnp.float32)
+    inverse = unit_lower_inverse(lower, coarse, float16=operands != jnp.float32)
     row, column = layout.iotas(HALF)
     store(out.mixing, first, first, jnp.where(row > column, inverse.first, 0.0))
     store(out.mixing, second, first, inverse.corner)
@@ -183,12 +230,12 @@ class Advanced(NamedTuple):
     """What the walk over the chunks gives.
 
     Attributes:
-      error: `v'`, the error of every step before its write, `[B, T, HV, V]` in the storage dtype.
+      error: `v'`, the error of every step before its write, in the storage dtype.
       kept: the states entering each chunk, in the storage dtype.
       final: the memory after the last step, float32.
     """
 
-    error: Leaf
+    error: Values
     kept: States
     final: Memory
 
@@ -206,17 +253,22 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.advance_resident):
         specs = WalkSpecs(z, block, launch)
         p = None if x.p is None else specs.keys(z.p_heads)
-        values, states = specs.values(), specs.memory()
+        values, states, unit = specs.values(), specs.memory(), specs.units(storage)
+        walked = Values(values, unit), specs.kept(storage)
+        shapes = (
+            Values(z.per_head(z.value_dim, storage), z.units(block, storage)),
+            z.states(block, storage),
+        )
         tokens = (x.k, x.p, x.v, prepared.mixing, prepared.factors)
         # what earlier launches wrote stays where it is: places of operands, to those of results
-        after = len(jax.tree.leaves(tokens))
+        after, results = len(jax.tree.leaves(tokens)), len(jax.tree.leaves(shapes))
         aliases = {}
         if launch is not None and memory is not None:
-            aliases = {after: 3, after + 1: 4}
-        written = written_specs = None
+            aliases = {after: results, after + 1: results + 1}
+        written = None
         if done is not None:
-            written, written_specs = (done.error, done.kept), (values, specs.kept())
-            aliases |= {after + 2 + i: i for i in range(3)}
+            written = done.error, done.kept
+            aliases |= {after + 2 + i: i for i in range(results)}
         done = kernel_call(
             partial(
                 _advance,
@@ -233,10 +285,10 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
             in_specs=[
                 (specs.keys(z.heads), p, values, specs.matrix(), specs.factors()),
                 None if memory is None else states,
-                written_specs,
+                None if written is None else walked,
             ],
-            out_specs=Advanced(values, specs.kept(), states),
-            out_shape=Advanced(z.per_head(z.value_dim, storage), z.states(storage), z.memory),
+            out_specs=Advanced(*walked, states),
+            out_shape=Advanced(*shapes, z.memory),
             aliases=aliases,
             warps=options.tiles.advance_warps,
             stages=options.tiles.advance_stages,
@@ -249,37 +301,56 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
 
 def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
     k_ref, p_ref, v_ref, mixing_ref, factor_ref = tokens
-    dtype = out.error.dtype
+    dtype, operands = out.error.data.dtype, mixing_ref.dtype
     key_dim, block = out.final.s.shape
     values = Fragments(warps, block)
     first, end = specs.stretch()
 
-    def step(c: jax.Array, both: jax.Array) -> jax.Array:
+    def step(c: jax.Array, carry: tuple[jax.Array, Range | None]) -> tuple[jax.Array, Range | None]:
         # both states are one [K, 2 block] float32, operands of one product and results of one
+        both, entering = carry
         start = c * CHUNK
         # the order is the measured one: with the states stored after a product a step takes longer
         keep_ss, keep_ns, keep_nn = (
             factor_ref[c, layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
         )
         v = values.load(v_ref, CHUNK, first=start).astype(jnp.float32)
-        low = both.astype(dtype)
-        for state, ref in zip(split(low), out.kept, strict=True):
+        for state, ref in zip(split(both.astype(dtype)), (out.kept.s, out.kept.n), strict=True):
             values.store(state, ref, c)
         k = k_ref[pl.ds(start, CHUNK), :]
         p = k if p_ref is None else p_ref[pl.ds(start, CHUNK), :]
 
-        def factor(row: int) -> jax.Array:
-            return factor_ref[c, row, :][:, None]
+        def factor(row: int, by: jax.Array | None = None) -> jax.Array:
+            factors = factor_ref[c, row, :]
+            return (factors if by is None else factors * by)[:, None]
 
-        seen_s, seen_n = split(dot(p, low, precision))
-        residual = v - factor(layout.READ_S) * seen_s - factor(layout.READ_N) * seen_n
+        unit = to_unit = None
+        if entering is not None:
+            unit = out.kept.unit[c] = entering.unit.size
+        seen_s, seen_n = split(dot(p, both.astype(operands), precision))
+        residual = v - factor(layout.READ_S, unit) * seen_s - factor(layout.READ_N, unit) * seen_n
         # a step's own residual is not rounded
-        error = residual + dot(mixing_ref[c], residual.astype(dtype), precision)
-        values.store(error.astype(dtype), out.error, first=start)
+        error = residual + dot(mixing_ref[c], residual.astype(operands), precision)
+        leaving = None
+        if entering is None:
+            values.store(error.astype(dtype), out.error.data, first=start)
+        else:
+            most = largest(error)
+            of_error = unit_of(most)
+            values.store((error * of_error.inverse).astype(dtype), out.error.data, first=start)
+            out.error.unit[c] = of_error.size
+            grown = jnp.maximum(abs(keep_ss) + abs(keep_ns), abs(keep_nn)) * entering.bound
+            bound = grown + factor_ref[c, layout.KEEP, layout.REACH_WRITE] * most
+            leaving = Range(bound, unit_of(bound))
+            to_unit = leaving.unit.inverse
+            moved = entering.unit.size * to_unit
+            keep_ss, keep_ns, keep_nn = (x * moved for x in (keep_ss, keep_ns, keep_nn))
         s, n = split(both)
         kept = join(keep_ss * s + keep_ns * n, keep_nn * n)
-        written = join(factor(layout.WRITE_S) * error, factor(layout.WRITE_N) * error)
-        return kept + dot(k.T, written.astype(dtype), precision)
+        written = join(
+            factor(layout.WRITE_S, to_unit) * error, factor(layout.WRITE_N, to_unit) * error
+        )
+        return kept + dot(k.T, written.astype(operands), precision), leaving
 
     if memory is None:
         s = n = jnp.zeros((key_dim, block), jnp.float32)
@@ -287,13 +358,13 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         s, n = values.load(memory.s, key_dim), -values.load(memory.m, key_dim)
         if from_zeros:  # what is there is of the first halves of walks
             s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
-    s, n = split(lax.fori_loop(first, end, step, join(s, n)))
+    s, n = split(leave(*lax.fori_loop(first, end, step, enter(join(s, n), dtype))))
     values.store(s, out.final.s)
     values.store(-n, out.final.m)
 
 
 def output(
-    x: Tokens, prepared: Prepared, error: jax.Array, kept: States, options: Options
+    x: Tokens, prepared: Prepared, error: Values, kept: States, options: Options
 ) -> jax.Array:
     """The third kernel: o `[B, T, HV, V]`, a block of V a program."""
     z = x.sizes
@@ -301,7 +372,7 @@ def output(
     specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
     return kernel_call(
-        partial(_output, precision=options.products),
+        partial(_output, precision=options.products, block_of=specs.block, value_dim=z.value_dim),
         x.q,
         error,
         prepared.attention,
@@ -311,10 +382,10 @@ def output(
         grid=specs.grid,
         in_specs=[
             specs.tokens(z.key_dim, z.heads),
-            values,
+            Values(values, specs.units(error.unit)),
             specs.matrix(),
             specs.factors(),
-            specs.states(z.key_dim, block, cut="v"),
+            specs.states(kept, z.key_dim, block, cut="v"),
         ],
         out_specs=values,
         out_shape=z.per_head(z.value_dim, x.v.dtype),
@@ -324,11 +395,22 @@ def output(
     )
 
 
-def _output(q, error, attention, factors, kept, out, *, precision):
-    queries = q[...]
-    o = (
-        factors[layout.QUERY_S, :][:, None] * dot(queries, kept.s[...], precision)
-        + factors[layout.QUERY_N, :][:, None] * dot(queries, kept.n[...], precision)
-        + dot(attention[...], error[...], precision)
-    )
+def _output(q, error, attention, factors, kept, out, *, precision, block_of, value_dim):
+    queries, errors, matrix = q[...], error.data[...], attention[...]
+    query_s, query_n = (factors[i, :][:, None] for i in (layout.QUERY_S, layout.QUERY_N))
+    if kept.unit is not None:
+        # queries become float16, each with its largest element below 2; errors what q was
+        sizes = jnp.max(jnp.abs(queries.astype(jnp.float32)), axis=1)[:, None]
+        power = power_of_two(sizes)
+        queries = (queries.astype(jnp.float32) * power.inverse).astype(kept.s.dtype)
+        query_s, query_n = query_s * power.size, query_n * power.size
+        first, count = block_of(pl.program_id(0)) * out.shape[1], out.shape[1]
+        of_states = columns(kept.unit, value_dim, first, count)[None, :]
+        of_errors = columns(error.unit, value_dim, first, count)[None, :]
+        errors = (errors.astype(jnp.float32) * of_errors).astype(matrix.dtype)
+    o = query_s * dot(queries, kept.s[...], precision)
+    o += query_n * dot(queries, kept.n[...], precision)
+    if kept.unit is not None:
+        o *= of_states
+    o += dot(matrix, errors, precision)
     out[...] = o.astype(out.dtype)

@@ -41,6 +41,9 @@ FACTORS = 11
 KEEP_SS, KEEP_NS, KEEP_NN = range(3)
 # the end of the first half, and how much momentum the second keeps
 TOTAL_1, LEAD_1, MOMENTUM_1, MOMENTUM_2 = range(3, 7)
+# how far a chunk of errors of at most 1 moves an element of the states, and how far gradients of
+# errors and of outputs of at most 1 move one of their gradients (units.py)
+REACH_WRITE, REACH_READ, REACH_QUERY = range(7, 10)
 # gradients come back for the first seven rows
 ROW_GRADIENTS = 7
 
@@ -62,9 +65,16 @@ class Options(NamedTuple):
     precise: bool
     interpret: bool
 
-    def storage(self, dtype: jnp.dtype) -> jnp.dtype:
-        """Of what the kernels keep and hand on, where q is of `dtype`."""
+    def operands(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Of matrices inside a chunk and of products with keys, where q is of `dtype`."""
         return jnp.dtype(jnp.float32) if self.precise else dtype
+
+    def storage(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Of states, errors and their gradients between the kernels, where q is of `dtype`.
+
+        float16 comes in units of its own (units.py).
+        """
+        return jnp.dtype(jnp.float32 if self.operands(dtype) == jnp.float32 else jnp.float16)
 
     @property
     def products(self) -> Precision:
@@ -111,17 +121,36 @@ class Memory(NamedTuple):
 
 
 class States(NamedTuple):
-    """Memory and negated momentum of each chunk, `[B, HV, NT, K, V]`."""
+    """Memory and negated momentum of each chunk, or their gradients.
+
+    Attributes:
+      s: `[B, HV, NT, K, V]`, in the storage dtype.
+      n: the same.
+      unit: what float16 counts in, `[B, HV, NT, blocks of V]` float32; None: 1.
+    """
 
     s: Leaf
     n: Leaf
+    unit: Leaf | None
+
+
+class Values(NamedTuple):
+    """What has the shape of the values.
+
+    Attributes:
+      data: `[B, T, HV, V]`.
+      unit: what float16 counts in, `[B, HV, NT, blocks of V]` float32; None: 1.
+    """
+
+    data: Leaf
+    unit: Leaf | None
 
 
 class Prepared(NamedTuple):
     """What the gates, keys and queries of a chunk give, whatever the states.
 
     Attributes:
-      attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, in the storage dtype.
+      attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, in the operands' dtype.
       mixing: `(I + L)^-1 - I`, what a step's error takes from earlier ones of the chunk, same shape
         and dtype.
       gamma: gamma as the error sees it, same shape and dtype.
@@ -170,10 +199,16 @@ class Sizes(NamedTuple):
         state = jax.ShapeDtypeStruct(shape, jnp.float32)
         return Memory(state, state)
 
-    def states(self, dtype: jax.typing.DTypeLike) -> States:
-        """A pair of states for each chunk, `[B, HV, NT, K, V]`."""
+    def units(self, block: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct | None:
+        """One for each chunk and `block` columns of V, for data of `dtype`."""
+        if dtype != jnp.float16:
+            return None
+        return self.per_chunk(self.value_dim // block, dtype=jnp.float32)
+
+    def states(self, block: int, dtype: jnp.dtype) -> States:
+        """A pair of states for each chunk, in units for `block` columns of V."""
         kept = self.per_chunk(self.key_dim, self.value_dim, dtype=dtype)
-        return States(kept, kept)
+        return States(kept, kept, self.units(block, dtype))
 
 
 class ChunkSpecs:
@@ -231,13 +266,26 @@ class ChunkSpecs:
         """`[FACTORS, C]` of `Prepared.factors`."""
         return self.array(FACTORS, CHUNK)
 
-    def states(self, key_block: int, value_block: int, *, cut: str) -> States:
+    def units(self, units: Leaf | None) -> Leaf | None:
+        """`[...]` of arrays `[B, HV, NT, ...]`."""
+        return jax.tree.map(lambda x: self.array(*x.shape[3:]), units)
+
+    def unit(self) -> pl.BlockSpec:
+        """`[1]` of an array of units `[B, HV, NT, blocks]`, that of the program's block."""
+        return self._spec((None, None, None, 1), lambda c, b, h, i: (b, h, c, i))
+
+    def values(self, values: Values) -> Values:
+        """`[C, V]`."""
+        z = self._z
+        return Values(self.tokens(z.value_dim, z.value_heads), self.units(values.unit))
+
+    def states(self, states: States, key_block: int, value_block: int, *, cut: str) -> States:
         """`[key_block, value_block]` of each chunk's states, cut along "k" or "v"."""
         spec = self._spec(
             (None, None, None, key_block, value_block),
             lambda c, b, h, i: (b, h, c, i, 0) if cut == "k" else (b, h, c, 0, i),
         )
-        return States(spec, spec)
+        return States(spec, spec, self.units(states.unit))
 
     def part(self) -> pl.BlockSpec:
         """`[ROW_GRADIENTS, C]` of an array `[B, HV, NT, blocks, ROW_GRADIENTS, C]`."""
@@ -358,11 +406,25 @@ class WalkSpecs:
         spec = self._spec(shape, lambda i, b, h: (b, h, 0, i))
         return Memory(spec, spec)
 
-    def kept(self) -> States:
+    def units(self, dtype: jnp.dtype) -> pl.BlockSpec | None:
+        """`[NT]` of an array of units `[B, HV, NT, blocks]`, for data of `dtype`."""
+        if dtype != jnp.float16:
+            return None
+        return self._spec((None, None, self._z.chunks, None), lambda i, b, h: (b, h, 0, i))
+
+    def units_of(self, unit: Leaf | None) -> pl.BlockSpec | None:
+        """`[NT]` of units `[B, HV, NT, blocks]` whose blocks are as wide as the walk's or wider."""
+        if unit is None:
+            return None
+        share = self._walks[0] // unit.shape[3]
+        shape = (None, None, self._z.chunks, None)
+        return self._spec(shape, lambda i, b, h: (b, h, 0, lax.div(i, share)))
+
+    def kept(self, dtype: jnp.dtype) -> States:
         """`[NT, K, block]` of the states of every chunk."""
         shape = (None, None, self._z.chunks, self._z.key_dim, self._block)
         spec = self._spec(shape, lambda i, b, h: (b, h, 0, 0, i))
-        return States(spec, spec)
+        return States(spec, spec, self.units(dtype))
 
 
 def iotas(size: int = CHUNK) -> tuple[jax.Array, jax.Array]:

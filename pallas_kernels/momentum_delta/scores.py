@@ -16,7 +16,16 @@ from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.backward import KeyGradients
 from pallas_kernels.momentum_delta.coefficients import exp, log_gate
-from pallas_kernels.momentum_delta.layout import CHUNK, ChunkSpecs, Leaf, Options, Prepared, Tokens
+from pallas_kernels.momentum_delta.layout import (
+    CHUNK,
+    ChunkSpecs,
+    Leaf,
+    Options,
+    Prepared,
+    Tokens,
+    Values,
+)
+from pallas_kernels.momentum_delta.units import ERROR, OUTPUT, Sums
 
 
 class FromScores(NamedTuple):
@@ -36,8 +45,9 @@ class FromScores(NamedTuple):
 def score_gradients(
     x: Tokens,
     prepared: Prepared,
-    values: tuple[jax.Array, jax.Array, jax.Array],
+    values: tuple[Values, Values, Values],
     from_states: KeyGradients,
+    units: Sums | None,
     options: Options,
     *,
     in_place: bool = True,
@@ -47,8 +57,9 @@ def score_gradients(
     Args:
       x: the call's tokens.
       prepared: from the forward pass.
-      values: `d_o`, `d_v` and `error`, `[B, T, HV, V]`.
+      values: `d_o` (itself in its own dtype), `d_v` and `error`.
       from_states: gradients by way of the states, to which those of the scores are added.
+      units: from `units.sums`; None for float32.
       options: of the call.
       in_place: the gradients take the memory of `from_states`: a tile is read before it is written.
     """
@@ -59,7 +70,7 @@ def score_gradients(
     per_head, gradient = specs.tokens(z.key_dim, z.value_heads), z.per_head(z.key_dim, x.q.dtype)
     key_specs = KeyGradients(per_head, per_head, None if p is None else per_head)
     key_shapes = KeyGradients(gradient, gradient, None if p is None else gradient)
-    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.storage(x.q.dtype))
+    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.operands(x.q.dtype))
     tokens = x._replace(v=None, log_alpha=x.log_alpha if x.p is not None else None)
     keys_at = len(jax.tree.leaves((tokens, values)))
     return kernel_call(
@@ -72,14 +83,16 @@ def score_gradients(
         tokens,
         values,
         from_states,
+        units,
         prepared.gamma,
         prepared.factors,
         name="mdn_score_gradients",
         grid=specs.grid,
         in_specs=[
             Tokens(keys, keys, None, p, None if p is None else gate, gate, gate, gate),
-            (specs.tokens(z.value_dim, z.value_heads),) * 3,
+            tuple(specs.values(x) for x in values),
             key_specs,
+            specs.units(units),
             specs.matrix(),
             specs.factors(),
         ],
@@ -92,9 +105,11 @@ def score_gradients(
     )
 
 
-def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, block_v, options):
-    do_ref, dv_ref, error_ref = values
-    precision, dtype = options.products, options.storage(x.q.dtype)
+def _score_gradients(
+    x, values, from_states, units, gamma, factors, out, *, value_dim, block_v, options
+):
+    do_ref, dv_ref, error_ref = (y.data for y in values)
+    precision, dtype = options.products, options.operands(x.q.dtype)
 
     # loads that would stall after the loop
     log_mu, beta, eta = log_gate(x.log_mu, slice(None)), x.beta[...], x.eta[...]
@@ -102,15 +117,22 @@ def _score_gradients(x, values, from_states, gamma, factors, out, *, value_dim, 
     gamma_read = gamma[...]
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        columns = pl.ds(i * block_v, block_v)
-        error_t = error_ref[:, columns].T
+        at = pl.ds(i * block_v, block_v)
+        d_o, d_v, error = do_ref[:, at], dv_ref[:, at], error_ref[:, at]
+        if units is not None:
+            to_output, to_error = (units.columns[row, at][None, :] for row in (OUTPUT, ERROR))
+            d_o = (d_o.astype(jnp.float32) * to_output).astype(error.dtype)
+            d_v *= to_error.astype(d_v.dtype)
         return (
-            carry[0] + dot(do_ref[:, columns], error_t, precision),
-            carry[1] + dot(dv_ref[:, columns], error_t, precision),
+            carry[0] + dot(d_o, error.T, precision),
+            carry[1] + dot(d_v, error.T, precision),
         )
 
     square = jnp.zeros((CHUNK, CHUNK), jnp.float32)
     by_output, by_error = lax.fori_loop(0, value_dim // block_v, step, (square, square))
+    if units is not None:
+        by_output *= units.unit[OUTPUT]
+        by_error *= units.unit[ERROR]
     t, j = layout.iotas()
     norm_p = norm_k if x.p is None else jnp.ones_like(norm_k)
     by_output = jnp.where(t >= j, by_output, 0.0) * norm_q[:, None] * norm_k[None, :]

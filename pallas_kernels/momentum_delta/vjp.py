@@ -10,8 +10,16 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output, prepare
 from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import Memory, Options, Prepared, States, Tokens
+from pallas_kernels.momentum_delta.layout import (
+    Memory,
+    Options,
+    Prepared,
+    States,
+    Tokens,
+    Values,
+)
 from pallas_kernels.momentum_delta.scores import score_gradients
+from pallas_kernels.momentum_delta.units import sums, whole
 
 CHUNK_FACTORS = "mdn_chunk_factors"
 """Name of the residuals without states, for policies of `jax.checkpoint`.
@@ -28,14 +36,14 @@ class Residuals(NamedTuple):
     Attributes:
       x: the inputs.
       prepared: three `[C, C]` matrices and `FACTORS` rows a chunk.
-      error: `[B, T, HV, V]`.
+      error: of every step before its write.
       kept: one pair of states a chunk, the largest part.
       entered: `()` where a memory entered, None where none did.
     """
 
     x: Tokens
     prepared: Prepared
-    error: jax.Array
+    error: Values
     kept: States
     entered: tuple[()] | None
 
@@ -61,8 +69,8 @@ def _forward(
     prepared = prepare(x, options)
     prepared = Prepared(*(checkpoint_name(y, CHUNK_FACTORS) for y in prepared))
     error, kept, final = advance(x, prepared, memory, options)
-    error = checkpoint_name(error, CHUNK_FACTORS)
-    kept = States(*(checkpoint_name(y, CHUNK_STATES) for y in kept))
+    error = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), error)
+    kept = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_STATES), kept)
     o = output(x, prepared, error, kept, options)
     return (o, final), Residuals(x, prepared, error, kept, None if memory is None else ())
 
@@ -72,17 +80,18 @@ def _backward(
 ) -> tuple[Tokens, Memory | None]:
     x, prepared, error, kept, entered = residuals
     d_o, d_final = cotangents
-    d_local = local_gradient(x, prepared, d_o, options)
-    d_v, d_kept, d_memory = retreat(x, prepared, d_o, d_local, d_final, options)
-    values = (d_o, d_v, error)
-    from_states = state_gradients(x, prepared, values, kept, d_kept, options)
-    scores = score_gradients(x, prepared, values, from_states.keys, options)
+    local = local_gradient(x, prepared, d_o, options)
+    d_v, d_kept, d_memory = retreat(x, prepared, d_o, local, d_final, options)
+    values = (Values(d_o, local.of_outputs), d_v, error)
+    units = sums(*values, kept, d_kept)
+    from_states = state_gradients(x, prepared, values, kept, d_kept, units, options)
+    scores = score_gradients(x, prepared, values, from_states.keys, units, options)
     d_gates = gate_gradients(x, prepared, from_states.rows, scores, options)
     d_q, d_k, d_p = scores.keys
     d_x = Tokens(
         q=_sum_groups(d_q, x.q),
         k=_sum_groups(d_k, x.k),
-        v=d_v.astype(x.v.dtype),
+        v=whole(d_v, x.v.dtype),
         p=None if d_p is None or x.p is None else _sum_groups(d_p, x.p),
         **d_gates._asdict(),
     )

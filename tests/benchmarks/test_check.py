@@ -76,8 +76,8 @@ def test_every_feature_is_covered_several_times():
         counts = Counter(getattr(x, name) for x in cases)
         assert all(counts[value] >= 5 for value in values), (name, counts)
     assert sum(x.documents > 1 for x in cases) >= 10
-    assert all(x.value_heads >= 8 for x in cases if x.backward and not x.precise)
-    assert all(x.value_heads == 1 for x in cases if x.precise)
+    # errors of few heads are not hidden by those of others
+    assert sum(x.rows == 1 for x in cases if x.backward) >= 80
     assert {24, 96} <= {x.key_dim for x in cases}
     wide = {(x.key_dim, x.value_dim) for x in cases if x.dtype == "float32"}
     assert {(256, 512), (32, 256), (64, 256), (96, 256)} <= wide
@@ -128,7 +128,8 @@ def test_right_kernels_pass_and_corrupted_ones_do_not(monkeypatch, tmp_path, cap
 
     def corrupted(*arguments):
         result = retreat(*arguments)
-        return result._replace(d_v=result.d_v.at[:, 7].multiply(1.01))
+        wrong = result.d_v.data.at[:, 7].multiply(1.01)
+        return result._replace(d_v=result.d_v._replace(data=wrong))
 
     monkeypatch.setattr(pallas_kernels.momentum_delta.vjp, "retreat", corrupted)
     monkeypatch.setattr(command, "shipped_cases", lambda capability: [TINY])

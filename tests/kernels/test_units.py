@@ -1,0 +1,130 @@
+"""float16 in units: what the kernels hand on keeps its digits, whatever its size."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdn_jax.testing import GATE_REGIMES, random_inputs, relative_error, relative_errors
+from pallas_kernels.momentum_delta.units import power_of_two, unit_of
+from tests.kernels.helpers import kernel_outputs_and_gradients
+from tests.ops.helpers import cotangents, outputs_and_gradients
+
+inputs_of = partial(
+    random_inputs, batch=1, heads=1, key_dim=16, value_dim=32, length=130, dtype=jnp.bfloat16
+)
+
+
+def test_powers_of_two():
+    sizes = np.float32([1.0, 1.5, 1.99, 2.0, 3e-20, 7e25, 2.0**-120, 2.0**120])
+    size, inverse = map(np.asarray, power_of_two(jnp.asarray(sizes)))
+    np.testing.assert_array_equal(size * inverse, 1)
+    np.testing.assert_array_equal(np.frexp(size)[0], 0.5)
+    assert np.all((size <= sizes) & (sizes < 2 * size))
+
+
+def test_numbers_fill_the_upper_half_of_float16():
+    bounds = jnp.asarray(np.float32([1e-30, 1e-3, 0.99, 1, 5e4, 3e30]))
+    unit = unit_of(bounds)
+    inside = np.asarray(bounds * unit.inverse)
+    assert np.all((inside >= 2**13) & (inside < 2**14))
+    np.testing.assert_array_equal(inside * np.asarray(unit.size), bounds)
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-40])
+def test_nothing_has_a_unit_too(bound):
+    unit = unit_of(jnp.float32(bound))
+    assert float(unit.size) > 0
+    assert np.isfinite(float(unit.inverse))
+
+
+def times(tree, factor):
+    return jax.tree.map(lambda x: (x * factor).astype(x.dtype), tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exponents", [(40, -60), (-50, 30)])
+def test_sizes_of_values_and_cotangents_do_not_matter(exponents):
+    """All is linear in them, and powers of two are exact: the same bits, as many doublings off."""
+    of_values, of_cotangents = (2.0**x for x in exponents)
+    inputs = inputs_of(seed=1)
+    cotangent = cotangents(inputs)
+    outputs, gradients = kernel_outputs_and_gradients(inputs, cotangent)
+    large = inputs | times({name: inputs[name] for name in ("v", "initial_state")}, of_values)
+    moved = kernel_outputs_and_gradients(large, times(cotangent, of_cotangents))
+    jax.tree.map(np.testing.assert_array_equal, moved[0], times(outputs, of_values))
+    for name, gradient in gradients.items():
+        factor = of_cotangents * (1.0 if name in ("v", "initial_state") else of_values)
+        expected = times(gradient, factor)
+        jax.tree.map(np.testing.assert_array_equal, moved[1][name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doublings", [12, 40])
+def test_blocks_of_values_of_different_sizes(doublings):
+    """What adds up over V has operands in other units in each block (of 16, the tests' tiles).
+
+    Large values have small cotangents, so that both blocks count in the gradients of q and k.
+    """
+    inputs = inputs_of(seed=2)
+    o, state = cotangents(inputs)
+    by = jnp.where(jnp.arange(32) < 16, 2.0**doublings, 1.0)
+    inputs |= times({name: inputs[name] for name in ("v", "initial_state")}, by)
+    cotangent = times((o, state), 1 / by)
+    (actual, final), gradients = kernel_outputs_and_gradients(inputs, cotangent)
+    expected, right = outputs_and_gradients(
+        *jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangent)), implementation="scan"
+    )
+    errors = relative_errors(gradients, right)
+    assert max(errors.values()) <= 1e-2, errors
+    for block in (slice(0, 16), slice(16, 32)):
+        for x, y in zip((actual, *final), (expected[0], *expected[1]), strict=True):
+            assert relative_error(x[..., block], y[..., block]) <= 5e-3
+        assert relative_error(gradients["v"][..., block], right["v"][..., block]) <= 1e-2
+
+
+@pytest.mark.slow
+def test_one_large_value_leaves_the_digits_of_the_rest():
+    """Forgotten at the next document, but float16 alone would have ended at it."""
+    inputs = inputs_of(seed=3, documents=3, initial_state=False)
+    inputs["v"] = inputs["v"].at[0, 0, 0, 0].set(2.0**30)
+    starts = np.flatnonzero(np.diff(np.asarray(inputs["segment_ids"])[0]))
+    after = int(starts[0]) + 1
+    (o, _), _ = kernel_outputs_and_gradients(inputs)
+    (expected, _), _ = outputs_and_gradients(
+        jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs),
+        implementation="scan",
+    )
+    assert relative_error(o[:, after:], expected[:, after:]) <= 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("explicit_p", [False, True])
+def test_one_head_in_every_regime(explicit_p):
+    """Whose gradients of gates may all but cancel: with 8 digits between the kernels up to 0.27."""
+    for seed, regime in enumerate(GATE_REGIMES):
+        for keys in ("random", "parallel", "zero"):
+            inputs = inputs_of(seed=seed, regime=regime, keys=keys, explicit_p=explicit_p)
+            cotangent = cotangents(inputs)
+            _, gradients = kernel_outputs_and_gradients(inputs, cotangent)
+            _, right = outputs_and_gradients(
+                *jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangent)),
+                implementation="scan",
+            )
+            errors = relative_errors(gradients, right)
+            assert max(errors.values()) <= 1e-2, (regime, keys, errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("initial_state", [True, False])
+def test_walks_in_halves(initial_state):
+    """Units begin anew with the second half of a walk."""
+    inputs = random_inputs(
+        seed=4, batch=1, length=130, heads=1, value_heads=2, key_dim=16, value_dim=32,
+        dtype=jnp.bfloat16, documents=2, initial_state=initial_state,
+    )  # fmt: skip
+    whole, cut = (kernel_outputs_and_gradients(inputs, resident=n) for n in (None, 3))
+    errors = relative_errors(cut, whole)
+    assert max(errors.values()) <= 1e-3, errors
