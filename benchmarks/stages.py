@@ -32,7 +32,7 @@ from pallas_kernels.momentum_delta.forward import advance, output, prepare
 from pallas_kernels.momentum_delta.gates import gate_gradients
 from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens, Values
 from pallas_kernels.momentum_delta.scores import score_gradients
-from pallas_kernels.momentum_delta.units import sums, whole
+from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
 
 FORWARD = STAGES[:3]
@@ -212,8 +212,9 @@ def run_stages(
     arguments = (x, prepared, d_o, local, Memory(*d_final))
     d_v, d_kept, d_initial = run("retreat", walk, *arguments)
     values = (Values(d_o, local.of_outputs), d_v, error)
-    units = sums(*values, kept, d_kept)
+    units = sums_with_states(d_v, error, kept, d_kept)
     from_states = run("states", state_gradients, x, prepared, values, kept, d_kept, units)
+    units = sums_with_errors(*values)
     score = partial(score_gradients, in_place=False)
     scores = run("scores", score, x, prepared, values, from_states.keys, units)
     d_gates = run("gates", gate_gradients, x, prepared, from_states.rows, scores)

@@ -297,7 +297,7 @@ def state_gradients(
       values: `d_o` (itself in its own dtype), `d_v` and `error`.
       kept: states entering each chunk.
       d_kept: gradients of the states leaving each chunk.
-      units: from `units.sums`; None for float32.
+      units: from `units.sums_with_states`; None for float32.
       options: of the call.
     """
     z = x.sizes

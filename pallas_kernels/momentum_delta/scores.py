@@ -59,7 +59,7 @@ def score_gradients(
       prepared: from the forward pass.
       values: `d_o` (itself in its own dtype), `d_v` and `error`.
       from_states: gradients by way of the states, to which those of the scores are added.
-      units: from `units.sums`; None for float32.
+      units: from `units.sums_with_errors`; None for float32.
       options: of the call.
       in_place: the gradients take the memory of `from_states`: a tile is read before it is written.
     """

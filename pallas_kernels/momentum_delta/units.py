@@ -95,43 +95,65 @@ def columns(units: Leaf, value_dim: int, first: jax.Array | int, count: int) -> 
     return units[lax.div(column, value_dim // units.shape[0])]
 
 
-# what adds up over V in the gradients of a chunk: d_v with states, errors with gradients of states,
-# d_o with states, gradients of states with states, d_o with errors, d_v with errors
-READ, WRITE, QUERY, KEEP, OUTPUT, ERROR = range(6)
-
-
 class Sums(NamedTuple):
     """Units of sums over V whose operands have units of their own in each block of V.
 
     Attributes:
-      unit: of each sum, `[B, HV, NT, 6]` float32.
-      columns: what takes a product to it, by column of V, `[B, HV, NT, 6, V]` float32; at most 1,
-        but for `QUERY` and `OUTPUT`, where d_o has no unit.
+      unit: of each sum, `[B, HV, NT, sums]` float32.
+      columns: what takes a product to it, by column of V, `[B, HV, NT, sums, V]` float32, at most 1
+        (with `OUTPUT` d_o has no unit, so that it is more).
     """
 
     unit: Leaf
     columns: Leaf
 
 
-def sums(d_o: Values, d_v: Values, error: Values, kept: States, d_kept: States) -> Sums | None:
-    """Outside of kernels. `d_o` is itself, with the unit that it needs in float16.
+# of `sums_with_states`: d_v with states, errors with gradients of states, d_o with states, and
+# gradients of states with states
+READ, WRITE, QUERY, KEEP = range(4)
+# of `sums_with_errors`: d_o with errors, d_v with errors
+OUTPUT, ERROR = range(2)
 
-    Returns:
-      None for float32.
-    """
-    value_dim = d_o.data.shape[3]
-    units = [x.unit for x in (d_o, d_v, error, kept, d_kept) if x.unit is not None]
-    if not units:
+
+def sums_with_states(d_v: Values, error: Values, kept: States, d_kept: States) -> Sums | None:
+    """Outside of kernels; None for float32."""
+    units = _by_column(d_v, error, kept, d_kept)
+    if units is None:
         return None
-    of_o, of_v, of_error, of_s, of_ds = (
-        jnp.repeat(unit, value_dim // unit.shape[3], axis=3) for unit in units
-    )
-    products = [of_v * of_s, of_error * of_ds, of_s, of_ds * of_s, of_o * of_error, of_v * of_error]
+    of_v, of_error, of_s, of_ds = units
+    return _sums([of_v * of_s, of_error * of_ds, of_s, of_ds * of_s])
+
+
+def sums_with_errors(d_o: Values, d_v: Values, error: Values) -> Sums | None:
+    """Outside of kernels; None for float32.
+
+    Args:
+      d_o: itself, with the unit that it needs in float16.
+      d_v: in units.
+      error: in units.
+    """
+    units = _by_column(d_o, d_v, error)
+    if units is None:
+        return None
+    of_o, of_v, of_error = units
+    sums = _sums([of_o * of_error, of_v * of_error])
+    output = of_error / sums.unit[..., OUTPUT, None]
+    return sums._replace(columns=sums.columns.at[..., OUTPUT, :].set(output))
+
+
+def _by_column(*tiles: Values | States) -> list[jax.Array] | None:
+    """The unit of each column, `[B, HV, NT, V]`."""
+    units = [x.unit for x in tiles if x.unit is not None]
+    value_dim = jax.tree.leaves(tiles[0])[0].shape[3]
+    return [jnp.repeat(x, value_dim // x.shape[3], axis=3) for x in units] or None
+
+
+def _sums(products: list[jax.Array]) -> Sums:
+    """Of the products of the operands' units."""
+    stacked = jnp.stack(products, axis=3)
     # of nothing but zeros the product of units may be zero
-    unit = [jnp.maximum(jnp.max(x, axis=3), _LEAST) for x in products]
-    products[OUTPUT] = of_error
-    columns = [x / size[..., None] for x, size in zip(products, unit, strict=True)]
-    return Sums(jnp.stack(unit, axis=3), jnp.stack(columns, axis=3))
+    unit = jnp.maximum(jnp.max(stacked, axis=4), _LEAST)
+    return Sums(unit, stacked / unit[..., None])
 
 
 def whole(values: Values, dtype: jnp.dtype) -> jax.Array:

@@ -19,7 +19,7 @@ from pallas_kernels.momentum_delta.layout import (
     Values,
 )
 from pallas_kernels.momentum_delta.scores import score_gradients
-from pallas_kernels.momentum_delta.units import sums, whole
+from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 
 CHUNK_FACTORS = "mdn_chunk_factors"
 """Name of the residuals without states, for policies of `jax.checkpoint`.
@@ -83,8 +83,9 @@ def _backward(
     local = local_gradient(x, prepared, d_o, options)
     d_v, d_kept, d_memory = retreat(x, prepared, d_o, local, d_final, options)
     values = (Values(d_o, local.of_outputs), d_v, error)
-    units = sums(*values, kept, d_kept)
+    units = sums_with_states(d_v, error, kept, d_kept)
     from_states = state_gradients(x, prepared, values, kept, d_kept, units, options)
+    units = sums_with_errors(*values)
     scores = score_gradients(x, prepared, values, from_states.keys, units, options)
     d_gates = gate_gradients(x, prepared, from_states.rows, scores, options)
     d_q, d_k, d_p = scores.keys
