@@ -38,6 +38,7 @@ from pallas_kernels.momentum_delta.units import (
     largest,
     leave,
     most,
+    stored,
     unit_of,
 )
 
@@ -100,12 +101,11 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
 def _local_gradient(attention, d_o_ref, out, *, precision):
     d_o = d_o_ref[...]
     d_error = dot(attention[...].T, d_o, precision)
-    if out.of_outputs is not None:
+    if out.of_outputs is None:
+        out.d_error.data[...] = d_error.astype(out.d_error.data.dtype)
+    else:
         out.of_outputs[0] = unit_of(largest(d_o.astype(jnp.float32))).size
-        unit = unit_of(largest(d_error))
-        out.d_error.unit[0] = unit.size
-        d_error *= unit.inverse
-    out.d_error.data[...] = d_error.astype(out.d_error.data.dtype)
+        out.d_error.data[...], out.d_error.unit[0], _ = stored(d_error)
 
 
 def retreat(
@@ -226,15 +226,14 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
         if leaving is None:
             values.store(d_v.astype(storage), out.d_v.data, first=start)
         else:
-            size = largest(d_v)
-            of_v = unit_of(size)
-            values.store((d_v * of_v.inverse).astype(storage), out.d_v.data, first=start)
-            out.d_v.unit[c] = of_v.size
+            low = stored(d_v)
+            values.store(low.tile, out.d_v.data, first=start)
+            out.d_v.unit[c] = low.unit
             by_query, by_read = (
                 factor_ref[c, layout.KEEP, i] for i in (layout.REACH_QUERY, layout.REACH_READ)
             )
             grown = jnp.maximum(abs(keep_ss), abs(keep_ns) + abs(keep_nn)) * leaving.bound
-            bound = grown + by_query * most(output_unit[c]) + by_read * size
+            bound = grown + by_query * most(output_unit[c]) + by_read * low.largest
             entering = Range(bound, unit_of(bound))
             to_unit = entering.unit.inverse
             keep_ss, keep_ns, keep_nn = (x * (unit * to_unit) for x in (keep_ss, keep_ns, keep_nn))

@@ -43,9 +43,9 @@ from pallas_kernels.momentum_delta.units import (
     Range,
     columns,
     enter,
-    largest,
     leave,
     power_of_two,
+    stored,
     unit_of,
 )
 
@@ -335,12 +335,11 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         if entering is None:
             values.store(error.astype(dtype), out.error.data, first=start)
         else:
-            most = largest(error)
-            of_error = unit_of(most)
-            values.store((error * of_error.inverse).astype(dtype), out.error.data, first=start)
-            out.error.unit[c] = of_error.size
+            low = stored(error)
+            values.store(low.tile, out.error.data, first=start)
+            out.error.unit[c] = low.unit
             grown = jnp.maximum(abs(keep_ss) + abs(keep_ns), abs(keep_nn)) * entering.bound
-            bound = grown + factor_ref[c, layout.KEEP, layout.REACH_WRITE] * most
+            bound = grown + factor_ref[c, layout.KEEP, layout.REACH_WRITE] * low.largest
             leaving = Range(bound, unit_of(bound))
             to_unit = leaving.unit.inverse
             moved = entering.unit.size * to_unit

@@ -68,6 +68,27 @@ def largest(tile: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(tile))
 
 
+class Stored(NamedTuple):
+    """What is stored of a float32 tile.
+
+    Attributes:
+      tile: float16, in a unit.
+      unit: its size.
+      largest: the size of the tile's largest element.
+    """
+
+    tile: jax.Array
+    unit: jax.Array
+    largest: jax.Array
+
+
+def stored(tile: jax.Array) -> Stored:
+    """A tile in the unit of its largest element."""
+    size = largest(tile)
+    unit = unit_of(size)
+    return Stored((tile * unit.inverse).astype(DTYPE), unit.size, size)
+
+
 def enter(states: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Range | None]:
     """States at the start of a walk that stores `dtype`, in a unit if that is float16."""
     if dtype != DTYPE:
