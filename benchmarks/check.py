@@ -60,7 +60,7 @@ class CheckConfig:
     draws: int = 1
     """Of random inputs for each case; every one of them must be right."""
     rows: int | None = None
-    """Of the batch, for every case, in place of its own, which are enough for eight heads."""
+    """Of the batch, for every case, in place of its own: one, or many for tiles of many heads."""
     interpret: bool = False
     """In the interpreter, on any device, with the tiles of compute capability 9.0."""
     threads: int = min(12, os.cpu_count() or 1)

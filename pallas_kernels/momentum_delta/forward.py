@@ -108,12 +108,12 @@ def _prepare(x, out, *, options):
     square_p = halves(squares(p)) if explicit_p else square_k
     norm_q = norm_k = ones
     if options.normalize:
-        norm_q, norm_k = (tuple(map(inverse_norm, x)) for x in (square_q, square_k))
+        norm_q, norm_k = (tuple(map(inverse_norm, y)) for y in (square_q, square_k))
     norm_q = tuple(options.scale * norm for norm in norm_q)
     norm_p = ones if explicit_p else norm_k
     write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, norm_k, strict=True))
 
-    def scaled(m: Quarters, norm: tuple[jax.Array, jax.Array]) -> Quarters:
+    def scaled(m: Quarters, norm: _Pair) -> Quarters:
         return Quarters(
             m.first * norm[0][:, None] * write[0][None, :],
             m.corner * norm[1][:, None] * write[0][None, :],
@@ -192,8 +192,8 @@ def _prepare(x, out, *, options):
 
         def reach(of_states: tuple[_Pair, _Pair], by: _Pair) -> jax.Array:
             """Of a chunk's rows together, each of a key of length `by`."""
-            halves = zip(*of_states, by, strict=True)
-            first_half, second_half = ((abs(s) + abs(n)) * abs(size) for s, n, size in halves)
+            each = zip(*of_states, by, strict=True)
+            first_half, second_half = ((abs(s) + abs(n)) * abs(size) for s, n, size in each)
             return jnp.sum(first_half + second_half)
 
         def lengths(square: _Pair) -> _Pair:
