@@ -101,7 +101,9 @@ def operator_cost(
     return Cost(3 * flops, 2 * (inputs + outputs)) if backward else Cost(flops, inputs + outputs)
 
 
-STAGES = ("prepare", "advance", "output", "local", "retreat", "states", "scores", "gates")
+STAGES = (
+    "prepare", "advance", "output", "local", "retreat", "states", "gamma", "scores", "gates"
+)  # fmt: skip
 """The kernels in the order of one forward and backward pass."""
 
 
@@ -143,12 +145,12 @@ def stage_costs(
     blocks = key_dim // min(tiles.states_block_k, key_dim)
     rows = chunks * blocks * ROW_GRADIENTS * CHUNK * _WIDE
     d_keys = (3 if explicit_p else 2) * per_head
-    # float16's: a number for each column of V and kind of sum
-    units = chunks * value_dim * _WIDE if stored == 2 else 0
+    # float16's: k and p once more, a number for each column of V and kind of sum
+    keys, units = (k + p, chunks * value_dim * _WIDE) if stored == 2 else (0, 0)
     per_chunk = {
         "prepare": (
             2 * in_k + (_GAMMA_PRODUCTS + _INVERSE_PRODUCTS) * square,
-            q + k + p + 4 * gate + 3 * matrix + factors,
+            q + k + p + 4 * gate + 2 * matrix + factors + keys,
         ),
         "advance": (4 * state + in_v, k + p + v + matrix + factors + ends + error + kept + ends),
         "output": (2 * state + in_v, q + error + matrix + factors + kept + v),
@@ -161,6 +163,7 @@ def stage_costs(
             6 * state,
             q + k + p + v + 2 * error + 2 * kept + factors + d_keys + rows + 4 * units,
         ),
+        "gamma": (_GAMMA_PRODUCTS * square, 3 * gate + factors + matrix),
         "scores": (
             2 * in_v + (6 if explicit_p else 5) * in_k,
             (q + k + p + (4 if explicit_p else 3) * gate)

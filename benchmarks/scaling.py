@@ -17,7 +17,7 @@ from configs import CONFIGS
 from mdn_jax import MDNConfig, MDNForCausalLM
 
 LENGTH = 4096
-CHUNK, FACTORS = 64, 11
+CHUNK, FACTORS = 64, 13
 
 GB = 1e9
 H100_FLOPS = 989.4e12
@@ -76,11 +76,11 @@ def activation_bytes(config: MDNConfig, remat: str) -> float:
     hidden, keys, values = config.hidden_size, config.key_dim, config.value_dim
     if remat == "block":
         return 2.0 * hidden
-    # h and its norm, twice; q, k, v before, in and after the convolution; errors, outputs, the norm
-    # of these, their gate; three of the MLP
-    wide = 4 * hidden + 3 * (2 * keys + values) + 4 * values + 3 * config.mlp_width
-    # three matrices and the factors of a chunk, six gates, in every head
-    per_head = 3 * 2 * CHUNK + 4 * FACTORS + 4 * 6
+    # h and its norm, twice; q, k, v before, in and after the convolution, k in float16; errors,
+    # outputs, the norm of these, their gate; three of the MLP
+    wide = 4 * hidden + 3 * (2 * keys + values) + keys + 4 * values + 3 * config.mlp_width
+    # two matrices and the factors of a chunk, six gates, in every head
+    per_head = 2 * 2 * CHUNK + 4 * FACTORS + 4 * 6
     if remat == "none":  # and two states a chunk
         per_head += 2 * 2 * config.head_dim * config.head_v_dim // CHUNK
     return 2.0 * wide + config.value_heads * per_head

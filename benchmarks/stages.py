@@ -31,7 +31,7 @@ from pallas_kernels.momentum_delta.backward import local_gradient, retreat, stat
 from pallas_kernels.momentum_delta.forward import advance, output, prepare
 from pallas_kernels.momentum_delta.gates import gate_gradients
 from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens, Values
-from pallas_kernels.momentum_delta.scores import score_gradients
+from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
 from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
 
@@ -216,7 +216,8 @@ def run_stages(
     from_states = run("states", state_gradients, x, prepared, values, kept, d_kept, units)
     units = sums_with_errors(*values)
     score = partial(score_gradients, in_place=False)
-    scores = run("scores", score, x, prepared, values, from_states.keys, units)
+    gamma = run("gamma", read_gamma, x, prepared.factors)
+    scores = run("scores", score, x, prepared, values, from_states.keys, units, gamma)
     d_gates = run("gates", gate_gradients, x, prepared, from_states.rows, scores)
 
     gradients = scores.keys._asdict() | d_gates._asdict() | {"v": whole(d_v, x.v.dtype)}

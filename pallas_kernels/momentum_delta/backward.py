@@ -32,13 +32,15 @@ from pallas_kernels.momentum_delta.units import (
     QUERY,
     READ,
     WRITE,
-    Range,
+    Bounds,
     Sums,
     enter,
     largest,
     leave,
+    mixed,
     most,
     stored,
+    together,
     unit_of,
 )
 
@@ -127,13 +129,13 @@ def retreat(
     z = x.sizes
     block, storage = options.tiles.retreat_block_v, options.storage(x.q.dtype)
     done: Any = None
-    d_error = local.d_error.data
+    d_error, walk_keys = local.d_error.data, prepared.keys or (x.k, x.p)
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.retreat_resident):
         specs = WalkSpecs(z, block, launch)
         keys, values, memory = specs.keys(z.heads), specs.values(), specs.memory()
         p = None if x.p is None else specs.keys(z.p_heads)
         units = local.of_outputs, local.d_error.unit
-        tokens = (x.q, x.k, x.p, d_o, units, d_error)
+        tokens = (x.q, *walk_keys, d_o, units, d_error)
         d_v = Values(values, specs.units(storage))
         shapes = (
             Values(z.per_head(z.value_dim, storage), z.units(block, storage)),
@@ -185,7 +187,6 @@ def retreat(
 def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precision):
     q_ref, k_ref, p_ref, do_ref, (output_unit, local_unit), local_ref = tokens
     mixing_ref, factor_ref = prepared
-    operands = mixing_ref.dtype
     key_dim, block = d_final.s.shape
     values = Fragments(warps, block)
     first, end = specs.stretch(back=True)
@@ -205,55 +206,74 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
         c = end - 1 - i
         start = c * CHUNK
         following = ahead(jnp.maximum(c - 1, 0))
-        for state, ref in zip(split(d_both.astype(storage)), out.d_kept[:2], strict=True):
-            values.store(state, ref, c)
+        d_s, d_n = split(d_both)
+        if leaving is None:
+            stored_s, stored_n = d_s, d_n
+        else:
+            unit_s, unit_n = leaving.units
+            stored_s, stored_n, out.d_kept.unit[c] = together(d_s, d_n, unit_s, unit_n)
+        values.store(stored_s, out.d_kept.s, c)
+        values.store(stored_n, out.d_kept.n, c)
         steps = pl.ds(start, CHUNK)
         k, q = k_ref[steps, :], q_ref[steps, :]
         p = k if p_ref is None else p_ref[steps, :]
         d_o = values.load(do_ref, CHUNK, first=start).astype(jnp.float32)
+        mixing_unit = None
         if leaving is not None:
-            unit = out.d_kept.unit[c] = leaving.unit.size
-            write_s, write_n = write_s * unit, write_n * unit
+            mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
+            write_s, write_n = write_s * unit_s.size, write_n * unit_n.size
 
-        by_s, by_n = split(dot(k, d_both.astype(operands), precision))
+        by_s, by_n = split(dot(k, d_both.astype(storage), precision))
         # what is loaded as values keeps the sum in their layout, of two numbers of a row a thread
         d_error = d_local.astype(jnp.float32)
         if leaving is not None:
             d_error *= local_unit[c]
         d_error = d_error + write_s * by_s + write_n * by_n
-        d_v = d_error + dot(mixing_ref[c].T, d_error.astype(operands), precision)
+        d_v, in_unit = mixed(d_error, mixing_ref[c].T, mixing_unit, precision)
         entering = None
-        if leaving is None:
-            values.store(d_v.astype(storage), out.d_v.data, first=start)
+        if leaving is None or in_unit is None:
+            values.store(d_v, out.d_v.data, first=start)
         else:
-            low = stored(d_v)
-            values.store(low.tile, out.d_v.data, first=start)
-            out.d_v.unit[c] = low.unit
-            by_query, by_read = (
-                factor_ref[c, layout.KEEP, i] for i in (layout.REACH_QUERY, layout.REACH_READ)
+            values.store(in_unit.tile, out.d_v.data, first=start)
+            out.d_v.unit[c] = in_unit.unit
+            outputs = most(output_unit[c])
+            reach_s, reach_n = (
+                factor_ref[c, layout.KEEP, by_query] * outputs
+                + factor_ref[c, layout.KEEP, by_read] * in_unit.largest
+                for by_query, by_read in (
+                    (layout.REACH_QUERY_S, layout.REACH_READ_S),
+                    (layout.REACH_QUERY_N, layout.REACH_READ_N),
+                )
             )
-            grown = jnp.maximum(abs(keep_ss), abs(keep_ns) + abs(keep_nn)) * leaving.bound
-            bound = grown + by_query * most(output_unit[c]) + by_read * low.largest
-            entering = Range(bound, unit_of(bound))
-            to_unit = entering.unit.inverse
-            keep_ss, keep_ns, keep_nn = (x * (unit * to_unit) for x in (keep_ss, keep_ns, keep_nn))
-            read_s, read_n, query_s, query_n = (
-                x * to_unit for x in (read_s, read_n, query_s, query_n)
+            entering = Bounds(
+                abs(keep_ss) * leaving.s + reach_s,
+                abs(keep_ns) * leaving.s + abs(keep_nn) * leaving.n + reach_n,
             )
+            to_s, to_n = (unit.inverse for unit in entering.units)
+            # in this order nothing overflows
+            keep_ss, keep_ns, keep_nn = (
+                (keep_ss * unit_s.size) * to_s,
+                (keep_ns * unit_s.size) * to_n,
+                (keep_nn * unit_n.size) * to_n,
+            )
+            read_s, read_n = read_s * to_s, read_n * to_n
+            query_s, query_n = query_s * to_s, query_n * to_n
 
-        d_s, d_n = split(d_both)
         d_both = join(keep_ss * d_s, keep_ns * d_s + keep_nn * d_n)
         # both products accumulate onto what is kept
-        by_query = join(query_s * d_o, query_n * d_o).astype(operands)
+        by_query = join(query_s * d_o, query_n * d_o).astype(
+            storage if leaving is None else q.dtype
+        )
         d_both += dot(q.T, by_query, precision)
-        by_read = join(-read_s * d_v, -read_n * d_v).astype(operands)
+        by_read = join(-read_s * d_v, -read_n * d_v).astype(storage)
         d_both += dot(p.T, by_read, precision)
         return d_both, entering, *following
 
     d_s, d_n = values.load(d_final.s, key_dim), -values.load(d_final.m, key_dim)
-    carry = (*enter(join(d_s, d_n), storage), *ahead(jnp.int32(end - 1)))
-    d_both, entering, *_ = lax.fori_loop(0, end - first, step, carry)
-    d_s, d_n = split(leave(d_both, entering))
+    d_s, d_n, bounds = enter(d_s, d_n, storage)
+    carry = join(d_s, d_n), bounds, *ahead(jnp.int32(end - 1))
+    d_both, bounds, *_ = lax.fori_loop(0, end - first, step, carry)
+    d_s, d_n = leave(*split(d_both), bounds)
     values.store(d_s, out.d_memory.s)
     values.store(-d_n, out.d_memory.m)
 
@@ -404,6 +424,10 @@ def _state_gradients(
     products, keeps = lax.fori_loop(0, value_dim // block_v, step, carry)
     # all loads before the first is used: one wait
     row_factors = [factors[row, :] for row in range(layout.QUERY_N + 1)]
+    if units is not None:
+        power_k, power_p = factors[layout.POWER_K, :], factors[layout.POWER_P, :]
+        for row, power in enumerate((power_p, power_p, power_k, power_k)):
+            row_factors[row] *= power
     q, k, p = early or load_keys()
 
     keep = jnp.zeros((CHUNK,), jnp.float32)

@@ -30,22 +30,27 @@ from pallas_kernels.momentum_delta.layout import (
     HALF,
     HALVES,
     ChunkSpecs,
+    Leaf,
     Memory,
     Options,
     Prepared,
     States,
     Tokens,
     Values,
+    WalkKeys,
     WalkSpecs,
     launches,
 )
 from pallas_kernels.momentum_delta.units import (
-    Range,
+    SHORTEST,
+    Bounds,
+    Unit,
     columns,
     enter,
     leave,
+    mixed,
     power_of_two,
-    stored,
+    together,
     unit_of,
 )
 
@@ -56,16 +61,25 @@ def prepare(x: Tokens, options: Options) -> Prepared:
     specs = ChunkSpecs(z)
     keys, gate = specs.tokens(z.key_dim, z.heads), specs.gate()
     p = None if x.p is None else specs.tokens(z.key_dim, z.p_heads)
-    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.operands(x.q.dtype))
+    storage = options.storage(x.q.dtype)
+    walk_keys = walk_specs = None
+    if storage == jnp.float16:
+        walk_keys = WalkKeys(
+            *jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, storage), (x.k, x.p))
+        )
+        walk_specs = WalkKeys(keys, p)
     return kernel_call(
         partial(_prepare, options=options),
         x._replace(v=None),
         name="mdn_prepare",
         grid=specs.grid,
         in_specs=[Tokens(keys, keys, None, p, gate, gate, gate, gate)],
-        out_specs=Prepared(specs.matrix(), specs.matrix(), specs.matrix(), specs.factors()),
+        out_specs=Prepared(specs.matrix(), specs.matrix(), specs.factors(), walk_specs),
         out_shape=Prepared(
-            matrix, matrix, matrix, z.per_chunk(layout.FACTORS, CHUNK, dtype=jnp.float32)
+            z.per_chunk(CHUNK, CHUNK, dtype=options.operands(x.q.dtype)),
+            z.per_chunk(CHUNK, CHUNK, dtype=storage),
+            z.per_chunk(layout.FACTORS, CHUNK, dtype=jnp.float32),
+            walk_keys,
         ),
         warps=options.tiles.prepare_warps,
         stages=1,
@@ -99,6 +113,7 @@ def _prepare(x, out, *, options):
     p = x.p[...] if explicit_p else k
     k_t = k.T
     ones = halves(jnp.ones((CHUNK,), jnp.float32))
+    in_units = options.storage(x.q.dtype) == jnp.float16
     overlaps = lower_quarters(dot(p, k_t, precision))
     square_q = halves(squares(q))
     if explicit_p or k.dtype == jnp.float32:
@@ -133,11 +148,33 @@ def _prepare(x, out, *, options):
     rows(layout.NORM_Q, norm_q, ones)
     rows(layout.NORM_K, norm_k, ones)
 
+    # of keys as the walks have them
+    to_read, to_key, longest_q = norm_p, norm_k, norm_q
+    sizes_k = sizes_p = ones
+    if in_units:
+        powers_k = powers_p = _powers(square_k)
+        _store_scaled(out.keys.k, x.k, powers_k)
+        if explicit_p:
+            powers_p = _powers(square_p)
+            _store_scaled(out.keys.p, x.p, powers_p)
+        sizes_k, sizes_p = (tuple(y.size for y in powers) for powers in (powers_k, powers_p))
+        to_read, to_key = (
+            tuple(norm * power.inverse for norm, power in zip(norms, both, strict=True))
+            for norms, both in ((norm_p, powers_p), (norm_k, powers_k))
+        )
+        # no element of a key is larger than the key is long, which those of the walks are by 1
+        longest_q = ones if options.normalize else tuple(map(jnp.sqrt, square_q))
+        longest_q = tuple(options.scale * y for y in longest_q)
+        if x.q.dtype == jnp.float16:  # the walk back multiplies queries as they are
+            longest_q = tuple(jnp.maximum(y, z) for y, z in zip(longest_q, norm_q, strict=True))
+
+    rows(layout.POWER_K, sizes_k, ones)
+    rows(layout.POWER_P, sizes_p, ones)
+
     def half_chunk(index: jax.Array, carry: tuple[_Half, _Half]) -> tuple[_Half, _Half]:
         at = pl.ds(index * HALF, HALF)
         log_alpha, log_mu = log_gate(x.log_alpha, at), log_gate(x.log_mu, at)
         half = half_coefficients(log_alpha, log_mu, x.beta[at], explicit_p, coarse)
-        store(out.gamma, at, at, half.read.gamma)
         score = jnp.where(index == 0, scores.first, scores.second)
         overlap = jnp.where(index == 0, overlaps.first, overlaps.second)
         store(out.attention, at, at, score * half.out.gamma)
@@ -158,7 +195,6 @@ def _prepare(x, out, *, options):
 
     read = after(half_2.read_total, half_2.read_lead, end_1)
     query = after(half_2.out_total, half_2.out_lead, end_1)
-    store(out.gamma, second, first, read.gamma)
     store(out.attention, second, first, scores.corner * query.gamma)
     lower = Quarters(half_1.lower, overlaps.corner * read.gamma, half_2.lower)
 
@@ -169,13 +205,6 @@ def _prepare(x, out, *, options):
         (total * end_1.gamma + lead * end_1.w, end_2.gamma),
         (end_2.momentum * end_1.w, end_2.w),
     )
-    for index, of_states, norm in (
-        ((layout.READ_S, layout.READ_N), reads, norm_p),
-        ((layout.QUERY_S, layout.QUERY_N), queries, norm_q),
-        ((layout.WRITE_S, layout.WRITE_N), writes, write),
-    ):
-        for row, of_state in zip(index, of_states, strict=True):
-            rows(row, of_state, norm)
     out.factors[layout.SIGHT_2, first] = half_2.read_total
     out.factors[layout.SIGHT_2, second] = half_2.read_lead
     out.factors[layout.ENDS_1, first], out.factors[layout.ENDS_1, second] = end_1.gamma, end_1.w
@@ -188,42 +217,60 @@ def _prepare(x, out, *, options):
         layout.MOMENTUM_1: end_1.momentum,
         layout.MOMENTUM_2: end_2.momentum,
     }
-    if options.storage(x.q.dtype) == jnp.float16:
-
-        def reach(of_states: tuple[_Pair, _Pair], by: _Pair) -> jax.Array:
-            """Of a chunk's rows together, each of a key of length `by`."""
-            each = zip(*of_states, by, strict=True)
-            first_half, second_half = ((abs(s) + abs(n)) * abs(size) for s, n, size in each)
-            return jnp.sum(first_half + second_half)
-
-        def lengths(square: _Pair) -> _Pair:
-            """No element of a key is larger than the key is long."""
-            return jnp.sqrt(square[0]), jnp.sqrt(square[1])
-
-        scale = jnp.full((HALF,), options.scale)
-        length_q, length_k = ones, ones
-        if not options.normalize:
-            length_q, length_k = lengths(square_q), lengths(square_k)
-        length_p = lengths(square_p) if explicit_p else length_k
-        keeps |= {
-            layout.REACH_READ: reach(reads, length_p),
-            layout.REACH_QUERY: reach(queries, tuple(scale * y for y in length_q)),
-            layout.REACH_WRITE: reach(
-                writes, tuple(x.eta[half] * y for half, y in zip(HALVES, length_k, strict=True))
-            ),
-        }
+    to_write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, to_key, strict=True))
+    for index, of_states, norm, longest in (
+        (layout.READ_S, reads, to_read, to_read),
+        (layout.WRITE_S, writes, to_write, to_write),
+        (layout.QUERY_S, queries, norm_q, longest_q),
+    ):
+        for row, of_state in enumerate(of_states, start=index):
+            rows(row, of_state, norm)
+            if in_units:
+                reach = [abs(y * size) for y, size in zip(of_state, longest, strict=True)]
+                keeps[layout.REACH + row] = jnp.sum(reach[0] + reach[1])
+    inverse = unit_lower_inverse(lower, coarse, float16=operands != jnp.float32)
+    row, column = layout.iotas(HALF)
+    mixing = Quarters(
+        jnp.where(row > column, inverse.first, 0.0),
+        inverse.corner,
+        jnp.where(row > column, inverse.second, 0.0),
+    )
+    if in_units:
+        unit = unit_of(_largest_sum(mixing))
+        mixing = Quarters(*(y * unit.inverse for y in mixing))
+        keeps[layout.MIXING_UNIT] = unit.size
     keep = jnp.zeros((CHUNK,), jnp.float32)
     for entry, value in keeps.items():
         keep = jnp.where(layout.lanes() == entry, value, keep)
     out.factors[layout.KEEP, :] = keep
 
-    inverse = unit_lower_inverse(lower, coarse, float16=operands != jnp.float32)
-    row, column = layout.iotas(HALF)
-    store(out.mixing, first, first, jnp.where(row > column, inverse.first, 0.0))
-    store(out.mixing, second, first, inverse.corner)
-    store(out.mixing, second, second, jnp.where(row > column, inverse.second, 0.0))
-    for ref in (out.gamma, out.attention, out.mixing):
+    store(out.mixing, first, first, mixing.first)
+    store(out.mixing, second, first, mixing.corner)
+    store(out.mixing, second, second, mixing.second)
+    for ref in (out.attention, out.mixing):
         ref[first, second] = jnp.zeros((HALF, HALF), ref.dtype)
+
+
+def _powers(square: _Pair) -> tuple[Unit, Unit]:
+    """By which rows become about 1 long, from the squares of their lengths."""
+    first, second = (power_of_two(lax.rsqrt(jnp.maximum(y, SHORTEST**2))) for y in square)
+    return first, second
+
+
+def _store_scaled(ref: Leaf, keys: Leaf, powers: tuple[Unit, Unit]) -> None:
+    """Half by half and loaded once more: the tile would take registers that products need.
+
+    Value heads that share keys all store the same.
+    """
+    for half, power in zip(HALVES, powers, strict=True):
+        scaled = keys[half, :].astype(jnp.float32) * power.size[:, None]
+        ref[half, :] = scaled.astype(ref.dtype)
+
+
+def _largest_sum(x: Quarters) -> jax.Array:
+    """At least the largest sum of a row or a column of sizes: what it can make of numbers of 1."""
+    both = abs(x.corner) + jnp.maximum(abs(x.first), abs(x.second))
+    return jnp.maximum(jnp.max(jnp.sum(both, axis=1)), jnp.max(jnp.sum(both, axis=0)))
 
 
 class Advanced(NamedTuple):
@@ -259,7 +306,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
             Values(z.per_head(z.value_dim, storage), z.units(block, storage)),
             z.states(block, storage),
         )
-        tokens = (x.k, x.p, x.v, prepared.mixing, prepared.factors)
+        tokens = (prepared.keys or WalkKeys(x.k, x.p), x.v, prepared.mixing, prepared.factors)
         # what earlier launches wrote stays where it is: places of operands, to those of results
         after, results = len(jax.tree.leaves(tokens)), len(jax.tree.leaves(shapes))
         aliases = {}
@@ -283,7 +330,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
             name="mdn_advance",
             grid=specs.grid,
             in_specs=[
-                (specs.keys(z.heads), p, values, specs.matrix(), specs.factors()),
+                (WalkKeys(specs.keys(z.heads), p), values, specs.matrix(), specs.factors()),
                 None if memory is None else states,
                 None if written is None else walked,
             ],
@@ -300,13 +347,15 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
 
 
 def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
-    k_ref, p_ref, v_ref, mixing_ref, factor_ref = tokens
-    dtype, operands = out.error.data.dtype, mixing_ref.dtype
+    (k_ref, p_ref), v_ref, mixing_ref, factor_ref = tokens
+    dtype = out.error.data.dtype
     key_dim, block = out.final.s.shape
     values = Fragments(warps, block)
     first, end = specs.stretch()
 
-    def step(c: jax.Array, carry: tuple[jax.Array, Range | None]) -> tuple[jax.Array, Range | None]:
+    def step(
+        c: jax.Array, carry: tuple[jax.Array, Bounds | None]
+    ) -> tuple[jax.Array, Bounds | None]:
         # both states are one [K, 2 block] float32, operands of one product and results of one
         both, entering = carry
         start = c * CHUNK
@@ -315,8 +364,14 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             factor_ref[c, layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
         )
         v = values.load(v_ref, CHUNK, first=start).astype(jnp.float32)
-        for state, ref in zip(split(both.astype(dtype)), (out.kept.s, out.kept.n), strict=True):
-            values.store(state, ref, c)
+        s, n = split(both)
+        if entering is None:
+            stored_s, stored_n = s, n
+        else:
+            unit_s, unit_n = entering.units
+            stored_s, stored_n, out.kept.unit[c] = together(s, n, unit_s, unit_n)
+        values.store(stored_s, out.kept.s, c)
+        values.store(stored_n, out.kept.n, c)
         k = k_ref[pl.ds(start, CHUNK), :]
         p = k if p_ref is None else p_ref[pl.ds(start, CHUNK), :]
 
@@ -324,32 +379,38 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             factors = factor_ref[c, row, :]
             return (factors if by is None else factors * by)[:, None]
 
-        unit = to_unit = None
+        by_s = by_n = to_s = to_n = mixing_unit = None
         if entering is not None:
-            unit = out.kept.unit[c] = entering.unit.size
-        seen_s, seen_n = split(dot(p, both.astype(operands), precision))
-        residual = v - factor(layout.READ_S, unit) * seen_s - factor(layout.READ_N, unit) * seen_n
-        # a step's own residual is not rounded
-        error = residual + dot(mixing_ref[c], residual.astype(operands), precision)
+            by_s, by_n = unit_s.size, unit_n.size
+            mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
+        seen_s, seen_n = split(dot(p, both.astype(dtype), precision))
+        residual = v - factor(layout.READ_S, by_s) * seen_s
+        residual -= factor(layout.READ_N, by_n) * seen_n
+        error, in_unit = mixed(residual, mixing_ref[c], mixing_unit, precision)
         leaving = None
-        if entering is None:
-            values.store(error.astype(dtype), out.error.data, first=start)
+        if entering is None or in_unit is None:
+            values.store(error, out.error.data, first=start)
         else:
-            low = stored(error)
-            values.store(low.tile, out.error.data, first=start)
-            out.error.unit[c] = low.unit
-            grown = jnp.maximum(abs(keep_ss) + abs(keep_ns), abs(keep_nn)) * entering.bound
-            bound = grown + factor_ref[c, layout.KEEP, layout.REACH_WRITE] * low.largest
-            leaving = Range(bound, unit_of(bound))
-            to_unit = leaving.unit.inverse
-            moved = entering.unit.size * to_unit
-            keep_ss, keep_ns, keep_nn = (x * moved for x in (keep_ss, keep_ns, keep_nn))
-        s, n = split(both)
+            values.store(in_unit.tile, out.error.data, first=start)
+            out.error.unit[c] = in_unit.unit
+            reach_s, reach_n = (
+                factor_ref[c, layout.KEEP, i] * in_unit.largest
+                for i in (layout.REACH_WRITE_S, layout.REACH_WRITE_N)
+            )
+            leaving = Bounds(
+                abs(keep_ss) * entering.s + abs(keep_ns) * entering.n + reach_s,
+                abs(keep_nn) * entering.n + reach_n,
+            )
+            to_s, to_n = (unit.inverse for unit in leaving.units)
+            # in this order nothing overflows
+            keep_ss, keep_ns, keep_nn = (
+                (keep_ss * by_s) * to_s,
+                (keep_ns * by_n) * to_s,
+                (keep_nn * by_n) * to_n,
+            )
         kept = join(keep_ss * s + keep_ns * n, keep_nn * n)
-        written = join(
-            factor(layout.WRITE_S, to_unit) * error, factor(layout.WRITE_N, to_unit) * error
-        )
-        return kept + dot(k.T, written.astype(operands), precision), leaving
+        written = join(factor(layout.WRITE_S, to_s) * error, factor(layout.WRITE_N, to_n) * error)
+        return kept + dot(k.T, written.astype(dtype), precision), leaving
 
     if memory is None:
         s = n = jnp.zeros((key_dim, block), jnp.float32)
@@ -357,7 +418,9 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         s, n = values.load(memory.s, key_dim), -values.load(memory.m, key_dim)
         if from_zeros:  # what is there is of the first halves of walks
             s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
-    s, n = split(leave(*lax.fori_loop(first, end, step, enter(join(s, n), dtype))))
+    s, n, bounds = enter(s, n, dtype)
+    both, bounds = lax.fori_loop(first, end, step, (join(s, n), bounds))
+    s, n = leave(*split(both), bounds)
     values.store(s, out.final.s)
     values.store(-n, out.final.m)
 
@@ -371,7 +434,7 @@ def output(
     specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
     return kernel_call(
-        partial(_output, precision=options.products, block_of=specs.block, value_dim=z.value_dim),
+        partial(_output, options=options, block_of=specs.block, value_dim=z.value_dim),
         x.q,
         error,
         prepared.attention,
@@ -394,13 +457,18 @@ def output(
     )
 
 
-def _output(q, error, attention, factors, kept, out, *, precision, block_of, value_dim):
+def _output(q, error, attention, factors, kept, out, *, options, block_of, value_dim):
+    precision = options.products
     queries, errors, matrix = q[...], error.data[...], attention[...]
     query_s, query_n = (factors[i, :][:, None] for i in (layout.QUERY_S, layout.QUERY_N))
     if kept.unit is not None:
-        # queries become float16, each with its largest element below 2; errors what q was
-        sizes = jnp.max(jnp.abs(queries.astype(jnp.float32)), axis=1)[:, None]
-        power = power_of_two(sizes)
+        # queries become float16, each about 1 long or with its largest element near 1; errors what
+        # q was
+        if options.normalize:
+            lengths = (options.scale / factors[layout.NORM_Q, :])[:, None]
+        else:
+            lengths = jnp.max(jnp.abs(queries.astype(jnp.float32)), axis=1)[:, None]
+        power = power_of_two(lengths)
         queries = (queries.astype(jnp.float32) * power.inverse).astype(kept.s.dtype)
         query_s, query_n = query_s * power.size, query_n * power.size
         first, count = block_of(pl.program_id(0)) * out.shape[1], out.shape[1]

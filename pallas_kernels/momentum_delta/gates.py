@@ -45,7 +45,7 @@ class GateGradients(NamedTuple):
 def gate_gradients(
     x: Tokens, prepared: Prepared, rows: jax.Array, scores: FromScores, options: Options
 ) -> GateGradients:
-    """The eighth kernel, half a chunk a program.
+    """The ninth kernel, half a chunk a program.
 
     Args:
       x: the call's tokens.

@@ -29,21 +29,29 @@ HALF = CHUNK // 2
 HALVES = (pl.ds(0, HALF), pl.ds(HALF, HALF))
 """The two halves of a chunk, as indices."""
 
-# rows of `Prepared.factors`: what scales the rows of P, K, Q in the products with the states ...
+# rows of `Prepared.factors`: what scales the rows of P, K, Q in the products with the states (of P
+# and K as the walks have them, `WalkKeys`) ...
 READ_S, READ_N, WRITE_S, WRITE_N, QUERY_S, QUERY_N = range(6)
 # ... what carries the states over the chunk, and the norms of q (times scale) and k
 KEEP, NORM_Q, NORM_K = range(6, 9)
 # for the gradients of the gates: [read.total | read.lead] of the second half, [gamma | w] at the
 # end of the first (coefficients.py)
 SIGHT_2, ENDS_1 = range(9, 11)
-FACTORS = 11
+# powers of two by which rows of K and P are multiplied in `WalkKeys`
+POWER_K, POWER_P = range(11, 13)
+FACTORS = 13
 # entries of the row KEEP: S_C = ss S_0 + ns N_0 + ..., N_C = nn N_0 + ...
 KEEP_SS, KEEP_NS, KEEP_NN = range(3)
 # the end of the first half, and how much momentum the second keeps
 TOTAL_1, LEAD_1, MOMENTUM_1, MOMENTUM_2 = range(3, 7)
 # how far a chunk of errors of at most 1 moves an element of the states, and how far gradients of
 # errors and of outputs of at most 1 move one of their gradients (units.py)
-REACH_WRITE, REACH_READ, REACH_QUERY = range(7, 10)
+REACH = 7
+REACH_READ_S, REACH_READ_N, REACH_WRITE_S, REACH_WRITE_N, REACH_QUERY_S, REACH_QUERY_N = (
+    REACH + row for row in range(QUERY_N + 1)
+)
+# unit of `Prepared.mixing` in float16
+MIXING_UNIT = 13
 # gradients come back for the first seven rows
 ROW_GRADIENTS = 7
 
@@ -146,21 +154,36 @@ class Values(NamedTuple):
     unit: Leaf | None
 
 
+class WalkKeys(NamedTuple):
+    """Keys as the walks multiply states by them.
+
+    In float16 where the states are: rows times the powers of two that make them about 1 long, which
+    loses nothing of bfloat16's 8 digits.
+
+    Attributes:
+      k: `[B, T, H, K]`.
+      p: `[B, T, H or HV, K]`, or None.
+    """
+
+    k: Leaf
+    p: Leaf | None
+
+
 class Prepared(NamedTuple):
     """What the gates, keys and queries of a chunk give, whatever the states.
 
     Attributes:
       attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, in the operands' dtype.
-      mixing: `(I + L)^-1 - I`, what a step's error takes from earlier ones of the chunk, same shape
-        and dtype.
-      gamma: gamma as the error sees it, same shape and dtype.
+      mixing: `(I + L)^-1 - I`, what a step's error takes from earlier ones of the chunk, same
+        shape, in the storage dtype (float16 in the unit MIXING_UNIT).
       factors: row factors `[B, HV, NT, FACTORS, C]` float32.
+      keys: in float16; None where the walks take them as they are.
     """
 
     attention: Leaf
     mixing: Leaf
-    gamma: Leaf
     factors: Leaf
+    keys: WalkKeys | None
 
 
 class Sizes(NamedTuple):

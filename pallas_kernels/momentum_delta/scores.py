@@ -1,4 +1,4 @@
-"""The backward kernel of the scores inside a chunk.
+"""The backward kernels of the scores inside a chunk.
 
 Formulas: docs/algorithm.md, section 5.
 """
@@ -12,12 +12,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import dot, kernel_call
+from pallas_kernels.lowering import coefficient_precision, dot, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.backward import KeyGradients
-from pallas_kernels.momentum_delta.coefficients import exp, log_gate
+from pallas_kernels.momentum_delta.coefficients import (
+    Ends,
+    after,
+    exp,
+    half_coefficients,
+    log_gate,
+)
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
+    HALF,
+    HALVES,
     ChunkSpecs,
     Leaf,
     Options,
@@ -26,6 +34,58 @@ from pallas_kernels.momentum_delta.layout import (
     Values,
 )
 from pallas_kernels.momentum_delta.units import ERROR, OUTPUT, Sums
+
+
+def read_gamma(x: Tokens, factors: jax.Array, options: Options) -> jax.Array:
+    """The seventh kernel, half a chunk a program: gamma as errors see it, `[B, HV, NT, C, C]`.
+
+    `prepare` has it too; to compute it once more takes longer than to keep it, but the forward pass
+    is without its store, and the residuals without its memory.
+
+    Args:
+      x: the call's tokens.
+      factors: from the forward pass.
+      options: of the call.
+    """
+    z = x.sizes
+    specs = ChunkSpecs(z, len(HALVES))
+    gate, dtype = specs.gate(), options.operands(x.q.dtype)
+    return kernel_call(
+        partial(
+            _read_gamma,
+            half_of=specs.block,
+            explicit_p=x.p is not None,
+            precision=coefficient_precision(dtype, options.interpret),
+        ),
+        (x.log_alpha, x.log_mu, x.beta),
+        factors,
+        name="mdn_read_gamma",
+        grid=specs.grid,
+        in_specs=[(gate, gate, gate), specs.factors()],
+        out_specs=specs.matrix(),
+        out_shape=z.per_chunk(CHUNK, CHUNK, dtype=dtype),
+        warps=1,
+        stages=1,
+        interpret=options.interpret,
+    )
+
+
+def _read_gamma(gates, factors, out, *, half_of, explicit_p, precision):
+    index = half_of(pl.program_id(0))
+    first, second = HALVES
+    own, other = pl.ds(index * HALF, HALF), pl.ds((1 - index) * HALF, HALF)
+    log_alpha, log_mu, beta = gates
+    half = half_coefficients(
+        log_gate(log_alpha, own), log_gate(log_mu, own), beta[own], explicit_p, precision
+    )
+    out[own, own] = half.read.gamma.astype(out.dtype)
+    # the second half sees the first by way of its end; the first sees nothing of the second
+    end = Ends(
+        factors[layout.ENDS_1, first], factors[layout.ENDS_1, second], *(jnp.float32(0),) * 3
+    )
+    total, lead = factors[layout.SIGHT_2, first], factors[layout.SIGHT_2, second]
+    seen = jnp.where(index == 1, after(total, lead, end).gamma, 0.0)
+    out[own, other] = seen.astype(out.dtype)
 
 
 class FromScores(NamedTuple):
@@ -48,11 +108,12 @@ def score_gradients(
     values: tuple[Values, Values, Values],
     from_states: KeyGradients,
     units: Sums | None,
+    gamma: jax.Array,
     options: Options,
     *,
     in_place: bool = True,
 ) -> FromScores:
-    """The seventh kernel.
+    """The eighth kernel.
 
     Args:
       x: the call's tokens.
@@ -60,6 +121,7 @@ def score_gradients(
       values: `d_o` (itself in its own dtype), `d_v` and `error`.
       from_states: gradients by way of the states, to which those of the scores are added.
       units: from `units.sums_with_errors`; None for float32.
+      gamma: from `read_gamma`.
       options: of the call.
       in_place: the gradients take the memory of `from_states`: a tile is read before it is written.
     """
@@ -84,7 +146,7 @@ def score_gradients(
         values,
         from_states,
         units,
-        prepared.gamma,
+        gamma,
         prepared.factors,
         name="mdn_score_gradients",
         grid=specs.grid,

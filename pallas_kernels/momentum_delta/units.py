@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.lowering import Precision, dot
 from pallas_kernels.momentum_delta.layout import CHUNK, Leaf, States, Values
 
 DTYPE = jnp.dtype(jnp.float16)
 _EXPONENT, _INVERSE = 0x7F800000, 0x7F000000  # bits of a float32; of x, _INVERSE - x is 1 / x
 _DOUBLINGS = 13
 _LEAST, _MOST = 2.0**-120, 2.0**120
+SHORTEST = 2.0**-40
+"""Length of a key below which `layout.WalkKeys` makes it no longer than it is times 2^40."""
 
 
 class Unit(NamedTuple):
@@ -31,16 +34,24 @@ class Unit(NamedTuple):
     inverse: jax.Array
 
 
-class Range(NamedTuple):
-    """Of the states that a walk carries.
+class Bounds(NamedTuple):
+    """No element of what a walk carries is larger; it is carried in `units`.
+
+    Memory and momentum have a unit each: one may be 2^40 times smaller than the other, as gradients
+    of a lost momentum are.
 
     Attributes:
-      bound: no element is larger.
-      unit: that they are in.
+      s: of the memory.
+      n: of the negated momentum.
     """
 
-    bound: jax.Array
-    unit: Unit
+    s: jax.Array
+    n: jax.Array
+
+    @property
+    def units(self) -> tuple[Unit, Unit]:
+        """Of both."""
+        return unit_of(self.s), unit_of(self.n)
 
 
 def power_of_two(size: jax.Array) -> Unit:
@@ -74,7 +85,7 @@ class Stored(NamedTuple):
     Attributes:
       tile: float16, in a unit.
       unit: its size.
-      largest: the size of the tile's largest element.
+      largest: no element of the tile is larger.
     """
 
     tile: jax.Array
@@ -82,25 +93,64 @@ class Stored(NamedTuple):
     largest: jax.Array
 
 
-def stored(tile: jax.Array) -> Stored:
-    """A tile in the unit of its largest element."""
-    size = largest(tile)
+def stored(tile: jax.Array, bound: jax.Array | None = None) -> Stored:
+    """A tile in a unit for elements of at most `bound`, or for its largest one."""
+    size = largest(tile) if bound is None else bound
     unit = unit_of(size)
     return Stored((tile * unit.inverse).astype(DTYPE), unit.size, size)
 
 
-def enter(states: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Range | None]:
-    """States at the start of a walk that stores `dtype`, in a unit if that is float16."""
+def mixed(
+    rows: jax.Array, mixing: jax.Array, unit: jax.Array | None, precision: Precision | None
+) -> tuple[jax.Array, Stored | None]:
+    """`rows + mixing @ rows`; what is added to is not rounded.
+
+    Args:
+      rows: `[C, block]` float32.
+      mixing: `[C, C]`.
+      unit: of `mixing`, which is float16 then; None: it is float32.
+      precision: of the product of float32.
+
+    Returns:
+      The sum in float32, and in float16 as it is stored (None for a float32 `mixing`).
+    """
+    if unit is None:
+        return rows + dot(mixing, rows, precision), None
+    operand = stored(rows)
+    result = rows + dot(mixing, operand.tile, precision) * (operand.unit * unit)
+    # of the largest row alone: that of the result would be another wait of all warps for each other
+    bound = operand.largest * (1 + most(unit))
+    return result, stored(result, bound)
+
+
+def enter(
+    s: jax.Array, n: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, Bounds | None]:
+    """States at the start of a walk that stores `dtype`, in units if that is float16."""
     if dtype != DTYPE:
-        return states, None
-    bound = largest(states)
-    unit = unit_of(bound)
-    return states * unit.inverse, Range(bound, unit)
+        return s, n, None
+    bounds = Bounds(largest(s), largest(n))
+    unit_s, unit_n = bounds.units
+    return s * unit_s.inverse, n * unit_n.inverse, bounds
 
 
-def leave(states: jax.Array, carried: Range | None) -> jax.Array:
+def leave(s: jax.Array, n: jax.Array, bounds: Bounds | None) -> tuple[jax.Array, jax.Array]:
     """States at the end of a walk as they are."""
-    return states if carried is None else states * carried.unit.size
+    if bounds is None:
+        return s, n
+    unit_s, unit_n = bounds.units
+    return s * unit_s.size, n * unit_n.size
+
+
+def together(
+    s: jax.Array, n: jax.Array, unit_s: Unit, unit_n: Unit
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Float32 tiles of units of their own as float16 in the larger one, and its size."""
+    inverse = jnp.minimum(unit_s.inverse, unit_n.inverse)
+    s, n = (
+        (tile * (unit.size * inverse)).astype(DTYPE) for tile, unit in ((s, unit_s), (n, unit_n))
+    )
+    return s, n, jnp.maximum(unit_s.size, unit_n.size)
 
 
 def columns(units: Leaf, value_dim: int, first: jax.Array | int, count: int) -> jax.Array:
@@ -138,11 +188,13 @@ OUTPUT, ERROR = range(2)
 
 def sums_with_states(d_v: Values, error: Values, kept: States, d_kept: States) -> Sums | None:
     """Outside of kernels; None for float32."""
-    units = _by_column(d_v, error, kept, d_kept)
+    units = _by_block(d_v, error, kept, d_kept)
     if units is None:
         return None
     of_v, of_error, of_s, of_ds = units
-    return _sums([of_v * of_s, of_error * of_ds, of_s, of_ds * of_s])
+    products = jnp.stack([of_v * of_s, of_error * of_ds, of_s, of_ds * of_s], axis=3)
+    unit = _largest(products)
+    return Sums(unit, _by_column(products / unit[..., None], d_v))
 
 
 def sums_with_errors(d_o: Values, d_v: Values, error: Values) -> Sums | None:
@@ -153,28 +205,32 @@ def sums_with_errors(d_o: Values, d_v: Values, error: Values) -> Sums | None:
       d_v: in units.
       error: in units.
     """
-    units = _by_column(d_o, d_v, error)
+    units = _by_block(d_o, d_v, error)
     if units is None:
         return None
     of_o, of_v, of_error = units
-    sums = _sums([of_o * of_error, of_v * of_error])
-    output = of_error / sums.unit[..., OUTPUT, None]
-    return sums._replace(columns=sums.columns.at[..., OUTPUT, :].set(output))
+    # in the order of OUTPUT and ERROR
+    unit = _largest(jnp.stack([of_o * of_error, of_v * of_error], axis=3))
+    factors = jnp.stack([of_error, of_v * of_error], axis=3) / unit[..., None]
+    return Sums(unit, _by_column(factors, d_v))
 
 
-def _by_column(*tiles: Values | States) -> list[jax.Array] | None:
-    """The unit of each column, `[B, HV, NT, V]`."""
+def _by_block(*tiles: Values | States) -> list[jax.Array] | None:
+    """Their units for the narrowest blocks of V among them, `[B, HV, NT, blocks]`."""
     units = [x.unit for x in tiles if x.unit is not None]
-    value_dim = jax.tree.leaves(tiles[0])[0].shape[3]
-    return [jnp.repeat(x, value_dim // x.shape[3], axis=3) for x in units] or None
+    blocks = max((x.shape[3] for x in units), default=0)
+    return [jnp.repeat(x, blocks // x.shape[3], axis=3) for x in units] or None
 
 
-def _sums(products: list[jax.Array]) -> Sums:
-    """Of the products of the operands' units."""
-    stacked = jnp.stack(products, axis=3)
+def _by_column(blocks: jax.Array, like: Values) -> jax.Array:
+    """`[..., blocks]` for each column of V."""
+    return jnp.repeat(blocks, like.data.shape[3] // blocks.shape[-1], axis=-1)
+
+
+def _largest(products: jax.Array) -> jax.Array:
+    """Units `[B, HV, NT, sums]` of sums of products `[B, HV, NT, sums, blocks]` of units."""
     # of nothing but zeros the product of units may be zero
-    unit = jnp.maximum(jnp.max(stacked, axis=4), _LEAST)
-    return Sums(unit, stacked / unit[..., None])
+    return jnp.maximum(jnp.max(products, axis=4), _LEAST)
 
 
 def whole(values: Values, dtype: jnp.dtype) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
@@ -18,7 +19,7 @@ from pallas_kernels.momentum_delta.layout import (
     Tokens,
     Values,
 )
-from pallas_kernels.momentum_delta.scores import score_gradients
+from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
 from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 
 CHUNK_FACTORS = "mdn_chunk_factors"
@@ -35,7 +36,7 @@ class Residuals(NamedTuple):
 
     Attributes:
       x: the inputs.
-      prepared: three `[C, C]` matrices and `FACTORS` rows a chunk.
+      prepared: three `[C, C]` matrices and `FACTORS` rows a chunk, float16 keys.
       error: of every step before its write.
       kept: one pair of states a chunk, the largest part.
       entered: `()` where a memory entered, None where none did.
@@ -67,7 +68,7 @@ def _forward(
     options: Options, x: Tokens, memory: Memory | None
 ) -> tuple[tuple[jax.Array, Memory], Residuals]:
     prepared = prepare(x, options)
-    prepared = Prepared(*(checkpoint_name(y, CHUNK_FACTORS) for y in prepared))
+    prepared = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), prepared)
     error, kept, final = advance(x, prepared, memory, options)
     error = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), error)
     kept = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_STATES), kept)
@@ -85,10 +86,13 @@ def _backward(
     values = (Values(d_o, local.of_outputs), d_v, error)
     units = sums_with_states(d_v, error, kept, d_kept)
     from_states = state_gradients(x, prepared, values, kept, d_kept, units, options)
-    units = sums_with_errors(*values)
-    scores = score_gradients(x, prepared, values, from_states.keys, units, options)
+    # XLA would make the following before, at the time of the largest need for memory
+    factors, values, from_states = lax.optimization_barrier((prepared.factors, values, from_states))
+    units, gamma = sums_with_errors(*values), read_gamma(x, factors, options)
+    scores = score_gradients(x, prepared, values, from_states.keys, units, gamma, options)
     d_gates = gate_gradients(x, prepared, from_states.rows, scores, options)
-    d_q, d_k, d_p = scores.keys
+    # and convert d_v before the kernels that read it
+    d_v, (d_q, d_k, d_p) = lax.optimization_barrier((values[1], scores.keys))
     d_x = Tokens(
         q=_sum_groups(d_q, x.q),
         k=_sum_groups(d_k, x.k),

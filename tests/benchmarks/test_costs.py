@@ -12,26 +12,26 @@ SIZES = Sizes(8, 4096, 6, 6, 6, 128, 256)
 TILES = choose_tiles(128, 256, 2, (9, 0), heads=48)
 # GFLOP, MB, floor in ms
 DOCUMENTED = {
-    "prepare": (10, 190, 0.06),
-    "advance": (58, 680, 0.23),
-    "output": (32, 680, 0.23),
-    "local": (6.4, 226, 0.075),
-    "retreat": (84, 830, 0.28),
-    "states": (77, 1340, 0.45),
-    "scores": (29, 680, 0.23),
-    "gates": (1.6, 87, 0.029),
+    "prepare": (10, 215, 0.072),
+    "advance": (58, 715, 0.238),
+    "output": (32, 690, 0.230),
+    "local": (6, 226, 0.075),
+    "retreat": (84, 866, 0.289),
+    "states": (77, 1353, 0.451),
+    "gamma": (0.4, 38, 0.013),
+    "scores": (29, 698, 0.233),
+    "gates": (1.6, 89, 0.030),
 }
 
 
 def test_stages_as_documented():
-    """Which leaves the row factors and the states at a row's ends out of some bytes."""
     costs = stage_costs(SIZES, "bfloat16", TILES)
-    assert tuple(costs) == STAGES
+    assert tuple(costs) == tuple(DOCUMENTED) == STAGES
     for name, (gflop, megabytes, floor) in DOCUMENTED.items():
         cost = costs[name]
         assert cost.flops / 1e9 == pytest.approx(gflop, abs=0.5), name
-        assert cost.bytes / 1e6 == pytest.approx(megabytes, rel=0.05), name
-        assert cost.floor(H100, "bfloat16") * 1e3 == pytest.approx(floor, abs=0.01), name
+        assert cost.bytes / 1e6 == pytest.approx(megabytes, abs=0.5), name
+        assert cost.floor(H100, "bfloat16") * 1e3 == pytest.approx(floor, abs=0.001), name
 
 
 def test_operator_as_documented():
@@ -60,9 +60,9 @@ def test_erase_keys_cost_their_bytes():
     without, given = (stage_costs(SIZES, "bfloat16", tiles, explicit_p=p) for p in (False, True))
     keys = 8 * 4096 * 6 * 128 * 2
     extra = {name: given[name].bytes - without[name].bytes for name in STAGES}
-    read, written = {"prepare", "advance", "retreat"}, {"states": 2 * keys}
-    assert {name for name in STAGES if extra[name] == keys} == read
-    assert extra["states"] == written["states"]
+    assert {name for name in STAGES if extra[name] == keys} == {"advance", "retreat"}
+    # read, and written in float16; read, and their gradients written
+    assert extra["prepare"] == extra["states"] == 2 * keys
     assert extra["scores"] == 3 * keys + 8 * 4096 * 6 * 4
     whole = operator_cost(SIZES, "bfloat16", explicit_p=True).bytes
     assert whole - operator_cost(SIZES, "bfloat16").bytes == keys

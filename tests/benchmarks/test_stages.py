@@ -39,15 +39,17 @@ def test_every_kernel_is_timed(tmp_path, capsys):
     narrow = {name: x["bytes"] for name, x in json.loads(output.read_text())["results"].items()}
     kept = 2 * (128 // 64) * 16 * 16 * 2
     error, matrices = 128 * 16 * 2, 2 * 64 * 64 * 2
-    units = 2 * 16 * 4  # of float16: float32 for each chunk and column of V
+    # of float16: float32 for each chunk and column of V, and keys
+    units, keys = 2 * 16 * 4, 128 * 16 * 2
     extra = {name: bytes_of[name] - narrow[name] for name in STAGES}
     assert extra == {
-        "prepare": 3 * matrices,
+        "prepare": 2 * matrices - keys,
         "advance": matrices + error + kept,
         "output": matrices + error + kept,
         "local": matrices + error,
         "retreat": matrices + 2 * error + kept,
         "states": 2 * error + 2 * kept - 4 * units,
+        "gamma": matrices,
         "scores": 3 * matrices + 2 * error - 2 * units,
         "gates": 2 * matrices,
     }

@@ -24,7 +24,7 @@ def test_no_index_overflows(halves, monkeypatch):
         tiles = tiles._replace(advance_resident=2**14, retreat_resident=2**14)
     kernels = inspect.lower(128, 256, "bfloat16", (9, 0), batch=BATCH, tiles=tiles)
     walks = [kernel for kernel in kernels if kernel.name in ("mdn_advance", "mdn_retreat")]
-    assert (len(kernels), len(walks)) == ((13, 6) if halves else (9, 2))
+    assert (len(kernels), len(walks)) == ((14, 6) if halves else (10, 2))
     for kernel in walks if halves else kernels:
         greatest = max(int(offset.max()) for offset in offsets(kernel))
         assert (greatest >= 2**31) == (kernel.name in LARGE), (kernel.name, greatest)

@@ -20,6 +20,7 @@ KERNELS = {
     "mdn_local_gradient",
     "mdn_retreat",
     "mdn_state_gradients",
+    "mdn_read_gamma",
     "mdn_score_gradients",
     "mdn_gate_gradients",
 }
