@@ -50,7 +50,7 @@ REACH = 7
 REACH_READ_S, REACH_READ_N, REACH_WRITE_S, REACH_WRITE_N, REACH_QUERY_S, REACH_QUERY_N = (
     REACH + row for row in range(QUERY_N + 1)
 )
-# unit of `Prepared.mixing` in float16
+# unit of `Prepared.mixing` in float16, for the largest sum of sizes in a row or a column of it
 MIXING_UNIT = 13
 # gradients come back for the first seven rows
 ROW_GRADIENTS = 7

@@ -1,13 +1,15 @@
 """float16 in units: 11 digits in two bytes, whatever the size of the numbers.
 
-States, errors and their gradients go from kernel to kernel as float16 where the inputs have 16
-bits. bfloat16's 8 digits are too few there: gradients of gates are sums in which these nearly
-cancel (docs/kernels.md, "How exact"). float16 ends at 65,504 and is short of digits below 6e-5, so
-each tile of a chunk has a unit, a power of two, and holds multiples of it of at most 2^14.
+States, errors and their gradients are float16 where the inputs have 16 bits, between the kernels
+and as operands of the walks. bfloat16's 8 digits are too few there: gradients of gates are sums in
+which these nearly cancel (docs/kernels.md, "How exact"). float16 ends at 65,504 and is short of
+digits below 6e-5, so each tile of a chunk has a unit, a power of two, and holds multiples of it of
+at most 2^14.
 
-The walks know the unit of their states without a look at them: from the largest error of a chunk
-and how far errors can move a state (`layout.REACH_WRITE`). Such a bound may be far above the
-states: float16 keeps 11 digits of what is up to 2^28 times smaller than the bound.
+The walks know the units of errors and states without a look at them: from the largest residual of a
+chunk, what `X` can make of it (`layout.MIXING_UNIT`), and how far errors can move a state
+(`layout.REACH`). Such bounds may be far above the numbers: float16 keeps 11 digits of what is up to
+2^28 times smaller than the bound.
 """
 
 from typing import NamedTuple
