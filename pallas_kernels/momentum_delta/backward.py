@@ -39,8 +39,8 @@ from pallas_kernels.momentum_delta.units import (
     leave,
     mixed,
     most,
+    store_states,
     stored,
-    together,
     unit_of,
 )
 
@@ -207,21 +207,17 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
         start = c * CHUNK
         following = ahead(jnp.maximum(c - 1, 0))
         d_s, d_n = split(d_both)
-        if leaving is None:
-            stored_s, stored_n = d_s, d_n
-        else:
-            unit_s, unit_n = leaving.units
-            stored_s, stored_n, out.d_kept.unit[c] = together(d_s, d_n, unit_s, unit_n)
-        values.store(stored_s, out.d_kept.s, c)
-        values.store(stored_n, out.d_kept.n, c)
+        units = None if leaving is None else leaving.units
+        store_states(out.d_kept, c, d_s, d_n, units, values)
         steps = pl.ds(start, CHUNK)
         k, q = k_ref[steps, :], q_ref[steps, :]
         p = k if p_ref is None else p_ref[steps, :]
         d_o = values.load(do_ref, CHUNK, first=start).astype(jnp.float32)
         mixing_unit = None
-        if leaving is not None:
+        if units is not None:
             mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
-            write_s, write_n = write_s * unit_s.size, write_n * unit_n.size
+            unit_s, unit_n = (unit.size for unit in units)
+            write_s, write_n = write_s * unit_s, write_n * unit_n
 
         by_s, by_n = split(dot(k, d_both.astype(storage), precision))
         # what is loaded as values keeps the sum in their layout, of two numbers of a row a thread
@@ -252,9 +248,9 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
             to_s, to_n = (unit.inverse for unit in entering.units)
             # in this order nothing overflows
             keep_ss, keep_ns, keep_nn = (
-                (keep_ss * unit_s.size) * to_s,
-                (keep_ns * unit_s.size) * to_n,
-                (keep_nn * unit_n.size) * to_n,
+                (keep_ss * unit_s) * to_s,
+                (keep_ns * unit_s) * to_n,
+                (keep_nn * unit_n) * to_n,
             )
             read_s, read_n = read_s * to_s, read_n * to_n
             query_s, query_n = query_s * to_s, query_n * to_n

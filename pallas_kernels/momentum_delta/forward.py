@@ -50,7 +50,7 @@ from pallas_kernels.momentum_delta.units import (
     leave,
     mixed,
     power_of_two,
-    together,
+    store_states,
     unit_of,
 )
 
@@ -365,13 +365,8 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         )
         v = values.load(v_ref, CHUNK, first=start).astype(jnp.float32)
         s, n = split(both)
-        if entering is None:
-            stored_s, stored_n = s, n
-        else:
-            unit_s, unit_n = entering.units
-            stored_s, stored_n, out.kept.unit[c] = together(s, n, unit_s, unit_n)
-        values.store(stored_s, out.kept.s, c)
-        values.store(stored_n, out.kept.n, c)
+        units = None if entering is None else entering.units
+        store_states(out.kept, c, s, n, units, values)
         k = k_ref[pl.ds(start, CHUNK), :]
         p = k if p_ref is None else p_ref[pl.ds(start, CHUNK), :]
 
@@ -380,8 +375,8 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             return (factors if by is None else factors * by)[:, None]
 
         by_s = by_n = to_s = to_n = mixing_unit = None
-        if entering is not None:
-            by_s, by_n = unit_s.size, unit_n.size
+        if units is not None:
+            by_s, by_n = (unit.size for unit in units)
             mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
         seen_s, seen_n = split(dot(p, both.astype(dtype), precision))
         residual = v - factor(layout.READ_S, by_s) * seen_s

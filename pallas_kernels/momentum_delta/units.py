@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lowering import Precision, dot
+from pallas_kernels.momentum_delta.fragments import Fragments
 from pallas_kernels.momentum_delta.layout import CHUNK, Leaf, States, Values
 
 DTYPE = jnp.dtype(jnp.float16)
@@ -144,15 +145,33 @@ def leave(s: jax.Array, n: jax.Array, bounds: Bounds | None) -> tuple[jax.Array,
     return s * unit_s.size, n * unit_n.size
 
 
-def together(
-    s: jax.Array, n: jax.Array, unit_s: Unit, unit_n: Unit
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Float32 tiles of units of their own as float16 in the larger one, and its size."""
-    inverse = jnp.minimum(unit_s.inverse, unit_n.inverse)
-    s, n = (
-        (tile * (unit.size * inverse)).astype(DTYPE) for tile, unit in ((s, unit_s), (n, unit_n))
-    )
-    return s, n, jnp.maximum(unit_s.size, unit_n.size)
+def store_states(
+    ref: States,
+    chunk: jax.Array,
+    s: jax.Array,
+    n: jax.Array,
+    units: tuple[Unit, Unit] | None,
+    values: Fragments,
+) -> None:
+    """Stores what a walk carries at a chunk, float32, as float16 in the larger of its units.
+
+    Args:
+      ref: of all chunks.
+      chunk: its number.
+      s: memory or gradient, `[K, block]`.
+      n: negated momentum or gradient, same shape.
+      units: of both; None: they are stored as they are.
+      values: the order of columns.
+    """
+    if units is not None and ref.unit is not None:
+        inverse = jnp.minimum(units[0].inverse, units[1].inverse)
+        s, n = (
+            (tile * (unit.size * inverse)).astype(DTYPE)
+            for tile, unit in zip((s, n), units, strict=True)
+        )
+        ref.unit[chunk] = jnp.maximum(units[0].size, units[1].size)
+    values.store(s, ref.s, chunk)
+    values.store(n, ref.n, chunk)
 
 
 def columns(units: Leaf, value_dim: int, first: jax.Array | int, count: int) -> jax.Array:
