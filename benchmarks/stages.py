@@ -28,9 +28,10 @@ from mdn_jax import MDNState
 from mdn_jax.ops import api
 from mdn_jax.testing import random_inputs
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
-from pallas_kernels.momentum_delta.forward import advance, output, prepare
+from pallas_kernels.momentum_delta.forward import advance, output
 from pallas_kernels.momentum_delta.gates import gate_gradients
 from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens, Values
+from pallas_kernels.momentum_delta.prepare import prepare
 from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
 from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported

@@ -129,7 +129,7 @@ def retreat(
     z = x.sizes
     block, storage = options.tiles.retreat_block_v, options.storage(x.q.dtype)
     done: Any = None
-    d_error, walk_keys = local.d_error.data, prepared.keys or (x.k, x.p)
+    d_error, walk_keys = local.d_error.data, prepared.walk_keys(x)
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.retreat_resident):
         specs = WalkSpecs(z, block, launch)
         keys, values, memory = specs.keys(z.heads), specs.values(), specs.memory()

@@ -1,4 +1,4 @@
-"""Forward kernels: advance walks the chunks, prepare and output take one chunk each."""
+"""Forward kernels with states: advance walks the chunks, output takes one chunk each."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,29 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import coefficient_precision, dot, exact, kernel_call
+from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta import layout
-from pallas_kernels.momentum_delta.coefficients import (
-    Ends,
-    Quarters,
-    after,
-    diagonal,
-    ends,
-    half_coefficients,
-    halves,
-    inverse_norm,
-    log_gate,
-    lower_quarters,
-    squares,
-    unit_lower_inverse,
-)
 from pallas_kernels.momentum_delta.fragments import Fragments, join, split
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
-    HALF,
-    HALVES,
     ChunkSpecs,
-    Leaf,
     Memory,
     Options,
     Prepared,
@@ -42,235 +25,14 @@ from pallas_kernels.momentum_delta.layout import (
     launches,
 )
 from pallas_kernels.momentum_delta.units import (
-    SHORTEST,
     Bounds,
-    Unit,
     columns,
     enter,
     leave,
     mixed,
     power_of_two,
     store_states,
-    unit_of,
 )
-
-
-def prepare(x: Tokens, options: Options) -> Prepared:
-    """The first kernel: all of a chunk that needs no state."""
-    z = x.sizes
-    specs = ChunkSpecs(z)
-    keys, gate = specs.tokens(z.key_dim, z.heads), specs.gate()
-    p = None if x.p is None else specs.tokens(z.key_dim, z.p_heads)
-    storage = options.storage(x.q.dtype)
-    walk_keys = walk_specs = None
-    if storage == jnp.float16:
-        walk_keys = WalkKeys(
-            *jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, storage), (x.k, x.p))
-        )
-        walk_specs = WalkKeys(keys, p)
-    return kernel_call(
-        partial(_prepare, options=options),
-        x._replace(v=None),
-        name="mdn_prepare",
-        grid=specs.grid,
-        in_specs=[Tokens(keys, keys, None, p, gate, gate, gate, gate)],
-        out_specs=Prepared(specs.matrix(), specs.matrix(), specs.factors(), walk_specs),
-        out_shape=Prepared(
-            z.per_chunk(CHUNK, CHUNK, dtype=options.operands(x.q.dtype)),
-            z.per_chunk(CHUNK, CHUNK, dtype=storage),
-            z.per_chunk(layout.FACTORS, CHUNK, dtype=jnp.float32),
-            walk_keys,
-        ),
-        warps=options.tiles.prepare_warps,
-        stages=1,
-        interpret=options.interpret,
-    )
-
-
-_Pair = tuple[jax.Array, jax.Array]
-"""Of the two halves of a chunk."""
-
-
-class _Half(NamedTuple):
-    """What is left of half a chunk when its coefficients are stored."""
-
-    lower: jax.Array  # [n, n]
-    ends: Ends
-    read_total: jax.Array  # [n], as the following
-    read_lead: jax.Array
-    out_total: jax.Array
-    out_lead: jax.Array
-
-
-def _prepare(x, out, *, options):
-    precision = exact(options.interpret)
-    operands = options.operands(x.q.dtype)
-    coarse = coefficient_precision(operands, options.interpret)
-    explicit_p = x.p is not None
-
-    first, second = HALVES
-    q, k = x.q[...], x.k[...]
-    p = x.p[...] if explicit_p else k
-    k_t = k.T
-    ones = halves(jnp.ones((CHUNK,), jnp.float32))
-    in_units = options.storage(x.q.dtype) == jnp.float16
-    overlaps = lower_quarters(dot(p, k_t, precision))
-    square_q = halves(squares(q))
-    if explicit_p or k.dtype == jnp.float32:
-        square_k = halves(squares(k))
-    else:  # products of 16-bit numbers are exact
-        square_k = diagonal(overlaps.first), diagonal(overlaps.second)
-    square_p = halves(squares(p)) if explicit_p else square_k
-    norm_q = norm_k = ones
-    if options.normalize:
-        norm_q, norm_k = (tuple(map(inverse_norm, y)) for y in (square_q, square_k))
-    norm_q = tuple(options.scale * norm for norm in norm_q)
-    norm_p = ones if explicit_p else norm_k
-    write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, norm_k, strict=True))
-
-    def scaled(m: Quarters, norm: _Pair) -> Quarters:
-        return Quarters(
-            m.first * norm[0][:, None] * write[0][None, :],
-            m.corner * norm[1][:, None] * write[0][None, :],
-            m.second * norm[1][:, None] * write[1][None, :],
-        )
-
-    overlaps = scaled(overlaps, norm_p)
-    scores = scaled(lower_quarters(dot(q, k_t, precision)), norm_q)
-
-    def store(ref, row: pl.Slice, column: pl.Slice, value: jax.Array) -> None:
-        ref[row, column] = value.astype(ref.dtype)
-
-    def rows(index: int, values: _Pair, by: _Pair) -> None:
-        for half, value, factor in zip(HALVES, values, by, strict=True):
-            out.factors[index, half] = value * factor
-
-    rows(layout.NORM_Q, norm_q, ones)
-    rows(layout.NORM_K, norm_k, ones)
-
-    # of keys as the walks have them
-    to_read, to_key, longest_q = norm_p, norm_k, norm_q
-    sizes_k = sizes_p = ones
-    if in_units:
-        powers_k = powers_p = _powers(square_k)
-        _store_scaled(out.keys.k, x.k, powers_k)
-        if explicit_p:
-            powers_p = _powers(square_p)
-            _store_scaled(out.keys.p, x.p, powers_p)
-        sizes_k, sizes_p = (tuple(y.size for y in powers) for powers in (powers_k, powers_p))
-        to_read, to_key = (
-            tuple(norm * power.inverse for norm, power in zip(norms, both, strict=True))
-            for norms, both in ((norm_p, powers_p), (norm_k, powers_k))
-        )
-        # no element of a key is larger than the key is long, which those of the walks are by 1
-        longest_q = ones if options.normalize else tuple(map(jnp.sqrt, square_q))
-        longest_q = tuple(options.scale * y for y in longest_q)
-        if x.q.dtype == jnp.float16:  # the walk back multiplies queries as they are
-            longest_q = tuple(jnp.maximum(y, z) for y, z in zip(longest_q, norm_q, strict=True))
-
-    rows(layout.POWER_K, sizes_k, ones)
-    rows(layout.POWER_P, sizes_p, ones)
-
-    def half_chunk(index: jax.Array, carry: tuple[_Half, _Half]) -> tuple[_Half, _Half]:
-        at = pl.ds(index * HALF, HALF)
-        log_alpha, log_mu = log_gate(x.log_alpha, at), log_gate(x.log_mu, at)
-        half = half_coefficients(log_alpha, log_mu, x.beta[at], explicit_p, coarse)
-        score = jnp.where(index == 0, scores.first, scores.second)
-        overlap = jnp.where(index == 0, overlaps.first, overlaps.second)
-        store(out.attention, at, at, score * half.out.gamma)
-        return carry[1], _Half(
-            lower=overlap * half.read.gamma,
-            ends=ends(half),
-            read_total=half.read.total,
-            read_lead=half.read.lead,
-            out_total=half.out.total,
-            out_lead=half.out.lead,
-        )
-
-    # a loop, for code that is run once waits for its instructions
-    square, row = jnp.zeros((HALF, HALF), jnp.float32), jnp.zeros((HALF,), jnp.float32)
-    none = _Half(square, Ends(row, row, *(jnp.float32(0),) * 3), row, row, row, row)
-    half_1, half_2 = lax.fori_loop(0, 2, half_chunk, (none, none))
-    end_1, end_2 = half_1.ends, half_2.ends
-
-    read = after(half_2.read_total, half_2.read_lead, end_1)
-    query = after(half_2.out_total, half_2.out_lead, end_1)
-    store(out.attention, second, first, scores.corner * query.gamma)
-    lower = Quarters(half_1.lower, overlaps.corner * read.gamma, half_2.lower)
-
-    total, lead = end_2.total, end_2.lead  # of the second half, seen from the end
-    reads = (half_1.read_total, read.total), (half_1.read_lead, read.lead)
-    queries = (half_1.out_total, query.total), (half_1.out_lead, query.lead)
-    writes = (
-        (total * end_1.gamma + lead * end_1.w, end_2.gamma),
-        (end_2.momentum * end_1.w, end_2.w),
-    )
-    out.factors[layout.SIGHT_2, first] = half_2.read_total
-    out.factors[layout.SIGHT_2, second] = half_2.read_lead
-    out.factors[layout.ENDS_1, first], out.factors[layout.ENDS_1, second] = end_1.gamma, end_1.w
-    keeps = {
-        layout.KEEP_SS: total * end_1.total,
-        layout.KEEP_NS: total * end_1.lead + lead * end_1.momentum,
-        layout.KEEP_NN: end_2.momentum * end_1.momentum,
-        layout.TOTAL_1: end_1.total,
-        layout.LEAD_1: end_1.lead,
-        layout.MOMENTUM_1: end_1.momentum,
-        layout.MOMENTUM_2: end_2.momentum,
-    }
-    to_write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, to_key, strict=True))
-    for index, of_states, norm, longest in (
-        (layout.READ_S, reads, to_read, to_read),
-        (layout.WRITE_S, writes, to_write, to_write),
-        (layout.QUERY_S, queries, norm_q, longest_q),
-    ):
-        for row, of_state in enumerate(of_states, start=index):
-            rows(row, of_state, norm)
-            if in_units:
-                reach = [abs(y * size) for y, size in zip(of_state, longest, strict=True)]
-                keeps[layout.REACH + row] = jnp.sum(reach[0] + reach[1])
-    inverse = unit_lower_inverse(lower, coarse, float16=operands != jnp.float32)
-    row, column = layout.iotas(HALF)
-    mixing = Quarters(
-        jnp.where(row > column, inverse.first, 0.0),
-        inverse.corner,
-        jnp.where(row > column, inverse.second, 0.0),
-    )
-    if in_units:
-        unit = unit_of(_largest_sum(mixing))
-        mixing = Quarters(*(y * unit.inverse for y in mixing))
-        keeps[layout.MIXING_UNIT] = unit.size
-    keep = jnp.zeros((CHUNK,), jnp.float32)
-    for entry, value in keeps.items():
-        keep = jnp.where(layout.lanes() == entry, value, keep)
-    out.factors[layout.KEEP, :] = keep
-
-    store(out.mixing, first, first, mixing.first)
-    store(out.mixing, second, first, mixing.corner)
-    store(out.mixing, second, second, mixing.second)
-    for ref in (out.attention, out.mixing):
-        ref[first, second] = jnp.zeros((HALF, HALF), ref.dtype)
-
-
-def _powers(square: _Pair) -> tuple[Unit, Unit]:
-    """By which rows become about 1 long, from the squares of their lengths."""
-    first, second = (power_of_two(lax.rsqrt(jnp.maximum(y, SHORTEST**2))) for y in square)
-    return first, second
-
-
-def _store_scaled(ref: Leaf, keys: Leaf, powers: tuple[Unit, Unit]) -> None:
-    """Half by half and loaded once more: the tile would take registers that products need.
-
-    Value heads that share keys all store the same.
-    """
-    for half, power in zip(HALVES, powers, strict=True):
-        scaled = keys[half, :].astype(jnp.float32) * power.size[:, None]
-        ref[half, :] = scaled.astype(ref.dtype)
-
-
-def _largest_sum(x: Quarters) -> jax.Array:
-    """At least the largest sum of a row or a column of sizes: what it can make of numbers of 1."""
-    both = abs(x.corner) + jnp.maximum(abs(x.first), abs(x.second))
-    return jnp.maximum(jnp.max(jnp.sum(both, axis=1)), jnp.max(jnp.sum(both, axis=0)))
 
 
 class Advanced(NamedTuple):
@@ -306,7 +68,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
             Values(z.per_head(z.value_dim, storage), z.units(block, storage)),
             z.states(block, storage),
         )
-        tokens = (prepared.keys or WalkKeys(x.k, x.p), x.v, prepared.mixing, prepared.factors)
+        tokens = (prepared.walk_keys(x), x.v, prepared.mixing, prepared.factors)
         # what earlier launches wrote stays where it is: places of operands, to those of results
         after, results = len(jax.tree.leaves(tokens)), len(jax.tree.leaves(shapes))
         aliases = {}

@@ -185,6 +185,10 @@ class Prepared(NamedTuple):
     factors: Leaf
     keys: WalkKeys | None
 
+    def walk_keys(self, x: Tokens) -> WalkKeys:
+        """Those that the walks take."""
+        return self.keys or WalkKeys(x.k, x.p)
+
 
 class Sizes(NamedTuple):
     """Static sizes of a call."""

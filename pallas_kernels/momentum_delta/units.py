@@ -214,7 +214,7 @@ def sums_with_states(d_v: Values, error: Values, kept: States, d_kept: States) -
         return None
     of_v, of_error, of_s, of_ds = units
     products = jnp.stack([of_v * of_s, of_error * of_ds, of_s, of_ds * of_s], axis=3)
-    unit = _largest(products)
+    unit = _unit_of_sums(products)
     return Sums(unit, _by_column(products / unit[..., None], d_v))
 
 
@@ -231,7 +231,7 @@ def sums_with_errors(d_o: Values, d_v: Values, error: Values) -> Sums | None:
         return None
     of_o, of_v, of_error = units
     # in the order of OUTPUT and ERROR
-    unit = _largest(jnp.stack([of_o * of_error, of_v * of_error], axis=3))
+    unit = _unit_of_sums(jnp.stack([of_o * of_error, of_v * of_error], axis=3))
     factors = jnp.stack([of_error, of_v * of_error], axis=3) / unit[..., None]
     return Sums(unit, _by_column(factors, d_v))
 
@@ -248,7 +248,7 @@ def _by_column(blocks: jax.Array, like: Values) -> jax.Array:
     return jnp.repeat(blocks, like.data.shape[3] // blocks.shape[-1], axis=-1)
 
 
-def _largest(products: jax.Array) -> jax.Array:
+def _unit_of_sums(products: jax.Array) -> jax.Array:
     """Units `[B, HV, NT, sums]` of sums of products `[B, HV, NT, sums, blocks]` of units."""
     # of nothing but zeros the product of units may be zero
     return jnp.maximum(jnp.max(products, axis=4), _LEAST)

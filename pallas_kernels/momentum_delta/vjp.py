@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
-from pallas_kernels.momentum_delta.forward import advance, output, prepare
+from pallas_kernels.momentum_delta.forward import advance, output
 from pallas_kernels.momentum_delta.gates import gate_gradients
 from pallas_kernels.momentum_delta.layout import (
     Memory,
@@ -19,6 +19,7 @@ from pallas_kernels.momentum_delta.layout import (
     Tokens,
     Values,
 )
+from pallas_kernels.momentum_delta.prepare import prepare
 from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
 from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 
