@@ -97,6 +97,7 @@ def _prepare(x, out, *, options):
     explicit_p = x.p is not None
 
     first, second = HALVES
+    eta = tuple(x.eta[half] for half in HALVES)  # used twice, far apart: no second wait for a load
     q, k = x.q[...], x.k[...]
     p = x.p[...] if explicit_p else k
     k_t = k.T
@@ -114,7 +115,7 @@ def _prepare(x, out, *, options):
         norm_q, norm_k = (tuple(map(inverse_norm, y)) for y in (square_q, square_k))
     norm_q = tuple(options.scale * norm for norm in norm_q)
     norm_p = ones if explicit_p else norm_k
-    write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, norm_k, strict=True))
+    write = tuple(y * norm for y, norm in zip(eta, norm_k, strict=True))
 
     def scaled(m: Quarters, norm: _Pair) -> Quarters:
         return Quarters(
@@ -205,7 +206,7 @@ def _prepare(x, out, *, options):
         layout.MOMENTUM_1: end_1.momentum,
         layout.MOMENTUM_2: end_2.momentum,
     }
-    to_write = tuple(x.eta[half] * norm for half, norm in zip(HALVES, to_key, strict=True))
+    to_write = tuple(y * norm for y, norm in zip(eta, to_key, strict=True))
     for index, of_states, norm, longest in (
         (layout.READ_S, reads, to_read, to_read),
         (layout.WRITE_S, writes, to_write, to_write),
@@ -246,12 +247,13 @@ def _powers(square: _Pair) -> tuple[Unit, Unit]:
 
 
 def _store_scaled(ref: Leaf, keys: Leaf, powers: tuple[Unit, Unit]) -> None:
-    """Half by half and loaded once more: the tile would take registers that products need.
+    """Loaded once more: the tile would take registers that products need. In halves, for the same.
 
     Value heads that share keys all store the same.
     """
-    for half, power in zip(HALVES, powers, strict=True):
-        scaled = keys[half, :].astype(jnp.float32) * power.size[:, None]
+    loaded = [keys[half, :] for half in HALVES]
+    for half, tile, power in zip(HALVES, loaded, powers, strict=True):
+        scaled = tile.astype(jnp.float32) * power.size[:, None]
         ref[half, :] = scaled.astype(ref.dtype)
 
 
