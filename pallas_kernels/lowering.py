@@ -90,15 +90,16 @@ def kernel_call(
     out_shape = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying), out_shape
     )
-    (result,) = pl.pallas_call(
-        body,
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=[out_specs],
-        out_shape=[out_shape],
-        input_output_aliases=dict(aliases),
-        compiler_params=pl_triton.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=interpret,
-        name=name,
-    )(*operands)
+    with jax.enable_x64(False):  # Python's numbers in bodies and index maps are of 32 bits
+        (result,) = pl.pallas_call(
+            body,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=[out_specs],
+            out_shape=[out_shape],
+            input_output_aliases=dict(aliases),
+            compiler_params=pl_triton.CompilerParams(num_warps=warps, num_stages=stages),
+            interpret=interpret,
+            name=name,
+        )(*operands)
     return result

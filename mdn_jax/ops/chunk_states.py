@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 _exact_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -33,6 +33,15 @@ class Walk(NamedTuple):
     read: Float[Array, "NT B H G C 2"]  # factors of P S, P N in the error
     write: Float[Array, "NT B H G C 2"]  # factors of the error in S_C, N_C
     keep: Float[Array, "NT B H G 3"]  # S_C = keep_0 S + keep_1 N + ...,  N_C = keep_2 N + ...
+
+
+def clean(x: Array, dead: Bool[Array, "..."]) -> Array:
+    """`x`, with zero for what is not finite where a factor of exactly zero stands before it.
+
+    A document that starts multiplies all of earlier ones by zero, and zero times nan is nan: what
+    belongs to another document is selected away. Finite numbers stay as they are, to the bit.
+    """
+    return jnp.where(dead & ~jnp.isfinite(x), 0, x)
 
 
 def scale_rows(rows: Float[Array, "*#h C K"], factors: Float[Array, "*h C 2"]) -> Array:
@@ -66,16 +75,22 @@ def _walk(
 
     def step(states: Array, chunk: tuple[Walk, Array]) -> tuple[Array, tuple[Array, Array]]:
         x, inverse = chunk
-        error = matmul(inverse, x.v - matmul(scale_rows(x.p, x.read), states))
+        seen = clean(matmul(scale_rows(x.p, x.read), states), _forgets(x))
+        error = matmul(inverse, x.v - seen)
         written = matmul(jnp.swapaxes(scale_rows(x.k, x.write), -1, -2), error)
         s, n = jnp.split(states, 2, axis=-2)
         ss, ns, nn = _keeps(x)
-        kept = jnp.concatenate([ss * s + ns * n, nn * n], axis=-2)
+        kept = clean(jnp.concatenate([ss * s + ns * n, nn * n], axis=-2), _forgets(x))
         return kept + written, (states, error)
 
     unroll = inverse.shape[0] <= _UNROLLED
     states, (entering, error) = lax.scan(step, states, (x, inverse), unroll=unroll)
     return states, entering, error
+
+
+def _forgets(x: Walk) -> Bool[Array, "*h 1 1"]:
+    """Whether a chunk keeps exactly nothing of the states: a document starts in it."""
+    return jnp.all(x.keep == 0, axis=-1)[..., None, None]
 
 
 def _keeps(x: Walk) -> tuple[Array, Array, Array]:
@@ -104,12 +119,12 @@ def _walk_backward(
         d_states: Array, chunk: tuple[Walk, Array, Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
         x, inverse, d_entering, d_error = chunk
-        d_error = d_error + matmul(scale_rows(x.k, x.write), d_states)
+        d_error = d_error + clean(matmul(scale_rows(x.k, x.write), d_states), _forgets(x))
         d_residual = matmul(jnp.swapaxes(inverse, -1, -2), d_error)
         read = matmul(jnp.swapaxes(scale_rows(x.p, x.read), -1, -2), d_residual)
         d_s, d_n = jnp.split(d_states, 2, axis=-2)
         ss, ns, nn = _keeps(x)
-        kept = jnp.concatenate([ss * d_s, ns * d_s + nn * d_n], axis=-2)
+        kept = clean(jnp.concatenate([ss * d_s, ns * d_s + nn * d_n], axis=-2), _forgets(x))
         return kept + d_entering - read, (d_states, d_residual)
 
     d_first, (d_leaving, d_residual) = lax.scan(
@@ -128,6 +143,7 @@ def _walk_backward(
     s, n = jnp.split(entering, 2, axis=-2)
     d_s, d_n = jnp.split(d_leaving, 2, axis=-2)
     d_keep = [jnp.sum(d * y, axis=(-2, -1)) for d, y in ((d_s, s), (d_s, n), (d_n, n))]
+    forgets = _forgets(x)[..., 0]
     return d_first, Walk(
         p=d_p,
         k=d_k,
@@ -135,12 +151,45 @@ def _walk_backward(
         lower=-matmul(d_residual, jnp.swapaxes(error, -1, -2)),
         read=d_read,
         write=d_write,
-        keep=jnp.stack(d_keep, axis=-1),
+        keep=clean(jnp.stack(d_keep, axis=-1), forgets),
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def read_states(
+    rows: Float[Array, "*#h C K"],
+    factors: Float[Array, "*h C 2"],
+    states: Float[Array, "*h 2*K V"],
+    precision: lax.Precision,
+) -> Float[Array, "*h C V"]:
+    """`(rows ⊙ factors) states`: exactly nothing where both factors of a row are zero."""
+    product = jnp.matmul(scale_rows(rows, factors), states, precision=precision)
+    return clean(product, jnp.all(factors == 0, axis=-1, keepdims=True))
+
+
+def _read_states_forward(
+    rows: Array, factors: Array, states: Array, precision: lax.Precision
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return read_states(rows, factors, states, precision), (rows, factors, states)
+
+
+def _read_states_backward(
+    precision: lax.Precision, residuals: tuple[Array, Array, Array], d_o: Array
+) -> tuple[Array, Array, Array]:
+    rows, factors, states = residuals
+    matmul = partial(jnp.matmul, precision=precision)
+    d_scaled = matmul(d_o, jnp.swapaxes(states, -1, -2))
+    d_rows, d_factors = _scale_rows_gradient(d_scaled, rows, factors)
+    d_states = matmul(jnp.swapaxes(scale_rows(rows, factors), -1, -2), d_o)
+    return d_rows, d_factors, d_states
+
+
+read_states.defvjp(_read_states_forward, _read_states_backward)
 
 
 def _scale_rows_gradient(d_scaled: Array, rows: Array, factors: Array) -> tuple[Array, Array]:
     """Gradients of `scale_rows` in `rows` (summed over the heads that share them) and `factors`."""
+    d_scaled = clean(d_scaled, jnp.all(factors == 0, axis=-1, keepdims=True))
     first, second = jnp.split(d_scaled, 2, axis=-1)
     d_factors = jnp.stack([jnp.sum(first * rows, -1), jnp.sum(second * rows, -1)], axis=-1)
     d_rows = factors[..., :1] * first + factors[..., 1:] * second

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mdn_jax.ops.chunk_states import Walk, scale_rows, walk
+from mdn_jax.ops.chunk_states import Walk, read_states, walk
 from mdn_jax.ops.coefficients import ChunkCoefficients, chunk_coefficients
 from mdn_jax.ops.inputs import RuleInputs, pad_time, split_time
 from mdn_jax.ops.state import MDNState
@@ -195,6 +195,7 @@ def _block(
         ),
         options.precision,
     )
-    query = scale_rows(x.q, jnp.stack([co.decay, co.lead], axis=-1))
-    o = matmul(query, entering) + matmul(attention, error)  # [NT, B, H, G, C, V]
+    factors = jnp.stack([co.decay, co.lead], axis=-1)
+    o = read_states(x.q, factors, entering, options.precision)
+    o += matmul(attention, error)  # [NT, B, H, G, C, V]
     return states, o.transpose(1, 0, 4, 2, 3, 5).reshape(inputs.v.shape)

@@ -8,6 +8,7 @@ near machine precision whatever the gates, and zeros (a document's start, alpha 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -37,14 +38,29 @@ class ChunkCoefficients(NamedTuple):
     carry_last: Float[Array, "*h C"]  # row C of carry
 
 
+@jax.custom_vjp
 def segment_sums(steps: Float[Array, "*h C"], to: Bool[Array, "C C"]) -> Float[Array, "*h C C"]:
     """`D[t, i] = sum of steps s with i < s and to[t, s]`.
 
-    One product with masks: terms of one sign, never the difference of two cumulative sums.
+    One product with masks: terms of one sign, never the difference of two cumulative sums. Its
+    gradient is of sums that hold no other step's: what is not finite in one document stays there.
     """
     index = jnp.arange(steps.shape[-1])
     after = (index[:, None] > index[None, :]).astype(steps.dtype)  # [s, i]
     return jnp.einsum("...ts,si->...ti", steps[..., None, :] * to, after, precision="highest")
+
+
+def _segment_sums_forward(steps: Array, to: Array) -> tuple[Array, Array]:
+    return segment_sums(steps, to), to
+
+
+def _segment_sums_backward(to: Array, d_sums: Array) -> tuple[Array, None]:
+    margin = [(0, 0)] * (d_sums.ndim - 1) + [(1, 0)]
+    before = jnp.pad(jnp.cumsum(d_sums[..., :-1], axis=-1), margin)  # [t, s], of the i before s
+    return jnp.sum(jnp.where(to, before, 0), axis=-2), None
+
+
+segment_sums.defvjp(_segment_sums_forward, _segment_sums_backward)
 
 
 def chunk_coefficients(
@@ -72,24 +88,26 @@ def chunk_coefficients(
     same = document[..., :, None] == document[..., None, :]
     first = document == 0  # the document that the entering states belong to
 
-    # A_ti: decay from after step i to before step t;  W_ij: momentum from after step j to step i
-    a = jnp.exp(segment_sums(log_alpha, column < row)) * (same & (column < row))
-    w = jnp.exp(segment_sums(log_mu, column <= row)) * (same & (column <= row))
-    a_beta = a * beta[..., None, :]
+    # A_ti beta_i, A the decay from after step i to before step t;  W_ij: momentum from after step j to step i
+    # (selected, not multiplied by the mask: what is not finite in one document's gradient would
+    # be nan in another's)
+    decays = jnp.exp(segment_sums(log_alpha, column < row))
+    a_beta = jnp.where(same & (column < row), decays * beta[..., None, :], 0)
+    w = jnp.where(same & (column <= row), jnp.exp(segment_sums(log_mu, column <= row)), 0)
     alpha = jnp.exp(log_alpha)
 
     gamma_before = jnp.einsum("...ti,...ij->...tj", a_beta, w, precision=lax.Precision.HIGHEST)
     gamma = alpha[..., None] * gamma_before + beta[..., None] * w
 
     total_alpha, total_mu = jnp.cumsum(log_alpha, axis=-1), jnp.cumsum(log_mu, axis=-1)
-    momentum = jnp.exp(total_mu) * first
+    momentum = jnp.where(first, jnp.exp(total_mu), 0)
     before = jnp.pad(total_alpha[..., :-1], [(0, 0)] * (log_alpha.ndim - 1) + [(1, 0)])
     lead_before = jnp.einsum("...ti,...i->...t", a_beta, momentum, precision=lax.Precision.HIGHEST)
     return ChunkCoefficients(
         gamma=gamma,
         gamma_before=gamma_before,
-        decay=jnp.exp(total_alpha) * first,
-        decay_before=jnp.exp(before) * first,
+        decay=jnp.where(first, jnp.exp(total_alpha), 0),
+        decay_before=jnp.where(first, jnp.exp(before), 0),
         lead=alpha * lead_before + beta * momentum,
         lead_before=lead_before,
         momentum_last=momentum[..., -1],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 L2_EPSILON = 1e-6
+_LONG, _SHORTENING = 2.0**56, 2.0**-80
 _FULL_PRECISION = ("highest", "float32")
 
 
@@ -28,8 +29,14 @@ class RuleInputs(NamedTuple):
 
 
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
-    """`x / sqrt(sum(x^2) + 1e-6)` over the last axis (the training form: epsilon in the root)."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON)
+    """`x / sqrt(sum(x^2) + 1e-6)` over the last axis (the training form: epsilon in the root).
+
+    Of any finite `x`: rows whose squares would overflow are first made shorter, by a power of two.
+    """
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    by = jnp.where(largest > _LONG, _SHORTENING, 1).astype(x.dtype)
+    x = x * by
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON * by * by)
 
 
 def in_full_precision() -> bool:

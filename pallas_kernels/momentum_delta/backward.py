@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.fragments import Fragments, join, split
+from pallas_kernels.momentum_delta.isolation import clean, finite, keeps_nothing, times, unless
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
     ChunkSpecs,
@@ -203,12 +204,15 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
         # both gradients are one [K, 2 block] float32; rows and d_local were loaded a step ahead
         d_both, leaving, d_local, *rows, keep_ss, keep_ns, keep_nn = carry
         read_s, read_n, write_s, write_n, query_s, query_n = (row[:, None] for row in rows)
+        starts = keeps_nothing(keep_ss, keep_ns, keep_nn)
         c = end - 1 - i
         start = c * CHUNK
         following = ahead(jnp.maximum(c - 1, 0))
         d_s, d_n = split(d_both)
         units = None if leaving is None else leaving.units
         store_states(out.d_kept, c, d_s, d_n, units, values)
+        d_both = unless(starts, d_both, finite)
+        d_s, d_n = split(d_both)
         steps = pl.ds(start, CHUNK)
         k, q = k_ref[steps, :], q_ref[steps, :]
         p = k if p_ref is None else p_ref[steps, :]
@@ -216,7 +220,7 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
         mixing_unit = None
         if units is not None:
             mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
-            unit_s, unit_n = (unit.size for unit in units)
+            unit_s, unit_n = (clean(unit.size, starts) for unit in units)
             write_s, write_n = write_s * unit_s, write_n * unit_n
 
         by_s, by_n = split(dot(k, d_both.astype(storage), precision))
@@ -242,15 +246,15 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
                 )
             )
             entering = Bounds(
-                abs(keep_ss) * leaving.s + reach_s,
-                abs(keep_ns) * leaving.s + abs(keep_nn) * leaving.n + reach_n,
+                times(abs(keep_ss), leaving.s) + reach_s,
+                times(abs(keep_ns), leaving.s) + times(abs(keep_nn), leaving.n) + reach_n,
             )
             to_s, to_n = (unit.inverse for unit in entering.units)
             # in this order nothing overflows
             keep_ss, keep_ns, keep_nn = (
-                (keep_ss * unit_s) * to_s,
-                (keep_ns * unit_s) * to_n,
-                (keep_nn * unit_n) * to_n,
+                times(keep_ss, unit_s) * to_s,
+                times(keep_ns, unit_s) * to_n,
+                times(keep_nn, unit_n) * to_n,
             )
             read_s, read_n = read_s * to_s, read_n * to_n
             query_s, query_n = query_s * to_s, query_n * to_n
@@ -429,16 +433,20 @@ def _state_gradients(
     keep = jnp.zeros((CHUNK,), jnp.float32)
     for index, gradient in enumerate(keeps):
         keep = jnp.where(layout.lanes() == index, jnp.sum(gradient), keep)
-    out.rows[layout.KEEP, :] = keep if units is None else keep * units.unit[KEEP]
+    if units is not None:
+        keep *= units.unit[KEEP]
+    three = (factors[layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN))
+    out.rows[layout.KEEP, :] = clean(keep, keeps_nothing(*three))
 
     def through(rows: tuple[int, int], tile: jax.Array, sign: float = 1.0) -> jax.Array:
         """Gradient of the keys whose products the two rows of factors scale."""
         by = sign if units is None else sign * units.unit[rows[0] // 2]
         wide = tile.astype(jnp.float32)
+        dead = (row_factors[rows[0]] == 0) & (row_factors[rows[1]] == 0)
         for row in rows:
-            out.rows[row, :] = jnp.sum(products[row] * wide, axis=1) * by
+            out.rows[row, :] = clean(jnp.sum(products[row] * wide, axis=1) * by, dead)
         both = [(row_factors[row] * by)[:, None] * products[row] for row in rows]
-        return both[0] + both[1]
+        return clean(both[0] + both[1], dead[:, None])
 
     # one pair of products is done with before the next: registers are short
     d_q = through((layout.QUERY_S, layout.QUERY_N), q)

@@ -25,6 +25,9 @@ LOG_ZERO = -110.0
 """Log of a gate of zero."""
 LOG2_E = math.log2(math.e)
 _FLOAT16_MAX = 65_504.0
+SHORTER = 2.0**-60
+"""By which products of keys and queries that are to be normalised are multiplied: with lengths of
+up to 2^94, 2e28, they fit into float32 then. (float16 itself ends before.)"""
 
 
 class Sight(NamedTuple):
@@ -103,7 +106,7 @@ def half_coefficients(
     later = dot(a_beta, jnp.where(row > column, w, 0.0), precision)
     read = Sight(
         gamma=later + a_beta,
-        total=exp(jnp.minimum(read_to, 0.0)),
+        total=exp(jnp.where(read_to > 0.0, 0.0, read_to)),  # nan stays nan
         lead=jnp.sum(a_beta * momentum[None, :], axis=1),
     )
     lift = exp(log_alpha) if explicit_p else None
@@ -228,9 +231,11 @@ def _unit_lower_inverse(
 def log_gate(ref: Leaf, at: pl.Slice) -> jax.Array:
     """Log gates as the coefficients take them: bounded below, as they are sums' differences.
 
-    The bound's `exp` is zero in float32; it is small enough in size for sums to stay precise.
+    The bound's `exp` is zero in float32; it is small enough in size for sums to stay precise. nan
+    stays nan (in a maximum on a GPU it would not).
     """
-    return jnp.maximum(ref[at], LOG_ZERO)
+    log = ref[at]
+    return jnp.where(log < LOG_ZERO, LOG_ZERO, log)
 
 
 def exp(x: jax.Array) -> jax.Array:
@@ -241,10 +246,10 @@ def exp(x: jax.Array) -> jax.Array:
     return jnp.exp2(x * LOG2_E)
 
 
-def squares(x: jax.Array) -> jax.Array:
-    """`sum(x^2)` of the rows of `[n, K]`, float32."""
+def squares(x: jax.Array, by: float = 1.0) -> jax.Array:
+    """`by sum(x^2)` of the rows of `[n, K]`, float32."""
     wide = x.astype(jnp.float32)
-    return jnp.sum(wide * wide, axis=1)
+    return jnp.sum(wide * (wide if by == 1.0 else by * wide), axis=1)
 
 
 def diagonal(matrix: jax.Array) -> jax.Array:
@@ -253,6 +258,6 @@ def diagonal(matrix: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(row == column, matrix, 0.0), axis=1)
 
 
-def inverse_norm(square: jax.Array) -> jax.Array:
-    """`1 / sqrt(sum(x^2) + 1e-6)`."""
-    return lax.rsqrt(square + 1e-6)
+def inverse_norm(square: jax.Array, by: float) -> jax.Array:
+    """`1 / sqrt(by (sum(x^2) + 1e-6))`, from `by sum(x^2)`; nan where that is inf."""
+    return lax.rsqrt(square + 0.0 * square + 1e-6 * by)

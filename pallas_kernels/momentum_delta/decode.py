@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import kernel_call
+from pallas_kernels.momentum_delta.coefficients import SHORTER, inverse_norm
+from pallas_kernels.momentum_delta.isolation import clean, times
 from pallas_kernels.momentum_delta.layout import Leaf, Memory, Tokens
 from pallas_kernels.tiling import DecodeTiles
 
@@ -100,16 +102,19 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
 def _decode(x, memory, out, *, options):
     def normalized(y: jax.Array) -> jax.Array:
         y = y.astype(jnp.float32)
-        return y * lax.rsqrt(jnp.sum(y * y) + 1e-6) if options.normalize else y
+        if not options.normalize:
+            return y
+        return y * (SHORTER**0.5 * inverse_norm(jnp.sum(y * (SHORTER * y)), SHORTER))
 
     def step(t: jax.Array | int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         s, m = carry
         q, k = normalized(x.q[t, :]), normalized(x.k[t, :])
         alpha, mu = jnp.exp(x.log_alpha[t]), jnp.exp(x.log_mu[t])
         p = alpha * k if x.p is None else x.p[t, :].astype(jnp.float32)
-        w = jnp.sum(s * p[:, None], axis=0) - x.v[t, :].astype(jnp.float32)
-        m = mu * m + (x.eta[t] * k)[:, None] * w[None, :]
-        s = alpha * s - x.beta[t] * m
+        seen = clean(jnp.sum(s * p[:, None], axis=0), (alpha == 0) & (mu == 0))
+        w = seen - x.v[t, :].astype(jnp.float32)
+        m = times(mu, m) + (x.eta[t] * k)[:, None] * w[None, :]
+        s = times(alpha, s) - x.beta[t] * m
         o = options.scale * jnp.sum(s * q[:, None], axis=0)
         out.o[t, :] = o.astype(out.o.dtype)
         return s, m

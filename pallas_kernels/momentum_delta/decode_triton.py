@@ -6,6 +6,7 @@ The same steps as decode.py. It is there for the day when jax drops its Triton b
 import triton
 import triton.language as tl
 
+from pallas_kernels.momentum_delta.coefficients import SHORTER
 from pallas_kernels.momentum_delta.decode import Decoded, DecodeOptions
 from pallas_kernels.momentum_delta.layout import Memory, Tokens
 
@@ -43,11 +44,15 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
     return Decoded(o, Memory(s, m))
 
 
+_SHORTER, _ROOT = tl.constexpr(SHORTER), tl.constexpr(SHORTER**0.5)
+
+
 @triton.jit
 def _normalized(y, normalize: tl.constexpr):
     y = y.to(tl.float32)
     if normalize:
-        y *= tl.rsqrt(tl.sum(y * y, axis=0) + 1e-6)
+        square = tl.sum(y * (_SHORTER * y), axis=0)
+        y *= _ROOT * tl.rsqrt(square + 0.0 * square + 1e-6 * _SHORTER)
     return y
 
 
@@ -102,9 +107,14 @@ def mdn_decode(
             p = tl.load(p_ref + erased).to(tl.float32)
         else:
             p = alpha * k
-        w = tl.sum(s * p[:, None], axis=0) - tl.load(v_ref + values).to(tl.float32)
-        m = mu * m + (tl.load(eta_ref + gate) * k)[:, None] * w[None, :]
-        s = alpha * s - tl.load(beta_ref + gate) * m
+        # a document that starts sees nothing of the states, nan and inf included (isolation.py)
+        seen = tl.sum(s * p[:, None], axis=0)
+        starts = (alpha == 0) & (mu == 0)
+        seen = tl.where(starts & ~(tl.abs(seen) < float("inf")), 0.0, seen)
+        w = seen - tl.load(v_ref + values).to(tl.float32)
+        kept = tl.where(mu == 0, 0.0, mu * m)
+        m = kept + (tl.load(eta_ref + gate) * k)[:, None] * w[None, :]
+        s = tl.where(alpha == 0, 0.0, alpha * s) - tl.load(beta_ref + gate) * m
         o = scale * tl.sum(s * q[:, None], axis=0)
         tl.store(o_ref + values, o.to(o_ref.dtype.element_ty))
     tl.store(s_out_ref + states, s)

@@ -1,5 +1,6 @@
 """Forward kernels with states: advance walks the chunks, output takes one chunk each."""
 
+import operator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.fragments import Fragments, join, split
+from pallas_kernels.momentum_delta.isolation import clean, keeps_nothing, unless
+from pallas_kernels.momentum_delta.isolation import times as times_exactly
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
     ChunkSpecs,
@@ -116,7 +119,7 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
     first, end = specs.stretch()
 
     def step(
-        c: jax.Array, carry: tuple[jax.Array, Bounds | None]
+        c: jax.Array, carry: tuple[jax.Array, Bounds | None], *, carefully: bool = False
     ) -> tuple[jax.Array, Bounds | None]:
         # both states are one [K, 2 block] float32, operands of one product and results of one
         both, entering = carry
@@ -136,11 +139,18 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             factors = factor_ref[c, row, :]
             return (factors if by is None else factors * by)[:, None]
 
+        starts = keeps_nothing(keep_ss, keep_ns, keep_nn) if carefully else None
+        times = times_exactly if carefully else operator.mul
         by_s = by_n = to_s = to_n = mixing_unit = None
         if units is not None:
             by_s, by_n = (unit.size for unit in units)
+            if starts is not None:
+                by_s, by_n = clean(by_s, starts), clean(by_n, starts)
             mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
-        seen_s, seen_n = split(dot(p, both.astype(dtype), precision))
+        seen = dot(p, both.astype(dtype), precision)
+        if starts is not None:
+            seen = clean(seen, starts)
+        seen_s, seen_n = split(seen)
         residual = v - factor(layout.READ_S, by_s) * seen_s
         residual -= factor(layout.READ_N, by_n) * seen_n
         error, in_unit = mixed(residual, mixing_ref[c], mixing_unit, precision)
@@ -155,17 +165,19 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
                 for i in (layout.REACH_WRITE_S, layout.REACH_WRITE_N)
             )
             leaving = Bounds(
-                abs(keep_ss) * entering.s + abs(keep_ns) * entering.n + reach_s,
-                abs(keep_nn) * entering.n + reach_n,
+                times(abs(keep_ss), entering.s) + times(abs(keep_ns), entering.n) + reach_s,
+                times(abs(keep_nn), entering.n) + reach_n,
             )
             to_s, to_n = (unit.inverse for unit in leaving.units)
             # in this order nothing overflows
             keep_ss, keep_ns, keep_nn = (
-                (keep_ss * by_s) * to_s,
-                (keep_ns * by_n) * to_s,
-                (keep_nn * by_n) * to_n,
+                times(keep_ss, by_s) * to_s,
+                times(keep_ns, by_n) * to_s,
+                times(keep_nn, by_n) * to_n,
             )
         kept = join(keep_ss * s + keep_ns * n, keep_nn * n)
+        if starts is not None:
+            kept = clean(kept, starts)
         written = join(factor(layout.WRITE_S, to_s) * error, factor(layout.WRITE_N, to_n) * error)
         return kept + dot(k.T, written.astype(dtype), precision), leaving
 
@@ -176,7 +188,15 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         if from_zeros:  # what is there is of the first halves of walks
             s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
     s, n, bounds = enter(s, n, dtype)
-    both, bounds = lax.fori_loop(first, end, step, (join(s, n), bounds))
+    entering = join(s, n), bounds
+    both, bounds = lax.fori_loop(first, end, step, entering)
+    # what is not finite stays so until the end, by then in documents of others as well: again, with
+    # care, but not at the cost of every walk
+    both, bounds = lax.cond(
+        jnp.sum(both) * 0.0 == 0.0,
+        lambda: (both, bounds),
+        lambda: lax.fori_loop(first, end, partial(step, carefully=True), entering),
+    )
     s, n = leave(*split(both), bounds)
     values.store(s, out.final.s)
     values.store(-n, out.final.m)
@@ -236,5 +256,9 @@ def _output(q, error, attention, factors, kept, out, *, options, block_of, value
     o += query_n * dot(queries, kept.n[...], precision)
     if kept.unit is not None:
         o *= of_states
+    # a state that is not finite has no part in documents that it does not reach
+    three = (factors[layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN))
+    dead = (query_s == 0) & (query_n == 0)
+    o = unless(keeps_nothing(*three), o, lambda o: jnp.where(dead, 0.0, o))
     o += dot(matrix, errors, precision)
     out[...] = o.astype(out.dtype)

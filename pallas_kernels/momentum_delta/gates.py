@@ -20,6 +20,7 @@ from pallas_kernels.momentum_delta.coefficients import (
     half_coefficients,
     log_gate,
 )
+from pallas_kernels.momentum_delta.isolation import times
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
     HALF,
@@ -68,6 +69,7 @@ def gate_gradients(
         ),
         x._replace(q=None, k=None, v=None, p=None),
         (scores.attention, scores.overlap),
+        scores.unit,
         rows,
         prepared.factors,
         name="mdn_gate_gradients",
@@ -75,6 +77,7 @@ def gate_gradients(
         in_specs=[
             Tokens(None, None, None, None, gate, gate, gate, gate),
             (matrix, matrix),
+            specs.units(scores.unit),
             specs.array(blocks, layout.ROW_GRADIENTS, CHUNK),
             specs.factors(),
         ],
@@ -108,7 +111,9 @@ class Cotangents(NamedTuple):
     momentum: jax.Array
 
 
-def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_p, precision):
+def _gate_gradients(
+    x, scores, unit, rows, factors, out, *, half_of, blocks, explicit_p, precision
+):
     # one code for both halves: two would not fit into the instruction cache together
     index = half_of(pl.program_id(0))
     at = pl.ds(index * HALF, HALF)
@@ -129,7 +134,10 @@ def _gate_gradients(x, scores, rows, factors, out, *, half_of, blocks, explicit_
         return summed(row, part) if explicit_p else of_key(row, part)
 
     def loaded(row: Leaf, column: Leaf) -> tuple[jax.Array, jax.Array]:
-        return tuple(matrix[row, column].astype(jnp.float32) for matrix in scores)
+        tiles = tuple(matrix[row, column].astype(jnp.float32) for matrix in scores)
+        if unit is None:
+            return tiles
+        return tuple(tile * unit[i] for i, tile in enumerate(tiles))
 
     def at_last(value: jax.Array) -> jax.Array:
         return jnp.where(lane == HALF - 1, value, 0.0)
@@ -272,10 +280,10 @@ def _half_gradients(
 
     by_read = arriving(d_gamma, d_lead)
     by_out = arriving(d_out.gamma, d_out.lead)
-    d_beta = jnp.sum(by_read * half.a + jnp.where(t == u, by_out, 0.0), axis=0)
+    d_beta = jnp.sum(times(half.a, by_read) + jnp.where(t == u, by_out, 0.0), axis=0)
 
     onward = beta[:, None] * jnp.where(t > u, half.w, 0.0)
-    d_log_mu = jnp.sum(by_read * half.later + by_out * onward, axis=0)
+    d_log_mu = jnp.sum(times(half.later, by_read) + times(onward, by_out), axis=0)
     entered = jnp.sum(d_read.lead * half.read.lead + d_out.lead * half.out.lead)
     by_end = jnp.cumsum(jnp.where(at_end, 0.0, d_w * half.w_end))
     d_log_mu += jnp.where(at_end, entered, by_end) + d_momentum * half.momentum_end
@@ -285,7 +293,7 @@ def _half_gradients(
         + d_lead[:, None] * half.out.lead[None, :]
         + d_total[:, None] * half.out.total[None, :]
     )
-    d_log_alpha = half.a * crossing
+    d_log_alpha = times(half.a, crossing)
     entered = d_total * half.read.total
     if half.lift is not None:
         # the decay up to step t - 1 is what the error sees, and lift takes it on

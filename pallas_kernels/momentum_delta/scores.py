@@ -33,7 +33,7 @@ from pallas_kernels.momentum_delta.layout import (
     Tokens,
     Values,
 )
-from pallas_kernels.momentum_delta.units import ERROR, OUTPUT, Sums
+from pallas_kernels.momentum_delta.units import ERROR, OUTPUT, Sums, stored
 
 
 def read_gamma(x: Tokens, factors: jax.Array, options: Options) -> jax.Array:
@@ -95,11 +95,13 @@ class FromScores(NamedTuple):
       keys: the complete gradients, in q's dtype.
       attention: gradient of `gamma eta` in the output, `[B, HV, NT, C, C]`.
       overlap: gradient of `gamma_read eta` in the error, same shape.
+      unit: what float16 counts in, of both, `[B, HV, NT, 2]` float32; None: 1.
     """
 
     keys: KeyGradients
     attention: Leaf
     overlap: Leaf
+    unit: Leaf | None
 
 
 def score_gradients(
@@ -132,7 +134,9 @@ def score_gradients(
     per_head, gradient = specs.tokens(z.key_dim, z.value_heads), z.per_head(z.key_dim, x.q.dtype)
     key_specs = KeyGradients(per_head, per_head, None if p is None else per_head)
     key_shapes = KeyGradients(gradient, gradient, None if p is None else gradient)
-    matrix = z.per_chunk(CHUNK, CHUNK, dtype=options.operands(x.q.dtype))
+    dtype = options.operands(x.q.dtype)
+    matrix = z.per_chunk(CHUNK, CHUNK, dtype=dtype)
+    unit = z.per_chunk(2, dtype=jnp.float32) if dtype == jnp.float16 else None
     tokens = x._replace(v=None, log_alpha=x.log_alpha if x.p is not None else None)
     keys_at = len(jax.tree.leaves((tokens, values)))
     return kernel_call(
@@ -158,8 +162,8 @@ def score_gradients(
             specs.matrix(),
             specs.factors(),
         ],
-        out_specs=FromScores(key_specs, specs.matrix(), specs.matrix()),
-        out_shape=FromScores(key_shapes, matrix, matrix),
+        out_specs=FromScores(key_specs, specs.matrix(), specs.matrix(), specs.units(unit)),
+        out_shape=FromScores(key_shapes, matrix, matrix, unit),
         aliases={keys_at + i: i for i in range(2 if x.p is None else 3)} if in_place else {},
         warps=options.tiles.scores_warps,
         stages=options.tiles.scores_stages,
@@ -209,8 +213,19 @@ def _score_gradients(
     def products(rows: list[jax.Array]) -> jax.Array:
         return reduce(add, (dot(a, b.T, precision) for a, b in zip(rows, k, strict=True)))
 
-    out.attention[...] = (by_output * products(q)).astype(dtype)
-    out.overlap[...] = (by_error * products(p)).astype(dtype)
+    def operand(matrix: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        """In `dtype`, and its unit: float16 alone has too small a range for gradients."""
+        if out.unit is None:
+            return matrix.astype(dtype), 1.0
+        tile, unit, _ = stored(matrix)
+        return tile, unit
+
+    for index, (ref, matrix) in enumerate(
+        ((out.attention, by_output * products(q)), (out.overlap, by_error * products(p)))
+    ):
+        ref[...], unit = operand(matrix)
+        if out.unit is not None:
+            out.unit[index] = unit
 
     to_mu = jnp.cumsum(log_mu)
     exponents = jnp.minimum(to_mu[:, None] - to_mu[None, :], 0.0)
@@ -220,7 +235,7 @@ def _score_gradients(
         gamma_read if x.p is None else exp(log_gate(x.log_alpha, slice(None)))[:, None] * gamma_read
     )
     eta = eta[None, :]
-    by_output = (by_output * (lifted + beta[:, None] * w) * eta).astype(dtype)
+    by_output, output_unit = operand(by_output * (lifted + beta[:, None] * w) * eta)
     by_error = by_error * gamma_read * eta
 
     def store(
@@ -237,21 +252,28 @@ def _score_gradients(
         for block, gradient in zip(blocks, gradients, strict=True):
             ref[:, block] = gradient.astype(ref.dtype)
 
-    def plus(ref: Leaf, matrix: jax.Array, keys: list[jax.Array]) -> list[jax.Array]:
+    def product(matrix: jax.Array, unit: jax.Array | float, keys: jax.Array) -> jax.Array:
+        result = dot(matrix, keys, precision)
+        return result if out.unit is None else result * unit
+
+    def plus(
+        ref: Leaf, matrix: jax.Array, unit: jax.Array | float, keys: list[jax.Array]
+    ) -> list[jax.Array]:
         return [
-            ref[:, block].astype(jnp.float32) + dot(matrix, y, precision)
+            ref[:, block].astype(jnp.float32) + product(matrix, unit, y)
             for block, y in zip(blocks, keys, strict=True)
         ]
 
     # one gradient is stored before the next is begun: registers are short
-    store(out.keys.q, plus(from_states.q, by_output, k), q, norm_q * (1.0 / options.scale))
-    d_k = plus(from_states.k, by_output.T, q)
+    d_q = plus(from_states.q, by_output, output_unit, k)
+    store(out.keys.q, d_q, q, norm_q * (1.0 / options.scale))
+    d_k = plus(from_states.k, by_output.T, output_unit, q)
     if x.p is None:
-        both = (by_error + by_error.T).astype(dtype)
-        d_k = [d + dot(both, y, precision) for d, y in zip(d_k, k, strict=True)]
+        both, unit = operand(by_error + by_error.T)
+        d_k = [d + product(both, unit, y) for d, y in zip(d_k, k, strict=True)]
     else:
-        by_error = by_error.astype(dtype)
-        d_k = [d + dot(by_error.T, y, precision) for d, y in zip(d_k, p, strict=True)]
+        by_error, unit = operand(by_error)
+        d_k = [d + product(by_error.T, unit, y) for d, y in zip(d_k, p, strict=True)]
     store(out.keys.k, d_k, k, norm_k)
     if x.p is not None:
-        store(out.keys.p, plus(from_states.p, by_error, k), p, None)
+        store(out.keys.p, plus(from_states.p, by_error, unit, k), p, None)
