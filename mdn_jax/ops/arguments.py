@@ -1,5 +1,8 @@
 """Checks of the arrays that the operators are called with."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,16 +69,22 @@ def outside(ids: Int[Array, "*B"], size: int) -> Bool[Array, "*B"]:
     return (ids < 0) | (ids > min(size - 1, jnp.iinfo(ids.dtype).max))
 
 
-def _check_scale(scale: object) -> None:
-    expected = "expected a finite number or None"
-    if isinstance(scale, (int, float, np.number, np.ndarray, jax.Array)):
-        dtype = jnp.result_type(scale)
-        real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-        if np.ndim(scale) == 0 and real and not isinstance(scale, bool):
-            if isinstance(scale, jax.core.Tracer) or np.isfinite(float(scale)):
-                return
-            raise ValueError(f"scale: {expected}, got {float(scale)!r}")
-    raise TypeError(f"scale: {expected}, got {describe(scale)}")
+def _check_scale(scale: Any) -> None:
+    expected = "scale: expected a finite number or None"
+    real = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if isinstance(scale, jax.Array | np.ndarray | np.generic):
+        number = jnp.issubdtype(scale.dtype, np.floating) or jnp.issubdtype(scale.dtype, np.integer)
+        real = scale.ndim == 0 and number
+    if not real:
+        raise TypeError(f"{expected}, got {describe(scale)}")
+    if isinstance(scale, jax.core.Tracer):
+        return
+    try:
+        finite = math.isfinite(scale)
+    except OverflowError:  # an int that no float has
+        finite = False
+    if not finite:
+        raise ValueError(f"{expected}, got {scale!r}")
 
 
 def check_options(
