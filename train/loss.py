@@ -167,7 +167,7 @@ def _as_targets(targets: ArrayLike, vocab: int) -> Int[Array, "B T"]:
     unknown = outside(ids, vocab)
     if jnp.issubdtype(ids.dtype, jnp.signedinteger):
         unknown &= ids != IGNORED
-    return jnp.where(unknown, _UNKNOWN, ids).astype(jnp.int32)
+    return jnp.where(unknown, _UNKNOWN, ids.astype(np.int32))
 
 
 def _aligned(kernel: Float[Array, "hidden vocab"]) -> Float[Array, "hidden _"]:
