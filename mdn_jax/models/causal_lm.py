@@ -232,7 +232,8 @@ class MDNForCausalLM(nnx.Module):
             h, after = _apply(layer, h, documents, before, lengths)
             caches.append(after)
         nans = marks(unknown, documents, h.dtype)
-        caches[0] = marked_cache(caches[0], nans[:, -1])
+        if caches:  # in the first layer it reaches all that follow
+            caches[0] = marked_cache(caches[0], nans[:, -1])
         return self.norm(h) + nans[:, :, None], tuple(caches)
 
     def embed(
