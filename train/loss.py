@@ -12,16 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.sharding import HEADS, ROWS, cut, partitioned
+from mdn_jax.ops.arguments import outside
 from train.data.packing import IGNORED
 
 LOGIT_BYTES = 2**30
 """Most bytes of the float32 logits that a device holds at once."""
+_UNKNOWN = -1
+"""Stands for every target that is neither a token nor `IGNORED`."""
 ALIGNMENT = 64
 """The vocabulary is filled up to a multiple of this: products of other widths are slow on GPUs."""
 
@@ -33,7 +37,7 @@ def summed_loss(
     *,
     parts: int | None = None,
 ) -> Float[Array, ""]:
-    """Cross entropy summed over the targets that are not -100.
+    """Cross entropy summed over the targets that are not -100; one that is no token makes it nan.
 
     The products are in `h`'s dtype, accumulated in float32, as are the logits, the loss and the sum
     of the kernel's gradient; the gradient of the logits is rounded to `h`'s dtype. Float64 `h`:
@@ -43,14 +47,18 @@ def summed_loss(
     Args:
       h: hidden states in the compute dtype.
       kernel: of the output projection, any float dtype; its gradient has the same.
-      targets: next tokens, `[B, T]`; -100 where none is counted.
+      targets: next tokens, `[B, T]`, any integer dtype; -100 where none is counted, any other id
+        outside the vocabulary gives nan, in the gradients as well.
       parts: how many parts the tokens of a device are computed in; None: at least two, and as many
         as keep their logits below `LOGIT_BYTES`.
 
     Returns:
       The sum, nats, float32 (float64 for float64).
+
+    Raises:
+      TypeError: targets that are no integers.
     """
-    return _summed(parts, h, kernel, jnp.asarray(targets))
+    return _summed(parts, h, kernel, _as_targets(targets, kernel.shape[1]))
 
 
 def token_losses(
@@ -64,7 +72,7 @@ def token_losses(
 
     Not to be differentiated: the logits of all tokens would be kept.
     """
-    targets = jnp.asarray(targets)
+    targets = _as_targets(targets, kernel.shape[1])
     length, vocab = targets.shape[1], kernel.shape[1]
     kernel = _aligned(kernel.astype(h.dtype))
     parts = parts or _parts(h.shape[0], length, vocab)
@@ -151,6 +159,17 @@ def _loss_and_gradients(
     return loss, _join_time(d_h, length), d_kernel[:, :vocab]
 
 
+def _as_targets(targets: ArrayLike, vocab: int) -> Int[Array, "B T"]:
+    """The targets as int32: tokens, `IGNORED`, and one value for all that is neither."""
+    ids: Any = targets if isinstance(targets, jax.Array) else np.asarray(targets)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"targets: expected an integer dtype, got {ids.dtype.name}")
+    unknown = outside(ids, vocab)
+    if jnp.issubdtype(ids.dtype, jnp.signedinteger):
+        unknown &= ids != IGNORED
+    return jnp.where(unknown, _UNKNOWN, ids.astype(np.int32))
+
+
 def _aligned(kernel: Float[Array, "hidden vocab"]) -> Float[Array, "hidden _"]:
     return jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % ALIGNMENT)))
 
@@ -161,20 +180,20 @@ def _losses(
     kernel: Float[Array, "hidden aligned"],
     vocab: int,
 ) -> tuple[Float[Array, "B t"], Float[Array, "B t aligned"], Float[Array, "B t"]]:
-    """Losses, logits and the logarithm of the sum of their exponentials.
+    """Losses of `_as_targets`'s, logits and the logarithm of the sum of their exponentials.
 
-    The logits of ids above the vocabulary are -inf.
+    The logits of ids above the vocabulary are -inf; the logarithm is nan where the target is
+    `_UNKNOWN`, and with it everything that is made of it.
     """
     wide = jnp.promote_types(h.dtype, jnp.float32)
     logits = jnp.matmul(h, kernel, preferred_element_type=wide)
     if vocab < kernel.shape[1]:
         inside = lax.broadcasted_iota(jnp.int32, logits.shape, 2) < vocab
         logits = jnp.where(inside, logits, -jnp.inf)
-    total = jax.nn.logsumexp(logits, axis=-1)
-    counted = targets != IGNORED
-    index = jnp.where(counted, targets, 0)[:, :, None]
+    total = jnp.where(targets == _UNKNOWN, jnp.nan, jax.nn.logsumexp(logits, axis=-1))
+    index = jnp.maximum(targets, 0)[:, :, None]
     at_target = jnp.take_along_axis(logits, index, axis=-1)[:, :, 0]
-    return jnp.where(counted, total - at_target, 0.0), logits, total
+    return jnp.where(targets == IGNORED, 0.0, total - at_target), logits, total
 
 
 def _parts(rows: int, length: int, vocab: int) -> int:

@@ -5,13 +5,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mdn_jax import MDNForCausalLM
+from mdn_jax.layers.sharding import FSDP, TENSOR
+from mdn_jax.models.sizes import check_fits
 from train.config import TrainConfig
+from train.errors import RunError
 from train.initialize import abstract_state, initial_params, place_state
 from train.optimizer import Params, make_optimizer, make_schedule
 from train.sharding import batch_sharding, check_divisible, make_mesh, replicated
 from train.step import TrainState, make_train_step, split_model
+
+# float32 parameters and the two moments of AdamW
+_STATE_BYTES = 12
 
 
 class Program:
@@ -36,12 +43,13 @@ class Program:
           devices: to run on; None: all of all processes.
 
         Raises:
-          RunError: a mesh that does not fit.
+          RunError: a mesh that does not fit, or a model that no device can hold.
         """
         self.config = config
         self.schedule = make_schedule(config.optimizer, config.decay_steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.mesh = make_mesh(config.mesh, devices)
+        _check_size(config, self.mesh)
         self.model = nnx.eval_shape(
             lambda: MDNForCausalLM(
                 config.model,
@@ -74,3 +82,14 @@ class Program:
     def begin(self, params: Params) -> TrainState:
         """The state before the first step with these parameters, whose buffers it takes over."""
         return place_state(params, self.optimizer, self.like)
+
+
+def _check_size(config: TrainConfig, mesh: Mesh) -> None:
+    """Before any of it is built."""
+    pieces = mesh.shape[FSDP] * mesh.shape[TENSOR]
+    try:
+        check_fits(
+            config.model, bytes_each=_STATE_BYTES, device=jax.local_devices()[0], pieces=pieces
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None

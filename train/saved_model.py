@@ -13,6 +13,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.models.sizes import check_fits
 from mdn_jax.ops.api import Implementation
 from train.errors import RunError
 from train.optimizer import Params
@@ -80,7 +81,10 @@ def read_params(path: Path, config: MDNConfig, *, like: Params | None = None) ->
 
     Raises:
       RunError: not the parameters of such a model, or files that cannot be read.
+      ValueError: more of them than the device can hold.
     """
+    if like is None:
+        check_fits(config, bytes_each=2, device=jax.devices()[0])
     with _reading(path) as checkpointer:
         shapes = _saved_shapes(checkpointer, path, config)
         return _restore(checkpointer, path, shapes if like is None else like)

@@ -27,9 +27,9 @@ class Trainer(Program):
         Raises:
           RunError: a corpus that cannot be used, or a mesh that does not fit.
         """
+        super().__init__(config, devices=devices)  # what cannot run is said before data is read
         self.data = load_data(config)
         self.unigram = unigram_entropy(self.data.held_out)
-        super().__init__(config, devices=devices)
         self.share = process_share(self.mesh)
         evaluate = make_evaluate(
             self.loss, self.data.held_out, place=partial(from_global, self.mesh)

@@ -52,7 +52,8 @@ def record_layers(
             f"cache: expected {len(model.layers)} entries (the layers), got {len(cache)}"
         )
     records, caches = {}, []
-    h = jnp.take(model.embeddings[...], tokens, axis=0).astype(model.dtype)
+    h, unknown = model.embed(tokens)
+    h = jnp.where(unknown[:, :, None], jnp.nan, h)
     before = cache or (None,) * len(model.layers)
     for index, (block, entering) in enumerate(zip(model.layers, before, strict=True)):
         mixer, x = block.mixer, block.mixer_norm(h)

@@ -25,6 +25,7 @@ from mdn_jax.interop.official import (
 )
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.config import MDNConfig
+from mdn_jax.models.sizes import check_fits
 from mdn_jax.ops.api import Implementation
 
 CONFIG_FILE = "config.json"
@@ -79,12 +80,14 @@ def read_folder(path: Path) -> PublishedFolder:
       path: folder with `config.json` and `model.safetensors`, or several files and their index.
 
     Raises:
-      ValueError: a file that is missing, damaged or does not fit the others, by name.
+      ValueError: a file that is missing, damaged or does not fit the others, by name; a model
+        that is larger than the machine's memory.
       ImportError: without the safetensors library.
     """
     published = _read_json(path / CONFIG_FILE)
     try:
         config = MDNConfig.from_dict(published)
+        check_fits(config, bytes_each=2)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from None
     files, weight_map = _files(path)

@@ -52,6 +52,17 @@ def counted(lengths: Int[Array, " B"], length: int) -> Bool[Array, "B T"]:
     return jnp.arange(length) < lengths[:, None]
 
 
+def without_padding(x: Array, lengths: Int[Array, " B"] | None) -> Array:
+    """`x` `[B, T, ...]` with zeros where a padded row's own steps have ended, whatever was there.
+
+    What is not finite stays so in any product, even with a weight of zero, forward and backward.
+    """
+    if lengths is None:
+        return x
+    own = counted(lengths, x.shape[1])
+    return jnp.where(own.reshape(*own.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
 def check_cache(cache: Any, kind: type, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
     """Raises unless `cache` is of the layer's kind, with these shapes (None: any size)."""
     if not isinstance(cache, kind):

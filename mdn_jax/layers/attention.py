@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mdn_jax.layers.arguments import check_activations, check_cache, counted
+from mdn_jax.layers.arguments import check_activations, check_cache, counted, without_padding
 from mdn_jax.layers.attend import Tokens, attend
 from mdn_jax.layers.rotary import rotate
-from mdn_jax.ops.inputs import document_starts
+from mdn_jax.ops.inputs import document_numbers, document_starts
 
 
 @functools.partial(
@@ -155,11 +155,11 @@ class SoftmaxAttention(nnx.Module):
 
         Args:
           x: inputs, any float dtype.
-          segment_ids: document of each token, non-decreasing along `T`; positions restart and
-            nothing before is seen where it changes.
-          cache: continues the row's first document; None means it starts here.
-          lengths: tokens of each row that count, 0 included; the padding after them has
-            meaningless outputs and leaves no trace in the cache. None: all. Not with `segment_ids`.
+          segment_ids: document of each token, any integers: where they change a document starts,
+            positions restart and nothing before is seen.
+          cache: continues the row's first document, whatever its id; None means it starts here.
+          lengths: tokens of each row that count, 0 included; the padding after them, any values,
+            has meaningless outputs and leaves no trace. None: all. Not with `segment_ids`.
 
         Returns:
           The outputs in the compute dtype, and the cache of the row's last document.
@@ -175,7 +175,7 @@ class SoftmaxAttention(nnx.Module):
         rows = (batch, None, self.num_kv_heads, self.head_dim)
         shapes = {"k": rows, "v": rows, "positions": rows[:2], "next_position": (batch,)}
         check_cache(cache, AttentionCache, shapes)
-        x = x.astype(self.dtype)
+        x = without_padding(x.astype(self.dtype), lengths)
         queries = _tokens(segment_ids, cache.next_position, (batch, length))
         q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
@@ -228,7 +228,7 @@ def _tokens(
 ) -> Tokens:
     """Counts documents from 0, and positions from 0 in each; from `first` in document 0."""
     starts = document_starts(segment_ids, shape)
-    documents = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    documents = document_numbers(segment_ids, shape)
     steps = jnp.arange(shape[1], dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(starts, steps, 0), axis=1)
     positions = steps - start + jnp.where(documents == 0, first[:, None], 0)

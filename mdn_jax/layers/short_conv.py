@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from mdn_jax.ops.inputs import document_starts
 
 
 class ShortConv(nnx.Module):
@@ -58,7 +60,7 @@ class ShortConv(nnx.Module):
         Args:
           x: inputs.
           tail: the last `W` inputs before `x`, oldest first, of the row's first document.
-          segment_ids: document of each step, non-decreasing along `T`.
+          segment_ids: document of each step; one starts where they change.
           lengths: steps of each row that count, those before its padding; None: all.
 
         Returns:
@@ -66,16 +68,20 @@ class ShortConv(nnx.Module):
         """
         x, tail = x.astype(self.dtype), tail.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        y = _convolve(x, tail, self.kernel[...], bias, segment_ids)
+        starts = None
+        if segment_ids is not None:
+            starts = document_starts(segment_ids, (x.shape[0], x.shape[1]))
+        y = _convolve(x, tail, self.kernel[...], bias, starts)
 
         if lengths is not None:  # the W inputs up to step `lengths` of tail and inputs
             steps = lengths[:, None] + jnp.arange(self.size)
             inputs = jnp.concatenate([tail, x], axis=1)
             return y, jnp.take_along_axis(inputs, steps[:, :, None], axis=1)
         tail = jnp.concatenate([tail, x[:, -self.size :]], axis=1)[:, -self.size :]
-        if segment_ids is not None:
-            ids = _with_tail(segment_ids, self.size)[:, -self.size :, None]
-            tail = jnp.where(ids == ids[:, -1:], tail, 0.0)
+        if starts is not None:
+            last = jnp.pad(starts, ((0, 0), (self.size, 0)))[:, -self.size :]
+            after = jnp.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last  # documents that start later
+            tail = jnp.where((after == 0)[:, :, None], tail, 0.0)
         return y, tail
 
 
@@ -85,10 +91,10 @@ def _convolve(
     tail: Float[Array, "B W channels"],
     kernel: Float[Array, "W channels"],
     bias: Float[Array, " channels"] | None,
-    segment_ids: Int[Array, "B T"] | None,
+    starts: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B T channels"]:
     """The convolution and silu; reverse mode keeps the inputs as they came, and the sum of taps."""
-    return jax.nn.silu(_sum_of_taps(x, tail, kernel, bias, segment_ids))
+    return jax.nn.silu(_sum_of_taps(x, tail, kernel, bias, starts))
 
 
 def _forward(*inputs: Any) -> tuple[Array, tuple[tuple[Any, ...], Array]]:
@@ -102,7 +108,7 @@ def _backward(
     """By hand: what transposing the sum of taps gives takes 1.4 to 2.4 times as long on a CPU."""
     # without it XLA keeps them widened
     residuals, d_y = jax.lax.optimization_barrier((residuals, d_y))
-    (x, tail, kernel, bias, segment_ids), total = residuals
+    (x, tail, kernel, bias, starts), total = residuals
     size = kernel.shape[0]
     _, pull = jax.vjp(jax.nn.silu, total)
     d_sum = pull(d_y)[0]
@@ -111,20 +117,18 @@ def _backward(
     # an input is seen by its own step and by the W - 1 after it, the last of which T has not
     reach = ((0, 0), (size, size - 1))
     sums = jnp.pad(d_sum, (*reach, (0, 0)))
-    ids = None if segment_ids is None else jnp.pad(segment_ids, reach, mode="edge")
     d_inputs = jnp.zeros((), wide)  # of tail and x
-    for tap in range(size):
+    for tap, own in enumerate(_own_document(starts, size)):
         steps = slice(size - 1 - tap, 2 * size - 1 - tap + x.shape[1])
         seen = sums[:, steps].astype(wide) * kernel[tap].astype(wide)
-        if ids is not None and tap < size - 1:
-            same = ids[:, steps] == ids[:, : 1 - size]
-            seen = jnp.where(same[:, :, None], seen, 0.0)
+        if own is not None:
+            seen = jnp.where(jnp.pad(own, reach)[:, steps, None], seen, 0.0)
         d_inputs += seen
     d_inputs = d_inputs.astype(x.dtype)
 
     d_sum = d_sum.astype(wide)
     d_kernel = jnp.stack(
-        [jnp.sum(tap * d_sum, axis=(0, 1)) for tap in _taps(x, tail, size, segment_ids, wide)]
+        [jnp.sum(tap * d_sum, axis=(0, 1)) for tap in _taps(x, tail, size, starts, wide)]
     ).astype(kernel.dtype)
     d_bias = None if bias is None else jnp.sum(d_sum, axis=(0, 1)).astype(bias.dtype)
     return d_inputs[:, size:], d_inputs[:, :size], d_kernel, d_bias, None
@@ -134,31 +138,36 @@ _convolve.defvjp(_forward, _backward)
 
 
 def _sum_of_taps(
-    x: Array, tail: Array, kernel: Array, bias: Array | None, segment_ids: Array | None
+    x: Array, tail: Array, kernel: Array, bias: Array | None, starts: Array | None
 ) -> Float[Array, "B T channels"]:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     kernel = kernel.astype(wide)
     y = jnp.zeros((), wide) if bias is None else bias.astype(wide)
-    for tap, inputs in enumerate(_taps(x, tail, kernel.shape[0], segment_ids, wide)):
+    for tap, inputs in enumerate(_taps(x, tail, kernel.shape[0], starts, wide)):
         y += inputs * kernel[tap]
     return y.astype(x.dtype)
 
 
 def _taps(
-    x: Array, tail: Array, size: int, segment_ids: Array | None, dtype: jax.typing.DTypeLike
+    x: Array, tail: Array, size: int, starts: Array | None, dtype: jax.typing.DTypeLike
 ) -> Iterator[Float[Array, "B T channels"]]:
     """What each tap sees at every step: zero across the start of a document."""
     length = x.shape[1]
     inputs = jnp.concatenate([tail, x], axis=1)  # W + T
-    for tap in range(size):
-        steps = slice(tap + 1, tap + 1 + length)
-        seen = inputs[:, steps].astype(dtype)
-        if segment_ids is not None and tap < size - 1:
-            same = _with_tail(segment_ids, size)[:, steps] == segment_ids
-            seen = jnp.where(same[:, :, None], seen, 0.0)
-        yield seen
+    for tap, own in enumerate(_own_document(starts, size)):
+        seen = inputs[:, tap + 1 : tap + 1 + length].astype(dtype)
+        yield seen if own is None else jnp.where(own[:, :, None], seen, 0.0)
 
 
-def _with_tail(segment_ids: Int[Array, "B T"], size: int) -> Int[Array, "B T+W"]:
-    """Segment ids of the tail and the inputs: the tail belongs to the row's first document."""
-    return jnp.pad(segment_ids, ((0, 0), (size, 0)), mode="edge")
+def _own_document(starts: Bool[Array, "B T"] | None, size: int) -> list[Bool[Array, "B T"] | None]:
+    """For each tap the steps whose own document it sees: none starts after it; None: all steps.
+
+    The tail before the first step belongs to the row's first document.
+    """
+    if starts is None:
+        return [None] * size
+    own: list[Array | None] = [None]  # the current token's own tap
+    for distance in range(1, size):
+        late = jnp.pad(starts, ((0, 0), (distance - 1, 0)))[:, : starts.shape[1]]
+        own.append(~late if own[-1] is None else own[-1] & ~late)
+    return own[::-1]

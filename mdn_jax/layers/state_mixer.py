@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mdn_jax.layers.arguments import check_activations, check_cache, counted
+from mdn_jax.layers.arguments import check_activations, check_cache, counted, without_padding
 from mdn_jax.layers.norm import GateActivation, RMSNorm
 from mdn_jax.layers.short_conv import ShortConv
 from mdn_jax.ops.api import Implementation
@@ -204,11 +204,11 @@ class StateMixer(nnx.Module):
 
         Args:
           x: inputs, any float dtype.
-          segment_ids: document of each token, non-decreasing along `T`; a change resets
-            everything that carries information between tokens.
-          cache: continues the row's first document; None means it starts here.
-          lengths: tokens of each row that count, 0 included; the padding after them has
-            meaningless outputs and leaves no trace in the cache. None: all. Not with `segment_ids`.
+          segment_ids: document of each token, any integers: where they change a document starts,
+            and everything that carries information between tokens is reset.
+          cache: continues the row's first document, whatever its id; None means it starts here.
+          lengths: tokens of each row that count, 0 included; the padding after them, any values,
+            has meaningless outputs and leaves no trace. None: all. Not with `segment_ids`.
 
         Returns:
           The outputs in the compute dtype, and the cache of the row's last document.
@@ -222,7 +222,7 @@ class StateMixer(nnx.Module):
         if cache is None:
             cache = self.init_cache(batch)
         self._check_cache(cache, batch)
-        x = x.astype(self.dtype)
+        x = without_padding(x.astype(self.dtype), lengths)
         qkv = self.qkv(x, segment_ids, cache, lengths)
         own = None if lengths is None else counted(lengths, length)[:, :, None]
         o, state = self._mix(x, qkv, cache.state, segment_ids, own)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mdn_jax.models.fields import is_int, is_positive, require, unknown
+from mdn_jax.models.fields import NUMBER, is_int, is_positive, require, require_size, unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,14 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         fits = isinstance(self.layers, tuple) and all(is_int(n, 0) for n in self.layers)
         require("attn.layers", self.layers, "a tuple of layer indices >= 0", fits)
-        require("attn.num_heads", self.num_heads, "an int >= 1", is_int(self.num_heads, 1))
+        require_size("attn.num_heads", self.num_heads)
         kv = self.num_kv_heads
         fits = kv is None or (is_int(kv, 1) and self.num_heads % kv == 0)
         require("attn.num_kv_heads", kv, f"a divisor of num_heads = {self.num_heads} or None", fits)
         require("attn.qkv_bias", self.qkv_bias, "a bool", isinstance(self.qkv_bias, bool))
-        fits = self.window_size is None or is_int(self.window_size, 1)
-        require("attn.window_size", self.window_size, "an int >= 1 or None", fits)
-        require("attn.rope_theta", self.rope_theta, "a number > 0", is_positive(self.rope_theta))
+        require_size("attn.window_size", self.window_size, or_none=True)
+        expected = f"a number > 0 {NUMBER}"
+        require("attn.rope_theta", self.rope_theta, expected, is_positive(self.rope_theta))
 
 
 def attention_from_dict(published: Mapping[str, Any]) -> AttentionConfig:

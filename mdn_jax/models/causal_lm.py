@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.arguments import check_lengths
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
@@ -18,8 +18,10 @@ from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
 from mdn_jax.models.config import MDNConfig, Mixer
 from mdn_jax.models.remat import Remat, check_remat, with_remat
+from mdn_jax.models.unknown_tokens import marked_cache, marks, split_unknown
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.arguments import check_segment_ids
+from mdn_jax.ops.inputs import document_numbers
 
 LayerCache = MDNCache | StateCache | AttentionCache
 ModelCache = tuple[LayerCache, ...]
@@ -188,12 +190,13 @@ class MDNForCausalLM(nnx.Module):
         """Logits of the next token.
 
         Args:
-          tokens: ids in `[0, vocab_size)`, any integer dtype.
-          segment_ids: document of each token, non-decreasing along `T`: packed documents never
-            see each other.
-          cache: continues the row's first document; None means it starts here.
-          lengths: tokens of each row that count, 0 included; the padding after them, any token
-            ids, has meaningless logits and leaves no trace in the cache. None: all. Not with
+          tokens: ids in `[0, vocab_size)`, any integer dtype. An id outside, a negative one too,
+            gives nan there and in what follows of its document, in the cache as well.
+          segment_ids: document of each token, any integers: where they change a document starts
+            (an id that comes back is a new one), and documents never see each other.
+          cache: continues the row's first document, whatever its id; None means it starts here.
+          lengths: tokens of each row that count, 0 included; the padding after them, any ids at
+            all, has meaningless logits and leaves no trace in anything else. None: all. Not with
             `segment_ids`.
 
         Returns:
@@ -220,14 +223,30 @@ class MDNForCausalLM(nnx.Module):
           ValueError: a shape that does not fit.
         """
         self._check(tokens, segment_ids, cache, lengths)
-        # The cast comes after the lookup: the gradients of one token's occurrences add up in the
-        # parameter's dtype. A token outside the vocabulary gives nan.
-        h = jnp.take(self.embeddings[...], tokens, axis=0).astype(self.dtype)
+        documents = None
+        if segment_ids is not None:
+            documents = document_numbers(segment_ids, (tokens.shape[0], tokens.shape[1]))
+        h, unknown = self.embed(tokens, lengths)
         caches = []
         for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            h, after = _apply(layer, h, segment_ids, before, lengths)
+            h, after = _apply(layer, h, documents, before, lengths)
             caches.append(after)
-        return self.norm(h), tuple(caches)
+        nans = marks(unknown, documents, h.dtype)
+        if caches:  # in the first layer it reaches all that follow
+            caches[0] = marked_cache(caches[0], nans[:, -1])
+        return self.norm(h) + nans[:, :, None], tuple(caches)
+
+    def embed(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T hidden"], Bool[Array, "B T"]]:
+        """The embeddings in the compute dtype, and which tokens are not in the vocabulary.
+
+        Those, and the padding behind `lengths`, have the embedding of token 0.
+        """
+        ids, unknown = split_unknown(tokens, self.config.vocab_size, lengths)
+        # The cast comes after the lookup: the gradients of one token's occurrences add up in the
+        # parameter's dtype.
+        return jnp.take(self.embeddings[...], ids, axis=0).astype(self.dtype), unknown
 
     def logits(self, h: Float[Array, "*B hidden"]) -> Float[Array, "*B vocab"]:
         """Output projection of `hidden`'s result, float32 (float64 for float64)."""

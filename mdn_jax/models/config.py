@@ -8,13 +8,19 @@ from typing import Any, Literal, get_args
 
 from mdn_jax.models.attention_config import AttentionConfig, attention_from_dict
 from mdn_jax.models.fields import (
+    MAX_SIZE,
+    NUMBER,
     WITHOUT_MEANING,
     is_int,
     is_number,
     is_positive,
     require,
+    require_size,
     unknown,
 )
+
+MAX_LAYERS = 1_000
+"""Most layers of a model: each is traced and held apart."""
 
 Mixer = Literal["mdn", "gdn", "kda", "comba", "mamba2", "attention"]
 """Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Mamba-2
@@ -98,24 +104,23 @@ class MDNConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_heads", "head_dim", "conv_size"):
-            require(name, getattr(self, name), "an int >= 1", is_int(getattr(self, name), 1))
-        layers = self.num_hidden_layers
-        require("num_hidden_layers", layers, "an int >= 1", is_int(layers, 1))
+            require_size(name, getattr(self, name))
+        require_size("num_hidden_layers", self.num_hidden_layers, most=MAX_LAYERS)
         for name, least in (("num_v_heads", 1), ("lora_gate_rank", 1), ("intermediate_size", 0)):
-            value = getattr(self, name)
-            expected = f"an int >= {least} or None"
-            require(name, value, expected, value is None or is_int(value, least))
+            require_size(name, getattr(self, name), least, or_none=True)
         for field in dataclasses.fields(self):
             if field.type is bool:
                 value = getattr(self, field.name)
                 require(field.name, value, "a bool", isinstance(value, bool))
         for name in ("expand_v", "tau_factor", "norm_eps", "initializer_range"):
-            require(name, getattr(self, name), "a number > 0", is_positive(getattr(self, name)))
+            value = getattr(self, name)
+            require(name, value, f"a number > 0 {NUMBER}", is_positive(value))
         ratio = self.hidden_ratio
-        require("hidden_ratio", ratio, "a number > 0 or None", ratio is None or is_positive(ratio))
+        fits = ratio is None or is_positive(ratio)
+        require("hidden_ratio", ratio, f"a number > 0 {NUMBER}, or None", fits)
         bound = self.min_log_mu
         fits = bound is None or (is_number(bound) and bound <= 0)
-        require("min_log_mu", bound, "a number <= 0 or None", fits)
+        require("min_log_mu", bound, f"a number <= 0 {NUMBER}, or None", fits)
         fits = self.value_heads % self.num_heads == 0
         require(
             "num_v_heads", self.num_v_heads, f"a multiple of num_heads = {self.num_heads}", fits
@@ -124,9 +129,24 @@ class MDNConfig:
         fits = self.head_v_dim >= 1 and math.isclose(width, self.head_v_dim, rel_tol=1e-5)
         expected = f"head_dim * expand_v an integer >= 1 (head_dim = {self.head_dim})"
         require("expand_v", self.expand_v, expected, fits)
+        self._check_widths()
         if self.attn is not None:
             self._check_attention(self.attn)
         self._check_mixers()
+
+    def _check_widths(self) -> None:
+        """Of the sizes that follow from several fields."""
+        most = f"a width of at most {MAX_SIZE}"
+        widths = (
+            ("num_heads", "num_heads * head_dim", self.key_dim),
+            ("expand_v", "value heads * head_dim * expand_v", self.value_dim),
+        )
+        for name, of, width in widths:
+            require(name, getattr(self, name), f"{of} {most}", width <= MAX_SIZE)
+        if self.intermediate_size is None:
+            fits = 1 <= self.mlp_width <= MAX_SIZE
+            expected = f"an MLP with {most}, and at least 1 (hidden_size = {self.hidden_size})"
+            require("hidden_ratio", self.hidden_ratio, expected, fits)
 
     def _check_attention(self, attn: AttentionConfig) -> None:
         fits = isinstance(attn, AttentionConfig)
@@ -228,6 +248,7 @@ class MDNConfig:
         Raises:
           ValueError: an unknown key, or a value that this implementation does not honour.
         """
+        require("config", published, "a JSON object", isinstance(published, Mapping))
         fields = {f.name for f in dataclasses.fields(cls)} - {"extras"}
         known: dict[str, Any] = {}
         extras: dict[str, str] = {}
@@ -237,7 +258,10 @@ class MDNConfig:
             elif key in WITHOUT_MEANING:
                 expected, honoured = WITHOUT_MEANING[key]
                 require(key, value, expected, honoured(value))
-                extras[key] = json.dumps(value)
+                try:
+                    extras[key] = json.dumps(value)
+                except RecursionError:
+                    raise ValueError(f"{key}: expected {expected}, got one too deep") from None
             else:
                 raise unknown(key, "", fields | WITHOUT_MEANING.keys())
         if isinstance(known.get("attn"), Mapping):

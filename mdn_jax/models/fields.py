@@ -1,9 +1,11 @@
 """Checks of configuration fields, and the published keys that mean nothing here."""
 
 import difflib
-import math
 from collections.abc import Callable
 from typing import Any
+
+# the largest number, and the smallest above 0, with all of the digits of float32
+_FLOAT32_MAX, _FLOAT32_MIN = 3.4028234663852886e38, 2.0**-126
 
 
 def unknown(key: str, prefix: str, known: set[str]) -> ValueError:
@@ -12,10 +14,36 @@ def unknown(key: str, prefix: str, known: set[str]) -> ValueError:
     return ValueError(f"{prefix}{key}: unknown key; the closest known one is {prefix}{close[0]}")
 
 
+MAX_SIZE = 2**31 - 1
+"""The largest size, of a width or a vocabulary: what an int32 index reaches."""
+
+NUMBER = "that float32 holds"
+"""Of which range a number is, in messages."""
+
+
 def require(name: str, value: object, expected: str, fits: bool) -> None:
     """Raises ValueError unless the value fits."""
     if not fits:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+
+
+def require_size(
+    name: str, value: int | None, least: int = 1, most: int = MAX_SIZE, *, or_none: bool = False
+) -> None:
+    """Raises ValueError unless it is an int in this range, or None where that is allowed."""
+    if value is None and or_none:
+        return
+    or_else = " or None" if or_none else ""
+    require(name, value, f"an int >= {least}{or_else}", is_int(value, least))
+    require(name, value, f"an int <= {most}{or_else}", not is_int(value, most + 1))
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits, lists in lists in lists
+        return f"one of type {type(value).__name__} that is too long to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def is_int(value: object, least: int) -> bool:
@@ -24,13 +52,15 @@ def is_int(value: object, least: int) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number, no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number, no bool, that float32 holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_FLOAT32_MAX <= value <= _FLOAT32_MAX  # also of ints that no float holds, and of nan
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a finite number above 0."""
-    return is_number(value) and value > 0
+    """Whether it is a number above 0 that float32 holds."""
+    return is_number(value) and value >= _FLOAT32_MIN
 
 
 def _one_of(*values: object) -> tuple[str, Callable[[object], bool]]:

@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mdn_jax.layers.attention import AttentionCache
+from mdn_jax.models import npz
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.generate import GenerationState, initial_state
 
 _FORMAT = "mdn-jax generation state 1"
 _HEADER = "header"
+_MAX_HEADER = 1 << 24  # bytes
 # npz has no type of these, so they are stored as integers of their size
 _AS_INTEGERS = {np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16)}
 
@@ -51,9 +55,10 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: MDNF
     }
     stored = {name: x.view(_AS_INTEGERS.get(x.dtype, x.dtype)) for name, x in arrays.items()}
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # a name of its own: several processes and threads may write one state at a time
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             np.savez(file, allow_pickle=False, **{_HEADER: np.array(json.dumps(header))}, **stored)
             file.flush()
             os.fsync(file.fileno())
@@ -65,6 +70,8 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: MDNF
 def load_state(path: str | os.PathLike[str], model: MDNForCausalLM) -> GenerationState:
     """Reads a state that `save_state` wrote.
 
+    Whose it is, names, shapes and sizes are checked before any array is read.
+
     Args:
       path: the file.
       model: the model that is to go on; the one that made the state.
@@ -74,30 +81,87 @@ def load_state(path: str | os.PathLike[str], model: MDNForCausalLM) -> Generatio
       OSError: the file cannot be read.
     """
     expected = f"state: expected a file of save_state, got {path}"
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{expected}: no regular file")
     with open(path, "rb") as opened:
-        if not zipfile.is_zipfile(opened):
-            raise ValueError(f"{expected}: no npz file, or one cut short")
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(str(arrays.pop(_HEADER)))
-        if header["format"] != _FORMAT:
-            raise ValueError(f"format {header['format']!r}")
-        dtypes = {name: np.dtype(dtype) for name, dtype in header["dtypes"].items()}
-        arrays = {name: x.view(dtypes[name]) for name, x in arrays.items()}
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{expected}: damaged or of another kind ({error})") from None
-    if header["config"] != _config_digest(model):
+        with npz.damage(expected):
+            archive = zipfile.ZipFile(opened)
+            members = npz.members(archive)
+            header = _read_header(archive, members.pop(_HEADER))
+        _check_maker(header, model, path)
+        _check_names(members.keys(), model, path)
+        with npz.damage(expected):
+            entries = {name: npz.entry(archive, info) for name, info in members.items()}
+        like = _template(model, entries, path)
+        _check_entries(like, entries, header.dtypes, path)
+
+        def read(keys: Any, leaf: Any) -> Any:
+            return jnp.asarray(npz.read(archive, entries[_name(keys)]).view(leaf.dtype))
+
+        with npz.damage(expected):
+            state = jax.tree_util.tree_map_with_path(read, like)
+    return _beside(model, state)
+
+
+class _Header(NamedTuple):
+    config: str  # digest
+    parameters: str  # digest
+    dtypes: dict[str, str]
+
+
+def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Header:
+    entry = npz.entry(archive, info)
+    if entry.dtype.kind != "U" or entry.shape or info.file_size > _MAX_HEADER:
+        raise ValueError(f"a header {entry.dtype}{list(entry.shape)}")
+    values = json.loads(str(npz.read(archive, entry)))
+    if values["format"] != _FORMAT:
+        raise ValueError(f"format {values['format']!r}")
+    header = _Header(values["config"], values["parameters"], values["dtypes"])
+    if not (isinstance(header.config, str) and isinstance(header.dtypes, dict)):
+        raise ValueError("a header of other types")
+    return header
+
+
+def _check_maker(header: _Header, model: MDNForCausalLM, path: str | os.PathLike[str]) -> None:
+    ours = _config_digest(model)
+    if header.config != ours:
         raise ValueError(
-            f"state: expected one of this model's configuration (digest "
-            f"{_config_digest(model)[:12]}), got {path} of another ({header['config'][:12]})"
+            f"state: expected one of this model's configuration (digest {ours[:12]}), "
+            f"got {path} of another ({header.config[:12]})"
         )
-    if header["parameters"] != _parameter_digest(model):
+    if header.parameters != _parameter_digest(model):
         raise ValueError(
             f"state: expected one made with this model's parameters, got {path}, "
             "made with others of the same configuration (another checkpoint?)"
         )
-    return _beside(model, _filled(_template(model, arrays, path), arrays, path))
+
+
+def _check_names(
+    names: Collection[str], model: MDNForCausalLM, path: str | os.PathLike[str]
+) -> None:
+    like = jax.eval_shape(lambda: initial_state(model, 1))
+    ours = {_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like)}
+    for name in sorted(ours - set(names)):
+        raise ValueError(f"state: expected an array {name!r} in {path}, got none")
+    for name in sorted(set(names) - ours):
+        raise ValueError(f"state: expected no array {name[:80]!r} in {path}, got one")
+
+
+def _check_entries(
+    like: GenerationState,
+    entries: dict[str, npz.Entry],
+    dtypes: dict[str, str],
+    path: str | os.PathLike[str],
+) -> None:
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(like):
+        entry, dtype = entries[_name(keys)], dtypes.get(_name(keys))
+        stored = _AS_INTEGERS.get(leaf.dtype, leaf.dtype)
+        if (entry.shape, entry.dtype, dtype) != (leaf.shape, stored, leaf.dtype.name):
+            got = entry.dtype.name if dtype == leaf.dtype.name else str(dtype)[:80]
+            raise ValueError(
+                f"state: expected {_name(keys)} {leaf.dtype.name}{list(leaf.shape)}, "
+                f"got {got}{list(entry.shape)} in {path}"
+            )
 
 
 def _beside(model: MDNForCausalLM, state: GenerationState) -> GenerationState:
@@ -111,26 +175,27 @@ def _beside(model: MDNForCausalLM, state: GenerationState) -> GenerationState:
     return jax.device_put(state, sharding)
 
 
+def _name(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=".")
+
+
 def _named(tree: Any) -> dict[str, NDArray[Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(p, simple=True, separator="."): np.ascontiguousarray(x)
-        for p, x in leaves
-    }
+    return {_name(keys): np.ascontiguousarray(x) for keys, x in leaves}
 
 
 def _template(
-    model: MDNForCausalLM, arrays: dict[str, NDArray[Any]], path: str | os.PathLike[str]
+    model: MDNForCausalLM, entries: dict[str, npz.Entry], path: str | os.PathLike[str]
 ) -> GenerationState:
     """Shapes and types of the state; attention caches as long as those in the file."""
-    if "position" not in arrays or arrays["position"].ndim != 1:
-        raise ValueError(f"state: expected an array 'position' [B] in {path}, got none")
-    state = jax.eval_shape(lambda: initial_state(model, arrays["position"].shape[0]))
+    rows = entries["position"].shape
+    if len(rows) != 1:
+        raise ValueError(f"state: expected position [B], got {list(rows)} in {path}")
+    state = jax.eval_shape(lambda: initial_state(model, rows[0]))
     cache: list[Any] = list(state.cache)
     for i, entry in enumerate(cache):
-        keys = arrays.get(f"cache.{i}.k")
-        if isinstance(entry, AttentionCache) and keys is not None and keys.ndim == 4:
-            length = keys.shape[1]
+        if isinstance(entry, AttentionCache) and len(entries[f"cache.{i}.k"].shape) == 4:
+            length = entries[f"cache.{i}.k"].shape[1]
             cache[i] = jax.eval_shape(lambda e=entry, n=length: _zeros(e).resized(n))
             # a window goes on limiting the entries
             cache[i] = dataclasses.replace(cache[i], capacity=entry.capacity)
@@ -139,24 +204,6 @@ def _template(
 
 def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-
-def _filled(
-    template: GenerationState, arrays: dict[str, NDArray[Any]], path: str | os.PathLike[str]
-) -> GenerationState:
-    def fill(keys: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(keys, simple=True, separator=".")
-        x = arrays.get(name)
-        if x is None:
-            raise ValueError(f"state: expected an array {name!r} in {path}, got none")
-        if x.shape != leaf.shape or x.dtype != leaf.dtype:
-            raise ValueError(
-                f"state: expected {name} {leaf.dtype.name}{list(leaf.shape)}, "
-                f"got {x.dtype.name}{list(x.shape)} in {path}"
-            )
-        return jnp.asarray(x)
-
-    return jax.tree_util.tree_map_with_path(fill, template)
 
 
 def _config_digest(model: MDNForCausalLM) -> str:

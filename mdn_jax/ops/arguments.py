@@ -1,11 +1,12 @@
 """Checks of the arrays that the operators are called with."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 VALUE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -57,34 +58,48 @@ def check_values(q: Array, k: Array, v: Array) -> None:
 
 
 def check_segment_ids(segment_ids: Int[Array, "B T"], shape: tuple[int, int]) -> None:
-    """Raises unless `segment_ids` is `[B, T]`, integer, and (where known) non-decreasing."""
+    """Raises unless `segment_ids` is `[B, T]` and integer; any values, see `document_starts`."""
     check_array("segment_ids", segment_ids, shape, "[B, T]")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype.name}")
-    if not isinstance(segment_ids, jax.core.Tracer):
-        decreasing = np.argwhere(np.diff(np.asarray(segment_ids), axis=1) < 0)
-        if decreasing.size:
-            row, step = decreasing[0]
-            raise ValueError(
-                "segment_ids: expected values that never decrease along T, got "
-                f"{segment_ids[row, step]} then {segment_ids[row, step + 1]} "
-                f"in row {row} at step {step + 1}"
-            )
+
+
+def outside(ids: Int[Array, "*B"], size: int) -> Bool[Array, "*B"]:
+    """Which of the ids are not in `[0, size)`, compared in their own dtype."""
+    return (ids < 0) | (ids > min(size - 1, jnp.iinfo(ids.dtype).max))
+
+
+def _check_scale(scale: Any) -> None:
+    expected = "scale: expected a finite number or None"
+    real = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if isinstance(scale, jax.Array | np.ndarray | np.generic):
+        number = jnp.issubdtype(scale.dtype, np.floating) or jnp.issubdtype(scale.dtype, np.integer)
+        real = scale.ndim == 0 and number
+    if not real:
+        raise TypeError(f"{expected}, got {describe(scale)}")
+    if isinstance(scale, jax.core.Tracer):
+        return
+    try:
+        finite = math.isfinite(scale)
+    except OverflowError:  # an int that no float has
+        finite = False
+    if not finite:
+        raise ValueError(f"{expected}, got {scale!r}")
 
 
 def check_options(
-    scale: float | None,
+    scale: float | Array | None,
     chunk_size: int | None,
     implementation: str | None,
     implementations: tuple[str, ...],
 ) -> None:
-    """Raises ValueError for an option of an operator that does not fit."""
+    """Raises ValueError or TypeError for an option of an operator that does not fit."""
     if chunk_size is not None and (
         not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1
     ):
         raise ValueError(f"chunk_size: expected an int >= 1 or None, got {chunk_size!r}")
-    if isinstance(scale, (int, float)) and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
+    if scale is not None:
+        _check_scale(scale)
     if implementation is not None and implementation not in implementations:
         raise ValueError(
             f"implementation: expected one of {', '.join(implementations)} or None, "

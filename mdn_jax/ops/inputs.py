@@ -44,12 +44,24 @@ def in_full_precision() -> bool:
     return jax.config.jax_default_matmul_precision in _FULL_PRECISION
 
 
-def document_starts(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Array:
-    """Where a row's next document begins, `[B, T]` bool. A row's first step is never a start."""
+def document_starts(
+    segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]
+) -> Bool[Array, "B T"]:
+    """Where a row's next document begins: where an id is not the one before, whatever they are.
+
+    This is all that segment ids mean, to every layer. A row's first step is never a start.
+    """
     if segment_ids is None:
         return jnp.zeros(shape, bool)
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changes, ((0, 0), (1, 0)))
+
+
+def document_numbers(
+    segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]
+) -> Int[Array, "B T"]:
+    """The documents of a row counted from 0, int32: segment ids of the same meaning."""
+    return jnp.cumsum(document_starts(segment_ids, shape), axis=1, dtype=jnp.int32)
 
 
 def pad_time[Inputs](inputs: Inputs, count: int) -> Inputs:

@@ -59,6 +59,26 @@ def test_a_padded_row_is_the_row_alone(layer, before):
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_padding_that_is_not_finite_leaves_no_trace(layer):
+    lengths = jnp.asarray([0, 1, 4, T])
+    own = jnp.arange(T)[:, None] < lengths[:, None, None]
+    _, start = call(layer, normal(2, 4, 3, 32))
+
+    @nnx.jit
+    def run(layer, x):
+        def loss(layer, x, cache):
+            y, cache = layer(x, None, cache, lengths)
+            return jnp.sum(jnp.where(own, y, 0.0) ** 2), cache
+
+        return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x, start)
+
+    x = normal(1, 4, T, 32)
+    expected = run(layer, jnp.where(own, x, 0.0))
+    for value in (jnp.nan, -jnp.inf, 3e38):
+        assert_close(run(layer, jnp.where(own, x, value)), expected, 0)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_prefill_and_decoding_are_one_call_at_every_split(layer):
     x = normal(1, 1, T, 32)
     start = layer.init_cache(1) if layer is LAYERS["mdn"] else layer.init_cache(1, T)

@@ -118,6 +118,28 @@ def test_derived_sizes():
         ({"hidden_ratio": 0}, ["hidden_ratio", "> 0", "0"]),
         ({"norm_eps": 0.0}, ["norm_eps", "> 0", "0.0"]),
         ({"initializer_range": float("nan")}, ["initializer_range", "nan"]),
+        ({"expand_v": 3e307}, ["expand_v", "float32", "3e+307"]),
+        ({"expand_v": float("inf")}, ["expand_v", "float32", "inf"]),
+        ({"expand_v": 1e12}, ["expand_v", "at most 2147483647", "1000000000000.0"]),
+        ({"head_dim": 2**31 - 1, "num_heads": 2}, ["num_heads * head_dim", "at most 2147483647"]),
+        ({"hidden_ratio": 2e308}, ["hidden_ratio", "float32", "inf"]),
+        ({"hidden_ratio": float("nan")}, ["hidden_ratio", "float32", "nan"]),
+        ({"hidden_ratio": 7e20}, ["hidden_ratio", "at most 2147483647", "7e+20"]),
+        ({"hidden_ratio": 1e-5}, ["hidden_ratio", "at least 1", "1e-05"]),
+        ({"tau_factor": 7**400}, ["tau_factor", "float32", "..."]),
+        ({"tau_factor": 7**9999}, ["tau_factor", "float32", "type int", "too long"]),
+        ({"norm_eps": 1e-60}, ["norm_eps", "float32", "1e-60"]),
+        ({"min_log_mu": -1e39}, ["min_log_mu", "<= 0", "-1e+39"]),
+        ({"vocab_size": 2**31}, ["vocab_size", "<= 2147483647", "2147483648"]),
+        ({"intermediate_size": 10**12}, ["intermediate_size", "<= 2147483647 or None"]),
+        ({"num_hidden_layers": 1001}, ["num_hidden_layers", "<= 1000", "1001"]),
+        ({"num_hidden_layers": 7 * 10**8}, ["num_hidden_layers", "<= 1000", "700000000"]),
+        (
+            {"attn": {"layers": [0], "num_heads": 4, "rope_theta": 1e300}},
+            ["attn.rope_theta", "float32", "1e+300"],
+        ),
+        ({"vocab_size": [[]] * 999}, ["vocab_size", "int", "..."]),
+        ([], ["config", "JSON object", "[]"]),
     ],
 )
 def test_bad_configuration(published, words):
@@ -125,6 +147,20 @@ def test_bad_configuration(published, words):
         MDNConfig.from_dict(published)
     for word in words:
         assert word in str(raised.value), str(raised.value)
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "attn", "architectures"])
+def test_a_value_too_deep_to_write(key):
+    with pytest.raises(ValueError, match=f"{key}: expected .*got .*too ") as raised:
+        MDNConfig.from_dict({key: nested(100_000)})
+    assert len(str(raised.value)) < 300
 
 
 def test_every_field_is_explained():

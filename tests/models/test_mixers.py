@@ -161,6 +161,10 @@ for config in (THREE, dataclasses.replace(ONE, **mamba)):
         actual = jax.jit(jax.value_and_grad(lambda params: loss(params)))(cut)
     errors = relative_errors(jax.device_get(actual), jax.device_get(expected))
     assert max(errors.values()) < 1e-4, errors
+    with jax.set_mesh(mesh):  # the embeddings are cut too
+        logits, _ = jax.jit(nnx.merge(graph, cut))(tokens.at[1, 3].set(-1).at[0, 7].set(31), ids)
+    bad = jnp.isnan(logits).all(axis=-1).astype(int).tolist()
+    assert bad == [[0] * 7 + [1] * 5, [0] * 3 + [1] * 2 + [0] * 7], bad
     print("the same", config.mixer)
 """
 

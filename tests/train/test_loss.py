@@ -84,6 +84,43 @@ def test_ignored_positions_contribute_nothing_even_with_logits_that_overflow():
     assert summed_loss(h, kernel, np.full_like(targets, IGNORED)) == 0
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(np.int32(x) for x in (VOCAB, VOCAB + 5, 64, -1, -VOCAB, -99, -101, 2**31 - 1, -(2**31))),
+        np.int8(-1),
+        np.uint8(156),  # -100 in 8 bits
+        np.int64(2**32 + 1),
+        np.int64(2**32 - 100),
+    ],
+    ids=repr,
+)
+def test_a_target_that_is_no_token_is_nan(target):
+    h, kernel, targets = inputs("float32")
+    targets = np.maximum(targets, 0).astype(target.dtype)
+    expected = token_losses(h, kernel, targets.astype(np.int32))
+    wanted = jax.grad(summed_loss)(h, kernel, targets.astype(np.int32))
+    targets[1, 4] = target
+    losses = np.asarray(token_losses(h, kernel, targets))
+    at = np.zeros(targets.shape, bool)
+    at[1, 4] = True
+    np.testing.assert_array_equal(np.isnan(losses), at)
+    np.testing.assert_array_equal(losses[~at], expected[~at])
+    loss, (d_h, d_kernel) = jax.value_and_grad(summed_loss, (0, 1))(h, kernel, targets)
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(np.isnan(d_h).all(axis=-1), at)
+    np.testing.assert_array_equal(d_h[~at], wanted[~at])
+    assert np.isnan(d_kernel).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+def test_targets_are_integers(dtype):
+    h, kernel, targets = inputs("float32")
+    for loss in (summed_loss, token_losses):
+        with pytest.raises(TypeError, match=f"targets: expected an integer dtype, got {dtype}"):
+            loss(h, kernel, targets.astype(dtype))
+
+
 def shapes(jaxpr):
     """Shape and type of every value in a program, programs within it included."""
     for equation in jaxpr.eqns:

@@ -60,9 +60,10 @@ def gated_delta_rule(
       beta: write strength, at least 0; any float dtype.
       p: erase key with `H` or `HV` heads, used as it is; None means `alpha` times the key `k` as
         the rule uses it.
-      scale: factor on the output; None means `K ** -0.5`.
+      scale: factor on the output, any finite number; None means `K ** -0.5`.
       initial_state: state before the first step, of the row's first document; None means zeros.
-      segment_ids: document of each step, non-decreasing along `T`; a change resets the state.
+      segment_ids: document of each step, any integers: where they change a document starts, and
+        the state is reset.
       normalize_qk: l2-normalise `q` and `k` inside: `x / sqrt(sum(x^2) + 1e-6)`.
       chunk_size: steps in a chunk; None: chosen for the implementation.
       implementation: "scan" (the definition), "xla" (chunkwise, everywhere), "mosaic_gpu" (kernels

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mdn_jax.ops import api
+from mdn_jax.ops.inputs import document_numbers
 
 Kind = Literal["gated_delta", "kimi_delta", "gated_linear"]
 
@@ -66,6 +67,9 @@ def lacking(kind: Kind, call: Call, explicit_p: bool, chunk_size: int | None) ->
 
 def run(kind: Kind, call: Call, *, scale: float, normalize: bool) -> tuple[Array, Array]:
     """Outputs `[B, T, HV, V]` and the final state `[B, HV, K, V]` by the kernels."""
+    ids = call.segment_ids
+    if ids is not None:  # an id that comes back is another document
+        call = call._replace(segment_ids=document_numbers(ids, (ids.shape[0], ids.shape[1])))
     (q, k, v, *gates), options = _arguments(kind, call, scale=scale, normalize=normalize)
     ops = importlib.import_module("jla.ops")
     names = ("g", "beta") if len(gates) == 2 else ("g",)

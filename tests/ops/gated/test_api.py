@@ -27,6 +27,7 @@ def library(monkeypatch):
         beta = inputs.get("beta", jnp.ones(v.shape[:3], jnp.float32))
         options = {} if use_qk_l2norm is None else {"normalize_qk": use_qk_l2norm}
         assert inputs["output_final_state"] is True
+        assert (jnp.diff(inputs["segment_ids"], axis=1) >= 0).all()
         return RULES[rule](
             q,
             k,
@@ -57,6 +58,7 @@ def library(monkeypatch):
 @pytest.mark.parametrize("rule", KINDS)
 def test_the_kernels_of_the_library_are_called_as_theirs(rule, library):
     inputs = random_call(rule, length=20, dtype="float32", documents=3)
+    inputs["segment_ids"] %= 2  # the first id comes back
     expected = RULES[rule](**inputs, implementation="scan")
     assert not library
     actual = RULES[rule](**inputs)

@@ -1,0 +1,55 @@
+"""Tokens outside the vocabulary: nan from there to the end of their document, and nowhere else.
+
+The blocks get another token in their place, so that whatever a product of matrices carries to other
+steps is finite; the outputs and the cache are marked afterwards. So the mark is the same on every
+path, and neither a step before nor another document has it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from mdn_jax.layers.arguments import without_padding
+from mdn_jax.layers.attention import AttentionCache
+from mdn_jax.ops.arguments import outside
+
+
+def split_unknown(
+    tokens: Int[Array, "B T"], vocab_size: int, lengths: Int[Array, " B"] | None
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Ids that are all in the vocabulary, int32, and which tokens are not; padding is neither.
+
+    Args:
+      tokens: any ids of any integer dtype.
+      vocab_size: tokens in the vocabulary.
+      lengths: tokens of each row that count; None: all.
+    """
+    unknown = outside(tokens, vocab_size)
+    ids = without_padding(jnp.where(unknown, 0, tokens).astype(jnp.int32), lengths)
+    return ids, without_padding(jnp.asarray(unknown), lengths)
+
+
+def marks(
+    unknown: Bool[Array, "B T"], documents: Int[Array, "B T"] | None, dtype: jax.typing.DTypeLike
+) -> Array:
+    """`[B, T]` of nan at the unknown tokens and what follows them in their document, else zeros."""
+    numbers = 0 if documents is None else documents
+    latest = jax.lax.cummax(jnp.where(unknown, numbers, -1), axis=1)  # document of the last one
+    return jnp.where(latest == numbers, jnp.nan, 0.0).astype(dtype)
+
+
+def marked_cache(cache: Any, marks: Array) -> Any:
+    """A layer's cache with the marks `[B]` in it: what goes on from a nan is nan.
+
+    One entry of a state, or the newest value of softmax attention, is enough and costs nothing.
+    """
+    if isinstance(cache, AttentionCache):
+        if not cache.v.shape[1]:
+            return cache
+        v = cache.v.at[:, -1].add(marks.astype(cache.v.dtype)[:, None, None])
+        return dataclasses.replace(cache, v=v)
+    state = jax.tree.map(lambda x: x.at[:, 0, 0, 0].add(marks.astype(x.dtype)), cache.state)
+    return cache._replace(state=state)
