@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from train.data.documents import tokens_of
-from train.data.files import SHARD_SUFFIX, Piece, cut_files, find_files, read_documents
+from train.data.files import SHARD_SUFFIX, find_files
+from train.data.reading import Piece, cut_files, read_documents
 from train.data.shards import Header, read_header, shard_name, write_shard
 from train.errors import RunError
 from train.sections import DataConfig
