@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, override
@@ -151,7 +152,7 @@ def make_tokenizer(choice: str | None, start_token: str | None) -> Tokenizer:
                 f"data.start_token: expected None with the tokenizer of bytes, got {start_token!r}"
             )
         return ByteTokenizer()
-    return FileTokenizer(Path(str(choice)).expanduser(), start_token=start_token)
+    return FileTokenizer(Path(os.path.expanduser(str(choice))), start_token=start_token)
 
 
 def read_tokenizer(path: Path) -> Any:

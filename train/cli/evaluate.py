@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from train.choices import answer_questions, read_questions
 from train.cli.common import CheckpointConfig, open_checkpoint, parse_command, run
-from train.data.files import matching_files
+from train.cli.documents import TextConfig, open_documents
 from train.data.packing import IGNORED
 from train.errors import RunError
 from train.evaluate import Row, packed_rows, strided_rows, token_losses
@@ -24,11 +24,8 @@ PROGRAM = "mdn-eval"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityConfig(CheckpointConfig):
+class PerplexityConfig(TextConfig):
     """Perplexity of a checkpoint over files."""
-
-    files: tuple[str, ...]
-    """Files or globs ('**' crosses directories); each file is a document."""
 
     mode: Literal["strided", "packed"] = "strided"
     """Windows over each document, or rows cut from the concatenated documents, as in training."""
@@ -46,6 +43,7 @@ class PerplexityConfig(CheckpointConfig):
     """Print the results as JSON."""
 
     def __post_init__(self) -> None:
+        _check("files", self.files, "at least one name", len(self.files) > 0)
         stride = self.window if self.stride is None else self.stride
         _check("window", self.window, "an int >= 1", self.window >= 1)
         _check("batch_size", self.batch_size, "an int >= 1", self.batch_size >= 1)
@@ -89,8 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _perplexity(config: PerplexityConfig) -> int:
     """Perplexity of a checkpoint over files."""
-    texts = read_documents(config.files)
-    model, text = open_checkpoint(config)
+    model, text, texts = open_documents(config)
     began = time.perf_counter()
     documents = [text.encode(document) for document in texts]
     rows = _rows(config, documents)
@@ -145,26 +142,6 @@ def _choices(config: ChoicesConfig) -> int:
         },
     )
     return 0
-
-
-def read_documents(patterns: Sequence[str]) -> list[str]:
-    """Texts of the files that paths or globs name, a document each, without the empty ones.
-
-    Raises:
-      RunError: a pattern that matches no file, or files without text.
-    """
-    try:
-        paths = matching_files(patterns)
-    except RunError as error:
-        raise RunError(str(error).removeprefix("data.")) from None
-    # bytes that are no UTF-8 come back as they were
-    texts = [path.read_bytes().decode(errors="surrogateescape") for path in paths]
-    texts = [text for text in texts if text]
-    if not texts:
-        raise RunError(
-            f"files: expected files with text in them, got {len(paths)} file(s), all of them empty"
-        )
-    return texts
 
 
 def _rows(config: PerplexityConfig, documents: Sequence[list[int]]) -> list[Row]:

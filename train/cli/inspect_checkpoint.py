@@ -10,14 +10,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from train.cli.common import CheckpointConfig, open_checkpoint, parse, run
-from train.cli.evaluate import read_documents
-from train.data.corpus import load_corpus
+from train.cli.common import parse, run
+from train.cli.documents import TextConfig, open_documents
 from train.errors import RunError
 from train.evaluate import Row, packed_rows
 from train.inspection import HeadReport, record_steps, report_layer, to_json
 from train.inspection_figures import draw_eigenvalues, draw_gates, draw_half_lives, short
-from train.sections import DataConfig
 
 PROGRAM = "mdn-inspect"
 JSON_FILE = "inspection.json"
@@ -25,12 +23,12 @@ FIGURES = ("eigenvalues.png", "half_life.png", "gates.png")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(CheckpointConfig):
+class InspectConfig(TextConfig):
     """Gates, eigenvalues and half-lives of every layer and head of a checkpoint on text."""
 
     files: tuple[str, ...] = ()
-    """Files or globs ('**' crosses directories); none: the documents that a run on the standard
-    library's source text holds out."""
+    """Files or globs ('**' crosses directories): text, JSONL or Parquet, by their suffix; none: the
+    documents that a run on the standard library's source text holds out."""
 
     tokens: int = 16_384
     """Tokens to look at, in rows at even distances over the text."""
@@ -64,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(config: InspectConfig) -> int:
-    texts = _texts(config)
-    model, text = open_checkpoint(config)
+    model, text, texts = open_documents(config)
     rows = choose_rows([text.encode(x) for x in texts], width=config.row, tokens=config.tokens)
     layers = record_steps(model, rows, batch_size=min(config.batch_size, len(rows)))
     if not layers:
@@ -100,13 +97,6 @@ def _inspect(config: InspectConfig) -> int:
     print(table(reports, config.window))
     print(f"in {directory}: {', '.join((JSON_FILE, *FIGURES))}")
     return 0
-
-
-def _texts(config: InspectConfig) -> list[str]:
-    if config.files:
-        return read_documents(config.files)
-    held_out = load_corpus(DataConfig()).held_out
-    return [document.decode(errors="surrogateescape") for document in held_out]
 
 
 def choose_rows(documents: Sequence[Sequence[int]], *, width: int, tokens: int) -> list[Row]:

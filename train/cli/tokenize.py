@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from train.cli.common import parse, run
+from train.cli.documents import FilesConfig
+from train.data.files import shown
 from train.data.tokenizing import write_shards
 from train.sections import DataConfig
 
@@ -18,24 +19,11 @@ PROGRAM = "mdn-tokenize"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeConfig:
+class TokenizeConfig(FilesConfig):
     """Tokenises files into shards; the same command goes on after an interruption."""
 
     output: tyro.conf.Positional[Path]
     """Directory for the shards; mdn-train takes it as --data.files."""
-
-    files: tuple[str, ...]
-    """Files or globs ('**' crosses directories): text, JSONL or Parquet, by their suffix; or
-    directories of Parquet files as Hugging Face lays them out."""
-
-    format: Literal["text", "jsonl", "parquet"] | None = None
-    """What the files are; None: their suffix says so."""
-
-    field: str = "text"
-    """Field of JSONL or column of Parquet that holds the text."""
-
-    split: str = "train"
-    """Split of a directory of Parquet files."""
 
     tokenizer: str = "bytes"
     """A tokenizer.json, a directory with one or with GPT-2's vocab.json and merges.txt, or
@@ -82,7 +70,7 @@ def _tokenize(config: TokenizeConfig) -> int:
         processes=config.processes,
     )
     print(
-        f"{config.output}: {sum(h.documents for h in headers):,} documents, "
+        f"{shown(config.output)}: {sum(h.documents for h in headers):,} documents, "
         f"{sum(h.tokens for h in headers):,} tokens of {headers[0].vocab_size:,} in "
         f"{len(headers)} shards ({before} of them there before), "
         f"{time.perf_counter() - began:.1f} s"

@@ -1,12 +1,14 @@
 """Documents in memory, and which of them are held out."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.files import cut_files, find_files, read_documents
+from train.data.files import find_files, refuse_shards
+from train.data.reading import cut_files, read_documents
 from train.errors import RunError
 from train.sections import DataConfig
 
@@ -43,19 +45,35 @@ def load_corpus(config: DataConfig, *, utf8: bool = False) -> Corpus:
     Raises:
       RunError: files that cannot be read, a record that does not fit, or no text at all.
     """
-    files = find_files(config)
-    documents = {}
-    for piece in cut_files(files, size=1 << 62):
-        for text in read_documents(piece, config.field, utf8=utf8):
-            documents[digest_of(text)] = text
-    if not documents:
-        source = ", ".join(map(repr, config.files)) or "the standard library's *.py files"
-        raise RunError(
-            f"data.files: expected files with text in them, got {len(files)} file(s), "
-            f"all of them empty ({source})"
-        )
+    documents = {digest_of(text): text for text in read_texts(config, utf8=utf8)}
     train, held_out = _split(documents, config.held_out_fraction)
     return Corpus(train, held_out, _fingerprint(train, held_out))
+
+
+def read_texts(config: DataConfig, *, utf8: bool = False) -> Iterator[bytes]:
+    """The documents of files of text, JSONL and Parquet that are not empty, with every copy.
+
+    Args:
+      config: which files.
+      utf8: refuse text that is not UTF-8.
+
+    Raises:
+      RunError: files that cannot be read, a record that does not fit, or no text at all.
+    """
+    files = find_files(config)
+    refuse_shards(files)
+    empty = True
+    for piece in cut_files(files, size=1 << 62):
+        for text in read_documents(piece, config.field, utf8=utf8):
+            empty = False
+            yield text
+    if empty:
+        several = ", ..." if len(config.files) > 5 else ""
+        source = ", ".join(map(repr, config.files[:5])) or "the standard library's *.py files"
+        raise RunError(
+            f"data.files: expected files with text in them, got {len(files)} file(s), "
+            f"all of them empty ({source}{several})"
+        )
 
 
 def digest_of(text: bytes) -> bytes:

@@ -81,7 +81,7 @@ def tokenize(texts: Sequence[bytes], tokenizer: Tokenizer) -> Documents:
     arrays, sizes = [], []
     for tokens, text in tokens_of(texts, tokenizer):
         arrays.append(tokens.astype(small))
-        sizes.append(len(text) - tokenizer.bytes_of_first(tokens))
+        sizes.append(bytes_of_targets(tokens, text, tokenizer))
     lengths = np.array([len(tokens) for tokens in arrays], np.int64)
     together: NDArray[np.unsignedinteger] = np.concatenate([np.empty(0, small), *arrays])
     return Documents(
@@ -91,6 +91,14 @@ def tokenize(texts: Sequence[bytes], tokenizer: Tokenizer) -> Documents:
         lengths,
         np.array(sizes, np.int64),
     )
+
+
+def bytes_of_targets(tokens: NDArray[np.uint32], text: bytes, tokenizer: Tokenizer) -> int:
+    """Bytes of a document's text that its tokens but the first stand for.
+
+    A first token that is a part of a character shows as more bytes than it has.
+    """
+    return max(0, len(text) - tokenizer.bytes_of_first(tokens))
 
 
 def tokens_of(

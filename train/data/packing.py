@@ -62,6 +62,11 @@ class PackedRows:
                 f"data.files: expected at least sequence_length + 1 = {sequence_length + 1} tokens "
                 f"of text to train on, got {self.tokens}"
             )
+        if self.tokens == len(documents):
+            raise RunError(
+                "data.files: expected documents to train on of more than one token, got "
+                f"{len(documents)} of one: there is nothing to predict"
+            )
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of a step: a pure function of the documents, seed and step.
@@ -99,13 +104,23 @@ def held_out_batches(
 
     Returns:
       The batches, in the order of the documents.
+
+    Raises:
+      RunError: documents in which there is nothing to predict.
     """
     packed = _Packed(documents, sequence_length)
     total = max(1, -(-(documents.tokens - 1) // sequence_length))
     count = min(total, max_rows)
     filled = -(-count // batch_size) * batch_size
     rows = np.append(np.arange(count) * total // count, np.full(filled - count, total))
-    return [packed.batch(rows[i : i + batch_size]) for i in range(0, filled, batch_size)]
+    batches = [packed.batch(rows[i : i + batch_size]) for i in range(0, filled, batch_size)]
+    if all((batch["targets"] == IGNORED).all() for batch in batches):
+        raise RunError(
+            "data.held_out_fraction: expected held-out documents of more than one token, got "
+            f"{len(documents)} of {documents.tokens} together: there is nothing to measure a loss "
+            "on; hold out more, or name a data.start_token"
+        )
+    return batches
 
 
 def unigram_entropy(batches: Iterable[Batch]) -> float:

@@ -4,11 +4,12 @@
 bytes), documents [D, 3] uint64 (end in tokens, bytes behind its targets, digest)`, little-endian.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,15 +18,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from train.data.corpus import digest_of, held_out_of
-from train.data.documents import Documents
-from train.data.files import SHARD_SUFFIX, reason_of
+from train.data.documents import Documents, bytes_of_targets
+from train.data.files import SHARD_SUFFIX, reason_of, shown
 from train.errors import RunError
 from train.tokenizer import Tokenizer
 
 _MAGIC = b"MDNTOK01"
 _HEADER = 4096
+_DTYPES = ("uint16", "uint32")
+_AGAIN = "delete it and run mdn-tokenize again"
 _BLOCK = 1 << 24
 _NAME = re.compile(rf"(?P<index>\d+)-of-(?P<count>\d+)\{SHARD_SUFFIX}")
+_UNFINISHED = re.compile(r"\d+-of-\d+\.\d+\.tmp")
+_LARGEST = 1 << 48  # of any number in a shard: beyond every disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,21 @@ class Header:
     tokens: int
     documents: int
     source: str
-    sha256: str = ""
+    sha256: str = "0" * 64
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no writer writes."""
+        for name, smallest in (("vocab_size", 1), ("tokens", 0), ("documents", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not smallest <= value < _LARGEST:
+                raise ValueError(f"{name}: expected an int >= {smallest}, got {value!r:.40}")
+        for name in ("tokenizer", "source", "sha256"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name}: expected a string, got {value!r:.40}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {_DTYPES}, got {self.dtype!r:.40}")
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256: expected 64 digits, got {self.sha256!r:.40}")
 
     @property
     def tokens_bytes(self) -> int:
@@ -88,7 +107,7 @@ def write_shard(
     Raises:
       RunError: no room, or nowhere to write to.
     """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # see `unfinished_shards`
     try:
         header = _write(temporary, documents, tokenizer, source)
         temporary.replace(path)
@@ -100,6 +119,11 @@ def write_shard(
     finally:
         temporary.unlink(missing_ok=True)
     return header
+
+
+def unfinished_shards(directory: Path) -> list[Path]:
+    """What calls of `write_shard` that were killed left in a directory."""
+    return [path for path in directory.glob("*.tmp") if _UNFINISHED.fullmatch(path.name)]
 
 
 def _write(
@@ -115,7 +139,7 @@ def _write(
         for tokens, text in documents:
             file.write(tokens.astype(dtype.newbyteorder("<")).tobytes())
             total += len(tokens)
-            size = len(text) - tokenizer.bytes_of_first(tokens)
+            size = bytes_of_targets(tokens, text, tokenizer)
             table.append((total, size, int.from_bytes(digest_of(text)[:8])))
         header = Header(
             tokenizer=tokenizer.fingerprint,
@@ -145,52 +169,69 @@ def read_header(path: Path) -> Header:
     Raises:
       RunError: a file that cannot be read, is no shard, or is cut off.
     """
-    try:
+    with _reading(path):
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(_HEADER)
-    except OSError as error:
-        raise RunError(
-            f"data.files: expected readable shards, got {path}: {error.strerror}"
-        ) from None
     if not start.startswith(_MAGIC):
-        raise RunError(f"data.files: expected a shard of mdn-tokenize, got {path}, which is none")
+        raise RunError(
+            f"data.files: expected a shard of mdn-tokenize, got {shown(path)}, which is none"
+        )
     try:
         header = Header(**json.loads(start[len(_MAGIC) :]))
-        expected = header.file_bytes
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"its header is damaged: {reason_of(error)}") from None
+    if size != header.file_bytes:
         raise RunError(
-            f"data.files: expected an intact shard, got {path}: its header is damaged"
-        ) from None
-    if size != expected:
-        raise RunError(
-            f"data.files: expected an intact shard of {expected:,} bytes, got {path} of {size:,}; "
-            "delete it and run mdn-tokenize again"
+            f"data.files: expected an intact shard of {header.file_bytes:,} bytes, got "
+            f"{shown(path)} of {size:,}; {_AGAIN}"
         )
     return header
 
 
-def check_digest(path: Path, header: Header) -> None:
+def check_contents(path: Path, header: Header) -> None:
     """Reads a whole shard.
 
     Raises:
-      RunError: not what was written.
+      RunError: not what was written, or tokens that are not below the size of the vocabulary.
     """
-    digest = header.digest()
-    try:
-        with path.open("rb") as file:
-            file.seek(_HEADER)
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise RunError(
-            f"data.files: expected readable shards, got {path}: {error.strerror}"
-        ) from None
+    digest, largest = header.digest(), -1
+    kind, left = _little(header), header.tokens
+    with _reading(path), path.open("rb") as file:
+        file.seek(_HEADER)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            tokens = np.frombuffer(block, kind, min(left, len(block) // kind.itemsize))
+            largest = max(largest, int(tokens.max(initial=0)))
+            left -= len(tokens)
     if digest.hexdigest() != header.sha256:
         raise RunError(
             f"data.files: expected a shard with the SHA-256 of its header ({header.sha256[:12]}), "
-            f"got {path} with {digest.hexdigest()[:12]}; delete it and run mdn-tokenize again"
+            f"got {shown(path)} with {digest.hexdigest()[:12]}; {_AGAIN}"
         )
+    if largest >= header.vocab_size:
+        raise RunError(
+            f"data.files: expected tokens below the {header.vocab_size:,} of the vocabulary, got "
+            f"{largest:,} in {shown(path)}"
+        )
+
+
+def _little(header: Header) -> np.dtype[np.unsignedinteger]:
+    return np.dtype(header.dtype).newbyteorder("<")
+
+
+def _damaged(path: Path, what: str) -> RunError:
+    return RunError(f"data.files: expected an intact shard, got {shown(path)}: {what}; {_AGAIN}")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"data.files: expected readable shards, got {shown(path)}: {reason_of(error)}"
+        ) from None
 
 
 def check_tokenizer(path: Path, header: Header, tokenizer: Tokenizer) -> None:
@@ -201,7 +242,7 @@ def check_tokenizer(path: Path, header: Header, tokenizer: Tokenizer) -> None:
     """
     if (header.tokenizer, header.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
         raise RunError(
-            f"data.tokenizer: expected that of {path} (fingerprint {header.tokenizer[:12]}, "
+            f"data.tokenizer: expected that of {shown(path)} (fingerprint {header.tokenizer[:12]}, "
             f"{header.vocab_size:,} tokens), got {tokenizer.fingerprint[:12]} with "
             f"{tokenizer.vocab_size:,}"
         )
@@ -231,12 +272,14 @@ def open_shards(
         header = read_header(path)
         check_tokenizer(path, header, tokenizer)
         if verify:
-            check_digest(path, header)
+            check_contents(path, header)
         fingerprint.update(bytes.fromhex(header.sha256))
-        mapped = np.memmap(path, np.uint8, "r")
-        kind = np.dtype(header.dtype).newbyteorder("<")
+        with _reading(path):
+            mapped = np.memmap(path, np.uint8, "r")
+        kind = _little(header)
         arrays.append(mapped[_HEADER:][: header.tokens * kind.itemsize].view(kind))
         tables.append(mapped[_HEADER + header.tokens_bytes :].view("<u8").reshape(-1, 3))
+        _check_table(path, header, tables[-1])
     counts = [len(table) for table in tables]
     if not sum(counts):
         raise RunError(f"data.files: expected shards with documents, got {len(paths)} without any")
@@ -258,14 +301,31 @@ def open_shards(
     return train, held_out, fingerprint.hexdigest()
 
 
+def _check_table(path: Path, header: Header, table: NDArray[np.uint64]) -> None:
+    """Raises unless the documents lie one behind the other and are all of the tokens."""
+    ends, sizes = table[:, 0], table[:, 1]
+    before = np.append(np.uint64(0), ends)
+    wrong = np.flatnonzero(
+        (ends <= before[:-1]) | (ends > header.tokens) | (sizes >= np.uint64(_LARGEST))
+    )
+    if len(wrong) or before[-1] != header.tokens:
+        i = int(wrong[0]) if len(wrong) else len(ends)
+        what = (
+            f"document {i} from token {before[i]:,} to {ends[i]:,} with {sizes[i]:,} bytes"
+            if len(wrong)
+            else f"an end at token {before[-1]:,}"
+        )
+        raise _damaged(path, f"its table of {header.tokens:,} tokens has {what}")
+
+
 def _check_complete(paths: Sequence[Path]) -> None:
     for directory in {path.parent for path in paths}:
         names = [_NAME.fullmatch(path.name) for path in paths if path.parent == directory]
         counts = {int(name["count"]) for name in names if name}
         found = {int(name["index"]) for name in names if name}
-        missing = set(range(max(counts, default=0))) - found
-        if len(counts) > 1 or missing:
+        count = max(counts, default=0)
+        if len(counts) > 1 or len(found) != count or max(found, default=-1) >= count:
             raise RunError(
-                f"data.files: expected all of the {max(counts)} shards of {directory}, got "
+                f"data.files: expected all of the {count} shards of {shown(directory)}, got "
                 f"{len(found)}; run mdn-tokenize again to make those that are missing"
             )

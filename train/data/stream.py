@@ -1,6 +1,7 @@
 """Documents that come one after another: a Hugging Face data set, shuffled and packed by Grain."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, override
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from train.data.corpus import digest_of, place
 from train.data.documents import Documents, tokenize
+from train.data.files import reason_of
 from train.data.packing import IGNORED, Batch
 from train.errors import RunError
 from train.sections import DataConfig
@@ -39,9 +41,9 @@ def open_stream(config: DataConfig) -> Any:
         ) from None
     try:
         stream = datasets.load_dataset(
-            config.dataset,
+            os.path.expanduser(str(config.dataset)),
             config.subset,
-            data_files=list(config.files) or None,
+            data_files=list(map(os.path.expanduser, config.files)) or None,
             split=config.split,
             revision=config.revision,
             streaming=True,
@@ -50,7 +52,7 @@ def open_stream(config: DataConfig) -> Any:
     except Exception as error:  # of the file system, the network and several libraries
         raise RunError(
             f"data.dataset: expected a data set with the split {config.split!r}, got "
-            f"{config.dataset!r}: {error}"
+            f"{config.dataset!r}: {reason_of(error)}"
         ) from None
     if not columns:
         raise RunError(f"data.dataset: expected documents in {config.dataset!r}, got none")
@@ -90,7 +92,7 @@ def held_out_of_stream(
             if missing <= 0:
                 break
     documents = tokenize(texts, tokenizer)
-    if documents.tokens <= len(documents):
+    if not len(documents):
         raise RunError(
             f"data.held_out_fraction: expected documents of {config.dataset} that are held out, "
             f"got none at {config.held_out_fraction}"
@@ -185,7 +187,7 @@ def _texts(records: Iterator[Mapping[str, Any]], config: DataConfig) -> Iterator
         except Exception as error:  # of the file system, the network and several libraries
             raise RunError(
                 f"data.dataset: expected readable records in {config.dataset}, got after {count} "
-                f"of them: {error}"
+                f"of them: {reason_of(error)}"
             ) from error
         text = record[config.field]
         if not isinstance(text, str | bytes):
@@ -193,9 +195,17 @@ def _texts(records: Iterator[Mapping[str, Any]], config: DataConfig) -> Iterator
                 f"data.field: expected text in {config.field!r} of {config.dataset}, got "
                 f"{type(text).__name__} in record {count}"
             )
+        if isinstance(text, str):
+            try:
+                text = text.encode()
+            except UnicodeEncodeError as error:
+                raise RunError(
+                    f"data.field: expected text in {config.field!r} of {config.dataset}, got half "
+                    f"of a surrogate pair in record {count}: {error}"
+                ) from None
         count += 1
         if text:
-            yield text if isinstance(text, bytes) else text.encode()
+            yield text
 
 
 class _TextStream(grain.IterDataset[bytes]):

@@ -20,8 +20,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from train.data.documents import tokens_of
-from train.data.files import SHARD_SUFFIX, Piece, cut_files, find_files, read_documents
-from train.data.shards import Header, read_header, shard_name, write_shard
+from train.data.files import SHARD_SUFFIX, find_files, reason_of, refuse_shards, shown
+from train.data.reading import Piece, cut_files, read_documents, reading
+from train.data.shards import (
+    Header,
+    read_header,
+    shard_name,
+    unfinished_shards,
+    write_shard,
+)
 from train.errors import RunError
 from train.sections import DataConfig
 from train.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
@@ -76,17 +83,22 @@ def write_shards(
     Raises:
       RunError: files that cannot be used, or a directory of other shards.
     """
+    directory = Path(os.path.expanduser(directory))
     tokenizer = make_tokenizer(config.tokenizer, config.start_token)
     files = find_files(config)
-    if files[0][1] == "tokens":
-        raise RunError("data.files: expected text, JSONL or Parquet, got shards")
+    refuse_shards(files)
     groups = list(_grouped(cut_files(files, size=shard_bytes), shard_bytes))
     names = [shard_name(i, len(groups)) for i in range(len(groups))]
     works = [Work(directory / name, tuple(g)) for name, g in zip(names, groups, strict=True)]
     source = _source(works, config, tokenizer)
-    directory.mkdir(parents=True, exist_ok=True)
-    done = _done(directory, works, source)
-    tokenizer.save(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        done = _done(directory, works, source)
+        tokenizer.save(directory)
+    except OSError as error:
+        raise RunError(
+            f"output: expected a directory to write to, got {shown(directory)}: {reason_of(error)}"
+        ) from None
     left = [work for work in works if work.path not in done]
     total = sum(work.size for work in works)
     with tqdm(
@@ -120,7 +132,8 @@ def _source(works: Sequence[Work], config: DataConfig, tokenizer: Tokenizer) -> 
     parts: list[Any] = [tokenizer.fingerprint, tokenizer.vocab_size, config.field]
     for work in works:
         for piece in work.pieces:
-            stat = piece.path.stat()
+            with reading(piece.path):
+                stat = piece.path.stat()
             parts.append([*map(str, piece), stat.st_size, stat.st_mtime_ns])
         parts.append(None)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -134,9 +147,10 @@ def _done(directory: Path, works: Sequence[Work], source: str) -> set[Path]:
     if other:
         raise RunError(
             f"output: expected a new directory, or one that a call with the same files, field, "
-            f"tokenizer and shard size began, got {directory} with {other[0].name} of another call"
+            f"tokenizer and shard size began, got {shown(directory)} with {shown(other[0].name)} "
+            "of another call"
         )
-    for path in directory.glob("*.tmp"):
+    for path in unfinished_shards(directory):
         path.unlink()
     return there
 

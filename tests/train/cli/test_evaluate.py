@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.train.data.helpers import write_jsonl
 from tests.train.test_evaluate import naive
 from train.cli.evaluate import main
 from train.saved_model import find_checkpoint, load_model
@@ -30,9 +31,11 @@ def test_perplexity_is_that_of_numpy(checkpoint, model, tmp_path, capsys):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
     losses = np.concatenate([naive(model, encode(t.encode())) for t in texts if t])
     common = [checkpoint, *SCAN, "--files", tmp_path / "*.txt", "--window", 32]
+    lines = write_jsonl(tmp_path / "a.jsonl", texts)
     for mode in ("strided", "packed"):
         window = 32 if mode == "strided" else 64  # a row of all documents
         options = [*common, "--mode", mode, "--window", window, "--json"]
+        options += ["--files", lines] if mode == "packed" else []
         result = results(capsys, "perplexity", *options)
         mean = losses.mean()
         assert result["nats_per_token"] == pytest.approx(mean, rel=1e-5)

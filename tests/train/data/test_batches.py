@@ -11,6 +11,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from mdn_jax import MDNConfig
 from tests.train.data import helpers
@@ -18,6 +21,7 @@ from tests.train.data.helpers import TEXTS, data_of, write_bpe
 from tests.train.helpers import TINY_MODEL, TINY_RUN, assert_identical
 from train.config import TrainConfig
 from train.data.batches import load_data
+from train.data.corpus import digest_of, place
 from train.data.packing import PackedRows
 from train.errors import RunError
 from train.sections import DataConfig, OptimizerConfig
@@ -253,6 +257,27 @@ def test_a_sample_needs_something_to_go_on_from(tmp_path):
     load_data(run_of(data, tmp_path / "run", sample_tokens=0))
     opened = dataclasses.replace(data, start_token="<|start|>")
     load_data(run_of(opened, tmp_path / "run"))
+
+
+def out(text):
+    """A document is held out where this is below the fraction."""
+    return place(digest_of(text.encode()))
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens", "stream"])
+def test_held_out_documents_of_one_token_are_refused_before_training(tmp_path, monkeypatch, kind):
+    words = [f"w{i}" for i in range(59)]
+    library = Tokenizer(WordLevel({word: i for i, word in enumerate(["?", *words])}, "?"))
+    library.pre_tokenizer = Whitespace()
+    library.save(str(tmp_path / "words.json"))
+    fraction = min(map(out, words)) + 1e-9
+    long = next(t for t in (" ".join(words[i:]) for i in range(20)) if out(t) > fraction)
+    monkeypatch.setattr(helpers, "TEXTS", [*words, long])
+    name = str(tmp_path / "words.json")
+    data = data_of(kind, tmp_path / "data", tokenizer=name, held_out_fraction=fraction)
+    run = run_of(data, tmp_path / "run", sample_tokens=0)
+    with pytest.raises(RunError, match=r"data\.held_out_fraction: expected .*, got 1 of 1 togeth"):
+        load_data(run)
 
 
 def test_the_digest_is_that_of_the_documents(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from train.data.corpus import load_corpus
-from train.data.files import matching_files, standard_library_files
+from train.data.files import find_files, standard_library_files
 from train.errors import RunError
 from train.sections import DataConfig
 
@@ -80,7 +80,8 @@ def test_a_single_file_is_cut_at_its_end(tmp_path):
 def test_files_and_globs_name_each_file_once(tmp_path):
     write(tmp_path, {"a.txt": "a", "b/c.txt": "c"})
     patterns = (str(tmp_path / "a.txt"), str(tmp_path / "*.txt"), str(tmp_path / "**" / "*.txt"))
-    assert matching_files(patterns) == [tmp_path / "a.txt", tmp_path / "b" / "c.txt"]
+    found = [path for path, _ in find_files(DataConfig(files=patterns))]
+    assert found == [tmp_path / "a.txt", tmp_path / "b" / "c.txt"]
 
 
 def test_a_pattern_without_files_is_named(tmp_path):

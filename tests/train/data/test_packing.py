@@ -155,3 +155,20 @@ def test_unigram_entropy():
         byte_documents([b"aabb", b"cccc"]), batch_size=1, sequence_length=4, max_rows=99
     )
     assert unigram_entropy(batches) == pytest.approx(1.5 * math.log(2))
+
+
+def test_documents_with_nothing_to_predict_are_refused():
+    (alone,) = byte_documents([b"abcdef"]).cut(0.1)[1:]  # one token, as a small shard is cut
+    assert alone.tokens == 1
+    options = {"batch_size": 2, "sequence_length": 4}
+    with pytest.raises(RunError, match=r"data\.held_out_fraction: expected .*, got 1 of 1 "):
+        held_out_batches(alone, max_rows=8, **options)
+    several = byte_documents([b""] * 9 + [b"long enough"])
+    with pytest.raises(RunError, match=r"data\.held_out_fraction: expected .*, got 9 of 9 "):
+        held_out_batches(several[several.length == 1], max_rows=8, **options)
+    with pytest.raises(RunError, match=r"data\.held_out_fraction: expected .*, got 10 of 21 "):
+        held_out_batches(several, max_rows=1, **options)  # the row that is measured has none
+    assert len(held_out_batches(several, max_rows=8, **options)) == 3
+    with pytest.raises(RunError, match=r"data\.files: expected documents to train on of more than"):
+        PackedRows(several[several.length == 1], seed=0, **options)
+    assert PackedRows(several, seed=0, **options).rows == 5

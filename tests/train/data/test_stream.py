@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from datasets.distributed import split_dataset_by_node
 
-from tests.train.data.helpers import TEXTS, data_of, texts_of, write_bpe, write_jsonl
+from tests.train.data.helpers import TEXTS, data_of, texts_of, write_bpe, write_jsonl, write_parquet
 from tests.train.helpers import assert_identical
 from train.data.corpus import digest_of, place
 from train.data.packing import IGNORED
 from train.data.stream import (
+    _texts,
     _TextStream,
     from_json,
     held_out_of_stream,
@@ -177,6 +178,22 @@ def test_what_is_wrong_is_named(config, changes, message):
 def open_and_read(config):
     held_out_of_stream(open_stream(config), config, ByteTokenizer(), tokens=1 << 30)
     next(batches(config))
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl")
+    write_parquet(tmp_path / "b" / "data" / "train-0.parquet")
+    for values in ({"dataset": "json", "files": ("~/a.jsonl",)}, {"dataset": "~/b"}):
+        config = DataConfig(shuffle_buffer=1, held_out_fraction=FRACTION, **values)
+        assert documents_of(batches(config), len(TRAIN)) == TRAIN
+
+
+def test_half_a_surrogate_pair_is_named():
+    config = DataConfig(dataset="somewhere")
+    records = iter([{"text": "a"}, {"text": "b\ud83d"}])
+    with pytest.raises(RunError, match=r"data\.field: expected text .* surrogate pair in record 1"):
+        list(_texts(records, config))
 
 
 def test_a_corrupt_record_is_named(tmp_path):
