@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,13 +147,41 @@ def _read_json(file: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
     """Raises DamagedError for any error: damage shows in as many ways as there are libraries."""
+    _silence_stragglers()
     try:
         yield
     except (DamagedError, RunError):
         raise
     except Exception as error:
+        cause = error.__cause__ or error  # Orbax says less than the library below it
         # TensorStore adds all of its settings, several times
-        message, *_ = str(error).partition(" [tensorstore_spec")
+        message, *_ = str(cause).partition(" [tensorstore_spec")
         line = " ".join(message.split())
         line = line if len(line) <= _MUCH else f"{line[:_MUCH]} …"
-        raise DamagedError(f"{type(error).__name__}: {line}") from error
+        raise DamagedError(f"{type(cause).__name__}: {line}") from error
+
+
+def _silence_stragglers() -> None:
+    """Keeps to itself what is not raised anywhere.
+
+    Orbax raises at the first array that cannot be read and leaves the reads of all others behind,
+    which fail alone, each with a traceback, when their event loop has ended.
+    """
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+    log = logging.getLogger("asyncio")
+    if _is_other not in log.filters:
+        log.addFilter(_is_other)
+
+
+def _is_other(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or not _is_straggler(record.exc_info[1])
+
+
+def _unraisable(unraisable: Any) -> None:
+    if not _is_straggler(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def _is_straggler(error: BaseException | None) -> bool:
+    return any(words in str(error) for words in ("Event loop is closed", "OCDBT", "TensorStore"))

@@ -142,7 +142,7 @@ def _saved_shapes(checkpointer: ocp.Checkpointer, saved: Saved) -> Params:
     _, like = split_abstract(saved.model)
     metadata = checkpointer.metadata(saved.path / STATE).item_metadata
     if metadata is None:
-        raise ValueError("its files are damaged")
+        raise DamagedError(f"the metadata of {STATE} cannot be read")
     there = _flat(metadata.tree["params"])
     ours = {name: x.shape for name, x in _flat(like).items()}
     theirs = {name: tuple(x.shape) for name, x in there.items()}
