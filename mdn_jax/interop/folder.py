@@ -83,6 +83,10 @@ def read_folder(path: Path) -> PublishedFolder:
       ImportError: without the safetensors library.
     """
     published = _read_json(path / CONFIG_FILE)
+    if not published:
+        raise ValueError(
+            f"{path / CONFIG_FILE}: expected the fields of a model, got an empty object"
+        )
     try:
         config = MDNConfig.from_dict(published)
     except ValueError as error:
@@ -287,9 +291,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected a readable file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON: {error}") from None
-    if not isinstance(values, dict) or not values:
-        got = type(values).__name__ if values else "an empty one"
-        raise ValueError(f"{file}: expected a JSON object with values, got {got}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values
 
 
