@@ -11,14 +11,25 @@ from typing import Any, NamedTuple, Self
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from mdn_jax import MDNConfig
-from train.checksum import checksums
 from train.config import TrainConfig, to_dict
+from train.digest import digests
 from train.distributed import is_first
 from train.errors import RunError
+from train.keeping import Best, StepNames, complete_steps
 from train.optimizer import Params
+from train.record import (
+    POSITION,
+    RECORD,
+    STATE,
+    DamagedError,
+    Record,
+    make_record,
+    read_position,
+    read_record,
+    reading,
+)
 from train.resume import resume_conflicts
-from train.saved_model import DIRECTORY, complete_steps, read_params
+from train.saved_model import DIRECTORY, read_params, saved_at
 from train.step import TrainState
 
 SET_ASIDE = "set_aside"
@@ -39,12 +50,12 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints under one output directory; a context manager that waits for the last one.
 
-    Every checkpoint holds the training state, the position in the data, the resolved configuration
-    (and with it the seed, on which every random draw depends), the digest of the documents and the
-    sums of the arrays. The latest ones are kept, and the one with the lowest held-out loss. Orbax
-    writes to a temporary directory and renames it, so that an interrupted write leaves the
-    checkpoints before it as they were. With several processes all of them make the same calls, and
-    the directory is one that all of them see.
+    Every checkpoint holds the training state, the position in the data and a record: the resolved
+    configuration (and with it the seed, on which every random draw depends), the digest of the
+    documents and those of all the rest (`train.record`). The latest ones are kept, and the one with
+    the lowest held-out loss. Orbax writes to a temporary directory and renames it, so that an
+    interrupted write leaves the checkpoints before it as they were. With several processes all of
+    them make the same calls, and the directory is one that all of them see.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -58,25 +69,19 @@ class Checkpoints:
         """
         self._config = config
         self._directory = config.directory / DIRECTORY
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(config.keep_checkpoints),
-                checkpoint_managers.BestN(
-                    get_metric_fn=_held_out_loss,
-                    reverse=True,  # the lowest is the best
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        self._best = Best(self._directory)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        latest = checkpoint_managers.LatestN(self._config.keep_checkpoints)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=_held_out_loss,  # makes Orbax write the metrics; the policy decides
-            best_mode="min",
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, self._best]),
+            step_name_format=StepNames(),
+            lightweight_initialize=True,  # reads no checkpoint, and so no damaged one
             cleanup_tmp_directories=True,
         )
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            return ocp.CheckpointManager(self._directory, options=options)
         except (OSError, ValueError) as error:
             raise RunError(
                 f"output_dir: expected checkpoints in {self._directory} that can be listed: {error}"
@@ -126,18 +131,23 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
-        run = {"config": to_dict(self._config), "corpus": corpus, "checksums": checksums(state)}
         measured = held_out_loss is not None and math.isfinite(held_out_loss)
+        record = make_record(
+            step,
+            config=to_dict(self._config),
+            corpus=corpus,
+            position=data,
+            held_out_loss=held_out_loss if measured else None,
+            digests=digests(state),
+        )
+        self._best.add(step, record["held_out_loss"])
+        items = {
+            STATE: ocp.args.StandardSave(state),
+            POSITION: ocp.args.JsonSave(dict(data)),
+            RECORD: ocp.args.JsonSave(record),
+        }
         with self._writing():
-            self._manager.save(
-                step,
-                metrics={"held_out_loss": held_out_loss} if measured else None,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=ocp.args.JsonSave(dict(data)),
-                    run=ocp.args.JsonSave(run),
-                ),
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Returns when everything is written.
@@ -173,7 +183,7 @@ class Checkpoints:
             )
         try:
             restored = self._read(step, like, corpus, begin)
-        except _DamagedError as damage:
+        except DamagedError as damage:
             raise RunError(
                 f"resume: expected an intact checkpoint of step {step} in {self._directory}, got "
                 f"damaged files ({damage}); {self._way_out(step, like, corpus, begin)}"
@@ -183,7 +193,7 @@ class Checkpoints:
 
     def _way_out(self, step: int, *arguments: Any) -> str:
         for earlier in reversed([s for s in complete_steps(self._directory) if s < step]):
-            with contextlib.suppress(_DamagedError):
+            with contextlib.suppress(DamagedError, RunError):
                 self._read(earlier, *arguments)
                 return f"that of step {earlier} is intact: continue with --resume-step {earlier}"
         return "no earlier one is intact"
@@ -195,38 +205,35 @@ class Checkpoints:
         corpus: str,
         begin: Callable[[Params], TrainState],
     ) -> Restored:
-        """Reads one checkpoint; raises `_DamagedError` or, for another run's, RunError."""
-        args = ocp.args
-        with _reading():
-            run = self._manager.restore(step, args=args.Composite(run=args.JsonRestore())).run
-            configuration, documents = run["config"], run["corpus"]
-        if documents is None:
-            return Restored(self._read_model(step, configuration, like, begin), None)
-        self._check(step, configuration, documents, corpus)
-        with _reading():
-            restored = self._manager.restore(
-                step,
-                args=args.Composite(state=args.StandardRestore(like), data=args.JsonRestore()),
-            )
-            sums = checksums(restored.state)
-            if sums != run["checksums"]:
-                wrong = [name for name in sums if sums[name] != run["checksums"].get(name)]
-                raise ValueError(f"wrong sums of {len(wrong)} arrays: {', '.join(wrong[:3])}")
-        return Restored(restored.state, restored.data)
+        """Reads one checkpoint; raises `DamagedError` or, for another run's, RunError."""
+        path = self._directory.absolute() / str(step)
+        record = read_record(path)
+        if record.corpus is None:
+            return Restored(self._read_model(path, record, like, begin), None)
+        self._check(step, record.config, record.corpus, corpus)
+        position = read_position(path, record)
+        with reading(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            state = checkpointer.restore(path / STATE, args=ocp.args.StandardRestore(like))
+            if record.digests is not None:
+                record.digests.check(state)
+            if int(state.step) != step:
+                raise DamagedError(f"{STATE} is of step {int(state.step)}, not {step}")
+        return Restored(state, position)
 
     def _read_model(
         self,
-        step: int,
-        configuration: Mapping[str, Any],
+        path: Path,
+        record: Record,
         like: TrainState,
         begin: Callable[[Params], TrainState],
     ) -> TrainState:
         """The parameters of a checkpoint of `save_model`, and the rest as at a beginning."""
-        saved = MDNConfig.from_dict(configuration["model"])
-        configs = (dataclasses.replace(c, extras=()) for c in (saved, self._config.model))
+        with reading():
+            saved = saved_at(path, record)
+        configs = (dataclasses.replace(c, extras=()) for c in (saved.model, self._config.model))
         old, new = ({"model": config.to_dict()} for config in configs)
-        self._raise_conflicts(step, resume_conflicts(old, new))
-        return begin(read_params(self._directory / str(step), saved, like=like.params))
+        self._raise_conflicts(saved.step, resume_conflicts(old, new))
+        return begin(read_params(saved, like=like.params))
 
     def _raise_conflicts(self, step: int, conflicts: Sequence[str]) -> None:
         if conflicts:
@@ -258,7 +265,8 @@ class Checkpoints:
                 (self._directory / str(step)).rename(place / f"{step}.{taken}")
             print(f"checkpoints of steps {list(steps)} moved to {place}")
         ocp.multihost.sync_global_processes("set aside")
-        self._manager.reload()
+        self._manager.close()
+        self._manager = self._open()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -270,24 +278,6 @@ class Checkpoints:
                 f"of steps {complete_steps(self._directory)} are as they were; make room or name "
                 "another file system, and continue with --resume"
             ) from error
-
-
-class _DamagedError(Exception):
-    """A checkpoint whose files are not what was written."""
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # damage shows in as many ways as there are libraries below
-        # TensorStore adds all of its settings, several times
-        message, *_ = str(error).partition(" [tensorstore_spec")
-        raise _DamagedError(f"{type(error).__name__}: {message}") from error
-
-
-def _held_out_loss(metrics: Mapping[str, float]) -> float:
-    return metrics["held_out_loss"]
 
 
 def has_checkpoint(directory: Path) -> bool:

@@ -1,6 +1,5 @@
 """Models in checkpoints: read without the optimizer, written without a run."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +14,11 @@ from numpy.typing import NDArray
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models.sizes import check_fits
 from mdn_jax.ops.api import Implementation
+from train.digest import Digests, digests
 from train.errors import RunError
+from train.keeping import complete_steps
 from train.optimizer import Params
+from train.record import RECORD, STATE, DamagedError, Record, make_record, read_record, reading
 
 DIRECTORY = "checkpoints"
 
@@ -29,17 +31,14 @@ class Saved(NamedTuple):
       step: training steps taken; 0 for a converted model.
       model: configuration of the model.
       dtype: compute dtype of the run; None for a converted model.
+      digests: of the arrays; None for a converted model of before there were any.
     """
 
     path: Path
     step: int
     model: MDNConfig
     dtype: str | None
-
-
-def complete_steps(checkpoints: Path) -> list[int]:
-    """Steps of the complete checkpoints in a run's directory of checkpoints, ascending."""
-    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+    digests: Digests | None = None
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
@@ -63,93 +62,119 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
     step = steps[-1] if step is None else step
     path = (directory / DIRECTORY / str(step)).absolute()
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            config = checkpointer.restore(path / "run")["config"]
-        return Saved(path, step, MDNConfig.from_dict(config["model"]), config.get("dtype"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"checkpoint: expected a complete one in {path}: {error}") from None
+        with reading():
+            return saved_at(path, read_record(path))
+    except DamagedError as damage:
+        raise _incomplete(path, damage) from None
 
 
-def read_params(path: Path, config: MDNConfig, *, like: Params | None = None) -> Params:
-    """The parameters of a checkpoint, and nothing else of it.
+def saved_at(path: Path, record: Record) -> Saved:
+    """A checkpoint by its directory and its record.
+
+    Raises:
+      ValueError, TypeError, KeyError: a configuration that is none.
+    """
+    dtype = record.config.get("dtype")
+    if dtype is not None:
+        jnp.dtype(dtype)
+    model = MDNConfig.from_dict(record.config["model"])
+    return Saved(path, int(path.name), model, dtype, record.digests)
+
+
+def read_params(saved: Saved, *, like: Params | None = None) -> Params:
+    """The parameters of a checkpoint, and nothing else of it; their digests are checked.
 
     Args:
-      path: the checkpoint (`Saved.path`).
-      config: its model's configuration.
+      saved: from `find_checkpoint`.
       like: dtypes and shardings to restore to; None: the dtypes that they have there, on the first
         device.
 
     Raises:
-      RunError: not the parameters of such a model, or files that cannot be read.
+      RunError: not the parameters of such a model, or files that are damaged.
       ValueError: more of them than the device can hold.
     """
     if like is None:
-        check_fits(config, bytes_each=2, device=jax.devices()[0])
-    with _reading(path) as checkpointer:
-        shapes = _saved_shapes(checkpointer, path, config)
-        return _restore(checkpointer, path, shapes if like is None else like)
+        check_fits(saved.model, bytes_each=2, device=jax.devices()[0])
+    try:
+        with reading(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            shapes = _saved_shapes(checkpointer, saved)
+            if like is None:
+                # by way of the host, where digests need no compilation
+                leaves, tree = jax.tree.flatten(_restore(checkpointer, saved, shapes, on_host=True))
+                for i, x in enumerate(leaves):  # each goes from the host before the next one comes
+                    leaves[i] = jax.device_put(x, jax.devices()[0])
+                return jax.tree.unflatten(tree, leaves)
+            there = jax.tree.map(
+                lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding),
+                shapes,
+                like,
+            )
+            params = _restore(checkpointer, saved, there)
+            return jax.tree.map(lambda x, y: x.astype(y.dtype), params, like)
+    except DamagedError as damage:
+        raise _incomplete(saved.path, damage) from None
 
 
-def iterate_params(path: Path, config: MDNConfig) -> Iterator[tuple[tuple[Any, ...], NDArray[Any]]]:
+def iterate_params(saved: Saved) -> Iterator[tuple[tuple[Any, ...], NDArray[Any]]]:
     """The parameters as of `read_params`, as numpy arrays with their paths, one at a time.
 
     Raises:
-      RunError: not the parameters of such a model, or files that cannot be read.
+      RunError: not the parameters of such a model, or files that are damaged.
     """
-    with _reading(path) as checkpointer:
-        shapes = _saved_shapes(checkpointer, path, config)
-        leaves = jax.tree_util.tree_leaves_with_path(shapes)
-        # the largest first: what is freed after each has room for the next
-        for keys, shape in sorted(leaves, key=lambda leaf: -leaf[1].size):
-            one: Any = shape
-            for key in reversed(keys):
-                one = {key.key: one}
-            (parameter,) = jax.tree.leaves(_restore(checkpointer, path, one, on_host=True))
-            yield tuple(key.key for key in keys), parameter
-            del parameter  # before the next one is read
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[ocp.Checkpointer]:
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            yield checkpointer
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"checkpoint: expected a complete one in {path}: {error}") from None
+        with reading(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            leaves = jax.tree_util.tree_leaves_with_path(_saved_shapes(checkpointer, saved))
+            # the largest first: what is freed after each has room for the next
+            for keys, shape in sorted(leaves, key=lambda leaf: -leaf[1].size):
+                one: Any = shape
+                for key in reversed(keys):
+                    one = {key.key: one}
+                restored = _restore(checkpointer, saved, one, on_host=True)
+                (parameter,) = jax.tree.leaves(restored)
+                yield tuple(key.key for key in keys), parameter
+                del restored, parameter  # before the next one is read
+    except DamagedError as damage:
+        raise _incomplete(saved.path, damage) from None
 
 
-def _saved_shapes(checkpointer: ocp.Checkpointer, path: Path, config: MDNConfig) -> Params:
+def _incomplete(path: Path, damage: DamagedError) -> RunError:
+    return RunError(f"checkpoint: expected a complete one in {path}, got damaged files ({damage})")
+
+
+def _saved_shapes(checkpointer: ocp.Checkpointer, saved: Saved) -> Params:
     """Shapes and dtypes of the parameters, which are those of the model."""
-    _, like = split_abstract(config)
-    metadata = checkpointer.metadata(path / "state").item_metadata
+    _, like = split_abstract(saved.model)
+    metadata = checkpointer.metadata(saved.path / STATE).item_metadata
     if metadata is None:
-        raise ValueError("its files are damaged")
-    saved = _flat(metadata.tree["params"])
+        raise DamagedError(f"the metadata of {STATE} cannot be read")
+    there = _flat(metadata.tree["params"])
     ours = {name: x.shape for name, x in _flat(like).items()}
-    theirs = {name: tuple(x.shape) for name, x in saved.items()}
+    theirs = {name: tuple(x.shape) for name, x in there.items()}
     odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
     if odd:
         raise RunError(
-            f"checkpoint: expected the parameters of its configuration in {path}, "
+            f"checkpoint: expected the parameters of its configuration in {saved.path}, "
             f"got others: {', '.join(odd)}"
         )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree_util.tree_map_with_path(
-        lambda keys, x: jax.ShapeDtypeStruct(x.shape, saved[_name(keys)].dtype, sharding=device),
-        like,
+        lambda keys, x: jax.ShapeDtypeStruct(x.shape, there[_name(keys)].dtype), like
     )
 
 
 def _restore(
-    checkpointer: ocp.Checkpointer, path: Path, shapes: Params, *, on_host: bool = False
+    checkpointer: ocp.Checkpointer, saved: Saved, shapes: Params, *, on_host: bool = False
 ) -> Params:
+    """Some or all of the parameters, as they were written."""
     item = {"params": shapes}
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     if on_host:
         numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         restore_args = jax.tree.map(lambda _: numpy, item)
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    return checkpointer.restore(path / "state", args=arguments)["params"]
+    restored = checkpointer.restore(saved.path / STATE, args=arguments)
+    if saved.digests is not None:
+        saved.digests.check(restored)
+    return restored["params"]
 
 
 def load_model(
@@ -168,7 +193,7 @@ def load_model(
     Raises:
       RunError: parameters that do not fit or cannot be read.
     """
-    params = read_params(saved.path, saved.model)
+    params = read_params(saved)
     dtype = dtype or saved.dtype or params["embeddings"].dtype.name
     graph, _ = split_abstract(saved.model, dtype=dtype, implementation=implementation)
     model: MDNForCausalLM = nnx.merge(graph, params)
@@ -188,19 +213,26 @@ def save_model(directory: Path, config: MDNConfig, params: Params) -> None:
     # the limit is on the bytes of tensors being written, in GB, and has to be above each of them
     limit = (max(x.nbytes for x in jax.tree.leaves(params)) + 1024) / 1e9
     handlers = {
-        "state": ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit),
-        "run": ocp.JsonCheckpointHandler(),
+        STATE: ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit),
+        RECORD: ocp.JsonCheckpointHandler(),
     }
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    run = {"config": {"model": config.to_dict()}, "corpus": None}
+    on_host = jax.tree.map(np.asarray, params)
+    record = make_record(
+        0, config={"model": config.to_dict()}, digests=digests({"params": on_host})
+    )
     with ocp.CheckpointManager(
         (directory / DIRECTORY).absolute(), item_handlers=handlers, options=options
     ) as manager:
         manager.save(
             0,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave({"params": params}, ocdbt_target_data_file_size=1 << 26),
-                run=ocp.args.JsonSave(run),
+                **{
+                    STATE: ocp.args.PyTreeSave(
+                        {"params": params}, ocdbt_target_data_file_size=1 << 26
+                    ),
+                    RECORD: ocp.args.JsonSave(record),
+                }
             ),
         )
 

@@ -85,6 +85,10 @@ def read_folder(path: Path) -> PublishedFolder:
       ImportError: without the safetensors library.
     """
     published = _read_json(path / CONFIG_FILE)
+    if not published:
+        raise ValueError(
+            f"{path / CONFIG_FILE}: expected the fields of a model, got an empty object"
+        )
     try:
         config = MDNConfig.from_dict(published)
         check_fits(config, bytes_each=2)
@@ -238,7 +242,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
                     "which is not there"
                 )
         return [path / name for name in names], weight_map
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if not files:
         raise ValueError(f"{path}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
     return files, None
@@ -268,20 +272,27 @@ class _open:  # noqa: N801
             self._opened = safetensors.safe_open(self._file, framework="numpy", backend="pread")
             return self._opened.__enter__()
         except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self._file}: expected a complete safetensors file, got a damaged one ({error})"
-            ) from None
+            raise self._damaged(error) from None
 
-    def __exit__(self, *exc: Any) -> None:
-        self._opened.__exit__(*exc)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._opened.__exit__(kind, error, trace)
+        if isinstance(error, _safetensors("safetensors").SafetensorError):
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self._file}: expected a complete safetensors file, got a damaged one ({error})"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():  # nor something that never ends
+        raise ValueError(f"{file}: expected a readable file, got none")
     try:
         values = json.loads(file.read_text())
     except OSError as error:
         raise ValueError(f"{file}: expected a readable file: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -164,6 +165,24 @@ def _integers(path):
     save_file(load_file(file) | {"model.norm.weight": np.zeros(32, np.int32)}, file)
 
 
+def _edit_header(change):
+    def edit(path):
+        file = path / "model-00001-of-00002.safetensors"
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        change(header[min(header.keys() - {"__metadata__"})])
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    return edit
+
+
+def _pipe(path):
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")
+
+
 def _edit_index(change):
     def edit(path):
         file = path / "model.safetensors.index.json"
@@ -204,6 +223,29 @@ def _edit_index(change):
             _edit_index(lambda m: m.pop("lm_head.weight")),
             ["lm_head.weight in", "is not there in the index"],
         ),
+        *(
+            (_edit_header(lambda tensor, lie=lie: tensor.update(lie)), ["00001", "damaged"])
+            for lie in (
+                {"shape": [1 << 40, 1 << 30]},
+                {"shape": [3]},
+                {"data_offsets": [0, 1 << 60]},
+                {"dtype": "F64"},
+            )
+        ),
+        (
+            lambda path: (path / "model-00002-of-00002.safetensors").write_bytes(b""),
+            ["00002", "damaged"],
+        ),
+        (
+            lambda path: (path / "model.safetensors.index.json").write_text("[" * 10**5),
+            ["index.json", "expected JSON"],
+        ),
+        (
+            lambda path: (path / "config.json").write_text('{"a":' * 10**5),
+            ["config.json", "expected JSON"],
+        ),
+        (lambda path: (path / "config.json").write_text("{}"), ["config.json", "empty object"]),
+        (_pipe, ["config.json", "readable"]),
         (lambda path: (path / "config.json").unlink(), ["config.json", "readable"]),
         (lambda path: (path / "config.json").write_text("[]"), ["config.json", "object", "list"]),
         (lambda path: (path / "config.json").write_text("{'a'"), ["config.json", "JSON"]),

@@ -84,7 +84,7 @@ def half_and_half(config, devices=None):
     trainer = Trainer(config, devices=devices)
     state, first = take_steps(trainer, trainer.initial_state(), range(HALF))
     with Checkpoints(config) as checkpoints:
-        checkpoints.save(state, data={}, corpus="", held_out_loss=None)
+        checkpoints.save(state, data={"step": HALF}, corpus="", held_out_loss=None)
     state, second = take_steps(trainer, state, range(HALF, STEPS))
     return trainer, first + second, refused_everywhere(trainer, state)
 

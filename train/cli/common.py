@@ -106,12 +106,6 @@ def parse_command(
         raise SystemExit(2) from None
 
 
-def _unraisable(unraisable: Any) -> None:
-    # after a damaged file, Orbax leaves reads behind that end later than their event loop
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 def run(program: str, command: Callable[[], int]) -> int:
     """Runs a command with an error in what the user asked for as one line.
 
@@ -123,8 +117,6 @@ def run(program: str, command: Callable[[], int]) -> int:
       The exit status: the command's, 1 after an error, 128 + n after signal n.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _unraisable
     try:
         return command()
     except (RunError, ValueError, OSError, ImportError) as error:

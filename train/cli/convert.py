@@ -85,7 +85,7 @@ def _export(config: ExportConfig) -> int:
     """Checkpoint of ours to a published folder."""
     saved = find_checkpoint(config.checkpoint, config.step)
     with new_directory(config.output) as directory:
-        params = iterate_params(saved.path, saved.model)
+        params = iterate_params(saved)
         limit = round(config.shard_gb * 1e9)
         write_folder(directory, saved.model, _converted(params, config.dtype), shard_bytes=limit)
         _copy_tokenizer(config.checkpoint, directory)

@@ -62,7 +62,7 @@ def test_types_can_be_converted(tmp_path):
     low = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
     assert_same(tensors_of(tmp_path / "out"), low)
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "up"), "--dtype", "float32"]) == 0
-    params = read_params(find_checkpoint(tmp_path / "up").path, CONFIG)
+    params = read_params(find_checkpoint(tmp_path / "up"))
     assert params["embeddings"].dtype == np.float32
 
 
