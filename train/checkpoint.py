@@ -18,6 +18,7 @@ from train.distributed import is_first
 from train.errors import RunError
 from train.optimizer import Params
 from train.resume import resume_conflicts
+from train.run_directory import way_on
 from train.saved_model import DIRECTORY, complete_steps, read_params
 from train.step import TrainState
 
@@ -74,6 +75,8 @@ class Checkpoints:
             best_fn=_held_out_loss,  # makes Orbax write the metrics; the policy decides
             best_mode="min",
             cleanup_tmp_directories=True,
+            # one that cannot be made ends the save; made behind it, the writers wait for it 300 s
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -266,10 +269,14 @@ class Checkpoints:
             yield
         except Exception as error:  # what came from the file system by way of several libraries
             raise RunError(
-                f"checkpoint: expected to write to {self._directory}, got: {error}; checkpoints "
-                f"of steps {complete_steps(self._directory)} are as they were; make room or name "
-                "another file system, and continue with --resume"
+                f"checkpoint: expected to write to {self._directory}, got: {_brief(error)}; "
+                f"{way_on(self._config.directory)}"
             ) from error
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error, without the settings that TensorStore adds."""
+    return str(error).partition(" [tensorstore_spec")[0].partition("\n")[0]
 
 
 class _DamagedError(Exception):
