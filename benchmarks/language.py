@@ -193,8 +193,9 @@ def _run(config: LanguageConfig, name: str, model: MDNConfig, seed: int) -> Outc
     from train.checkpoint import has_checkpoint
     from train.config import TrainConfig
     from train.errors import DivergedError
-    from train.loop import METRICS_FILE, train
+    from train.loop import train
     from train.metrics import read_metrics
+    from train.run_directory import METRICS_FILE
     from train.sections import DataConfig, OptimizerConfig
 
     slug = name.lower().replace(", ", "-").replace(" ", "-")

@@ -64,8 +64,9 @@ def parity(config: Annotated[ParityConfig, tyro.conf.arg(name="")]) -> None:
 def _losses(config: ParityConfig, implementation: Implementation) -> np.ndarray:
     """The loss of every step."""
     # not in the extra `benchmarks`: packages that only training needs
-    from train.loop import METRICS_FILE, train
+    from train.loop import train
     from train.metrics import read_metrics
+    from train.run_directory import METRICS_FILE
 
     with tempfile.TemporaryDirectory() as directory:
         result = train(_run(config, implementation, directory))

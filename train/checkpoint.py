@@ -29,6 +29,7 @@ from train.record import (
     reading,
 )
 from train.resume import resume_conflicts
+from train.run_directory import way_on
 from train.saved_model import DIRECTORY, read_params, saved_at
 from train.step import TrainState
 
@@ -79,6 +80,8 @@ class Checkpoints:
             step_name_format=StepNames(),
             lightweight_initialize=True,  # reads no checkpoint, and so no damaged one
             cleanup_tmp_directories=True,
+            # one that cannot be made ends the save; made behind it, the writers wait for it 300 s
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
             return ocp.CheckpointManager(self._directory, options=options)
@@ -274,10 +277,14 @@ class Checkpoints:
             yield
         except Exception as error:  # what came from the file system by way of several libraries
             raise RunError(
-                f"checkpoint: expected to write to {self._directory}, got: {error}; checkpoints "
-                f"of steps {complete_steps(self._directory)} are as they were; make room or name "
-                "another file system, and continue with --resume"
+                f"checkpoint: expected to write to {self._directory}, got: {_brief(error)}; "
+                f"{way_on(self._config.directory)}"
             ) from error
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error, without the settings that TensorStore adds."""
+    return str(error).partition(" [tensorstore_spec")[0].partition("\n")[0]
 
 
 def has_checkpoint(directory: Path) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,8 +167,8 @@ class TrainConfig:
 
     @property
     def directory(self) -> Path:
-        """The output directory, absolute."""
-        return Path(self.output_dir or Path("runs") / self.name).absolute()
+        """The output directory, absolute; `~` is the home directory."""
+        return Path(os.path.expanduser(self.output_dir or Path("runs") / self.name)).absolute()
 
     @property
     def tokens_per_step(self) -> int:

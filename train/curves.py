@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
+from mdn_jax.new_file import new_file
 from train.metrics import Record
 
 Abscissa = Literal["step", "tokens"]
@@ -81,9 +82,8 @@ def plot_curves(
         axes.xaxis.set_major_formatter(EngFormatter(sep=" ") if x == "tokens" else "{x:,.0f}")
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(runs)))
-    temporary = path.with_name(f".{path.name}.partial")
-    canvas.print_png(temporary)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        canvas.print_png(temporary)
 
 
 def _draw(axes: Axes, panel: _Panel, run: Curve, x: Abscissa, *, color: Any, smooth: int) -> None:

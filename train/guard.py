@@ -86,22 +86,18 @@ def raise_refused(
     Raises:
       DivergedError: a spike with the action "stop", or too many refused steps.
     """
-    way_out = (
-        "the last checkpoint is from before; continue from it, or from an earlier one with "
-        "--resume-step"
-    )
     if spike and config.action == "stop":
         raise DivergedError(
             f"guard: expected a loss within {config.loss_deviations:g} standard deviations above "
             f"its running mean and a gradient norm within {config.grad_norm_factor:g} times its "
-            f"own, got loss {loss:.4g} and norm {grad_norm:.4g} at step {step}; {way_out}, "
-            "perhaps with --guard.action skip",
+            f"own, got loss {loss:.4g} and norm {grad_norm:.4g} at step {step}; "
+            "--guard.action skip leaves such steps out",
             step=step,
         )
     if refused >= config.patience:
         raise DivergedError(
             f"guard: expected fewer than {config.patience} refused steps in a row "
             f"(guard.patience), got as many at step {step}, the last with loss {loss:.4g} and "
-            f"gradient norm {grad_norm:.4g}; {way_out}, with a lower learning rate or other data",
+            f"gradient norm {grad_norm:.4g}; a lower learning rate or other data may help",
             step=step,
         )

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mdn_jax import analysis
+from mdn_jax.new_file import new_file
 from train.inspection import GATES, HeadReport, LayerSteps
 
 _POINTS = 1500  # of a head in the complex plane
@@ -141,6 +142,5 @@ def _legend(figure: Figure, axes: Any) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)

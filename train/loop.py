@@ -1,35 +1,43 @@
 """A training run, from its start or its last checkpoint to the sample at its end."""
 
+import contextlib
 import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 
+from mdn_jax.new_file import write_text
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import TrainConfig, to_dict
 from train.data.batches import Batches
 from train.distributed import Agreement, is_first
-from train.errors import RunError
+from train.errors import DivergedError, RunError
 from train.guard import raise_refused
 from train.interrupt import Interrupt
 from train.metrics import MetricsLog, Progress
 from train.monitor import Monitor
 from train.plot import plot_losses
 from train.resume import flatten
+from train.run_directory import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PLOT_FILE,
+    SAMPLE_FILE,
+    config_int,
+    only_run,
+    read_config,
+    way_on,
+)
 from train.sample import sample
 from train.sharding import on_mesh
 from train.step import StepMetrics, TrainState, scalars
 from train.text import text_of
 from train.trainer import Trainer
 from train.writers import check_packages, make_writers
-
-CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
-PLOT_FILE, SAMPLE_FILE = "loss.png", "sample.txt"
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Result:
 def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -> Result:
     """Runs the training that a configuration describes.
 
-    With several processes (`jax.distributed`) each makes the same call, and the first writes.
+    With several processes (`jax.distributed`) each makes the same call, and the first writes. From
+    the first look at the directory to the end no other run can use it.
 
     Args:
       config: the run. Its directory gets the configuration, checkpoints, metrics, plot and sample.
@@ -68,14 +77,18 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
     Raises:
       RunError: something that the user can put right; nothing was overwritten.
     """
-    _check_directory(config)
     check_packages(config)
+    with only_run(config.directory) if is_first() else contextlib.nullcontext():
+        return _train(config, devices)
+
+
+def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
+    _check_directory(config)
     config = _with_saved_schedule(config).resolved()
     directory = config.directory
     print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
     trainer = Trainer(config, devices=devices)
     print(trainer.describe(), flush=True)
-    _make_directory(directory)
     with Checkpoints(config) as checkpoints:
         if not config.resume:
             state, position = trainer.initial_state(), None
@@ -89,14 +102,18 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
         batches = trainer.data.batches(trainer.share, position)
         if is_first():
             trainer.data.tokenizer.save(directory)
-            _write(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+            write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
         path = directory / METRICS_FILE
         done = int(state.step)
         others = partial(make_writers, config, resume_step=done)
         log = MetricsLog(path, resume_step=done, writes=is_first(), others=others)
         with batches, log:
-            with Interrupt() as interrupt:
-                result = _run_steps(trainer, state, batches, checkpoints, log, interrupt)
+            try:
+                with Interrupt() as interrupt:
+                    result = _run_steps(trainer, state, batches, checkpoints, log, interrupt)
+            except DivergedError as error:
+                checkpoints.wait()
+                raise DivergedError(f"{error}; {way_on(directory)}", step=error.step) from None
             _save(trainer, batches, checkpoints, result.state, result.held_out_loss)
             checkpoints.wait()
             if result.signal is None:
@@ -120,28 +137,13 @@ def _check_directory(config: TrainConfig) -> None:
 
 def _with_saved_schedule(config: TrainConfig) -> TrainConfig:
     """A resumed run keeps its schedule when only its number of steps changes."""
-    saved = config.directory / CONFIG_FILE
-    if not config.resume or config.optimizer.decay_steps is not None or not saved.exists():
+    directory = config.directory
+    known = config.optimizer.decay_steps is not None
+    if not config.resume or known or not (directory / CONFIG_FILE).exists():
         return config
-    decay_steps = json.loads(saved.read_text())["optimizer"]["decay_steps"]
+    decay_steps = config_int(directory, read_config(directory), "optimizer.decay_steps")
     optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
     return dataclasses.replace(config, optimizer=optimizer)
-
-
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"output_dir: expected a directory that can be made, got {directory}: {error.strerror}"
-        ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _save(
@@ -264,5 +266,5 @@ def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
         unit=result.unit,
     )
     if text is not None:
-        _write(directory / SAMPLE_FILE, text)
+        write_text(directory / SAMPLE_FILE, text)
         print(f"sample at temperature {config.sample_temperature}:\n{text}\n{'-' * 80}", flush=True)

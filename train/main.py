@@ -4,18 +4,20 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import tyro
 
 from configs import CONFIGS, describe
 from mdn_jax.models import AttentionConfig
+from train.cli.common import run
 from train.config import TrainConfig
 from train.distributed import only_first_prints, start
-from train.errors import RunError
-from train.loop import METRICS_FILE, PLOT_FILE, SAMPLE_FILE, Result, train
+from train.interrupt import CommandSignals
+from train.loop import Result, train
+from train.run_directory import METRICS_FILE, PLOT_FILE, SAMPLE_FILE
 
 PROGRAM = "mdn-train"
 _ATTENTION = '{"layers": [3, 7], "num_heads": 8}'
@@ -33,17 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(sys.argv[1:] if arguments is None else arguments)
     # on a GPU; the default leaves a quarter unused; read when jax first asks for devices
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    try:
-        start(config.distributed)
-        with only_first_prints():
-            result = train(config)
-            _report(config, result)
-    except RunError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return run(PROGRAM, partial(_train, config))
+
+
+def _train(config: TrainConfig) -> int:
+    start(config.distributed)
+    with only_first_prints():
+        result = train(config)
+        _report(config, result)
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -140,4 +139,5 @@ def _report(config: TrainConfig, result: Result) -> None:
 
 
 if __name__ == "__main__":
+    CommandSignals(PROGRAM)
     sys.exit(main())

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mdn_jax.new_file import new_file
 from train.metrics import Record
 
 
@@ -36,6 +37,5 @@ def plot_losses(
     axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_suffix(".tmp")
-    canvas.print_png(temporary)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        canvas.print_png(temporary)

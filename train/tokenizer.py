@@ -10,6 +10,7 @@ from typing import Any, Protocol, override
 import numpy as np
 from numpy.typing import NDArray
 
+from mdn_jax.new_file import write_text
 from train.errors import RunError
 
 DOCUMENT_START = 256
@@ -135,9 +136,7 @@ class FileTokenizer(Tokenizer):
 
     @override
     def save(self, directory: Path) -> None:
-        temporary = directory / f"{TOKENIZER_FILE}.tmp"
-        temporary.write_text(self.library.to_str(pretty=True), encoding="utf-8")
-        temporary.replace(directory / TOKENIZER_FILE)
+        write_text(directory / TOKENIZER_FILE, self.library.to_str(pretty=True))
 
 
 def make_tokenizer(choice: str | None, start_token: str | None) -> Tokenizer:

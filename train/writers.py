@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from mdn_jax.new_file import write_text
 from train.config import TrainConfig, to_dict
 from train.errors import RunError
 from train.resume import flatten
@@ -64,7 +65,7 @@ class WandbWriter:
             mode=config.report.wandb,
             config=to_dict(config),
         )
-        remembered.write_text(f"{self._run.id}\n")
+        write_text(remembered, f"{self._run.id}\n")
         # steps of ours, which may go back when a run resumes, not those that it counts itself
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -5,6 +5,7 @@ import pytest
 
 from tests.train.helpers import TINY_MODEL, TINY_RUN
 from train.main import main, parse
+from train.run_directory import only_run
 
 
 def flags(corpus, output, **changes):
@@ -79,6 +80,14 @@ def test_a_bad_corpus_is_one_clear_message(tmp_path, capsys, pattern, text, expe
     assert error.startswith(f"mdn-train: error: {expected}")
     assert len(error.splitlines()) == 1
     assert not output.exists()
+
+
+def test_a_second_run_is_one_clear_message(corpus, tmp_path, capsys):
+    with only_run(tmp_path / "run"):
+        assert main(flags(corpus, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mdn-train: error: output_dir: expected a directory that no other run")
+    assert len(error.splitlines()) == 1
 
 
 def test_flags_reach_nested_fields():

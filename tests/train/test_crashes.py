@@ -19,6 +19,7 @@ from train.checkpoint import complete_steps, has_checkpoint
 from train.errors import RunError
 from train.loop import train
 from train.metrics import read_metrics
+from train.run_directory import only_run
 from train.trainer import Trainer
 
 KILLS, STEPS = 10, 44
@@ -69,6 +70,10 @@ def test_killed_ten_times_is_identical_to_never_stopped(corpus, tmp_path):
         process = launch(killed)
         while last_step(killed) < target and process.is_alive():
             time.sleep(0.001)
+        if process.is_alive():
+            second = only_run(killed.directory)
+            with pytest.raises(RunError, match=rf"of process {process.pid} on "), second:
+                pass
         time.sleep(rng.uniform(0, 0.05))  # in the middle of a step, or of writing a checkpoint
         process.kill()
         process.join()

@@ -129,7 +129,9 @@ def test_a_run_stops_at_a_spike(corpus, tmp_path, monkeypatch):
     guard = GuardConfig(action="stop", window=3, loss_deviations=1.0, grad_norm_factor=100.0)
     options = {"steps": 8, "eval_every": 9, "checkpoint_every": 4, "log_every": 4}
     config = tiny_config(corpus, tmp_path / "run", guard=guard, **options)
-    with pytest.raises(RunError, match=r"guard: expected a loss within 1 .* at step 6"):
+    with pytest.raises(
+        RunError, match=r"guard: expected a loss within 1 .* at step 6;.* step 4 .* --resume$"
+    ):
         train(config)
     assert {path.name for path in (config.directory / "checkpoints").iterdir()} == {"4"}
     assert json.loads((config.directory / "config.json").read_text())["guard"]["action"] == "stop"

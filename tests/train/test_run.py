@@ -1,10 +1,12 @@
 """Whole runs of a tiny model: what they leave behind, and what interruptions cost."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -196,6 +198,42 @@ def test_a_failed_run_loses_no_checkpoint(corpus, tmp_path, monkeypatch, straigh
     assert [p.name for p in (config.directory / "checkpoints").iterdir()] == ["3"]
     resumed = train(dataclasses.replace(config, resume=True))
     assert_identical(resumed.state, expected.state)
+
+
+@pytest.mark.parametrize(
+    ("step", "advice"),
+    [
+        pytest.param(3, "there is no checkpoint yet: start again", marks=pytest.mark.slow),
+        (6, "the checkpoint of step 3 is as it was: continue with --resume"),
+    ],
+)
+def test_a_save_that_fails_ends_the_run(corpus, tmp_path, monkeypatch, step, advice):
+    config = tiny_config(corpus, tmp_path / "run", eval_every=9)
+    mkdir = os.mkdir
+
+    def failing(path, *arguments, **options):
+        if f"checkpoints/{step}." in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", failing)
+    words = rf"checkpoint: expected to write to {config.directory}.*Read-only.*; .*{advice}$"
+    with pytest.raises(RunError, match=words):
+        train(config)
+    # none is left that would keep the process; asyncio's own end with it
+    threads = {t for t in threading.enumerate() if not t.daemon and "asyncio" not in t.name}
+    assert threads == {threading.main_thread()}
+    assert not (config.directory / "run.lock").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}"])
+def test_a_damaged_configuration_is_named_on_resume(straight, tmp_path, content):
+    config, _ = straight
+    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), resume=True)
+    shutil.copytree(config.directory, again.directory)
+    (again.directory / "config.json").write_bytes(content)
+    with pytest.raises(RunError, match=rf"^config.json: expected .* in {again.directory}"):
+        train(again)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

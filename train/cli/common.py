@@ -1,5 +1,6 @@
 """What the commands share: exit statuses, messages, the checkpoint to use."""
 
+import dataclasses
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import tyro
 from mdn_jax import MDNForCausalLM
 from mdn_jax.ops.api import Implementation
 from train.errors import RunError
+from train.interrupt import UnraisableInterrupts, status_of
 from train.saved_model import find_checkpoint, load_model
 from train.text import Text, load_text
 
@@ -53,17 +55,33 @@ def open_checkpoint(config: CheckpointConfig) -> tuple[MDNForCausalLM, Text]:
 def parse[C](
     program: str, description: str | None, kind: type[C], arguments: Sequence[str] | None
 ) -> C:
-    """The command line as a configuration.
+    """The command line as a configuration; `~` is the home directory in every path.
 
     Raises:
       SystemExit: an unknown flag or a value that does not fit (after a message), or a request for
         help.
     """
     try:
-        return tyro.cli(kind, prog=program, description=description, args=arguments)
+        return at_home(tyro.cli(kind, prog=program, description=description, args=arguments))
     except ValueError as error:  # of a field that is not under a prefix
         print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def at_home[T](value: T) -> T:
+    """A value with `~` as the home directory in its paths, and in those of its fields and entries.
+
+    The shell does this only for the start of a word: not in `--output=~/x` or in quotes.
+    """
+    new: Any = value
+    if isinstance(value, Path):
+        new = Path(os.path.expanduser(value))
+    elif isinstance(value, tuple):
+        new = tuple(at_home(entry) for entry in value)
+    elif dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        new = dataclasses.replace(value, **{k: at_home(x) for k, x in fields.items()})  # type: ignore[type-var]
+    return new
 
 
 def parse_command(
@@ -72,7 +90,7 @@ def parse_command(
     commands: Mapping[str, Callable[[Any], int]],
     arguments: Sequence[str] | None,
 ) -> Callable[[], int]:
-    """The command line as one of several commands with its configuration.
+    """The command line as one of several commands with its configuration; `~` as in `parse`.
 
     Args:
       program: name in messages.
@@ -88,7 +106,7 @@ def parse_command(
         kind = get_type_hints(command)["config"]
 
         def bound(config: Annotated[kind, tyro.conf.arg(name="")]) -> Callable[[], int]:  # type: ignore[valid-type]
-            return partial(command, config)
+            return partial(command, at_home(config))
 
         bound.__doc__ = command.__doc__
         return bound
@@ -116,7 +134,11 @@ def run(program: str, command: Callable[[], int]) -> int:
     Returns:
       The exit status: the command's, 1 after an error, 128 + n after signal n.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs the stack of every error that it raises as well
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+    if hook is sys.__unraisablehook__ or isinstance(hook, UnraisableInterrupts):
+        sys.unraisablehook = partial(_unraisable, hook)
     try:
         return command()
     except (RunError, ValueError, OSError, ImportError) as error:
@@ -125,6 +147,6 @@ def run(program: str, command: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return status_of(interrupt)

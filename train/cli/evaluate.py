@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from mdn_jax.new_file import write_text
 from train.choices import answer_questions, read_questions
 from train.cli.common import CheckpointConfig, open_checkpoint, parse_command, run
 from train.cli.documents import TextConfig, open_documents
@@ -130,7 +131,7 @@ def _choices(config: ChoicesConfig) -> int:
     ]
     if config.output is not None:
         lines = [json.dumps(answer._asdict()) + "\n" for answer in answered]
-        config.output.write_text("".join(lines))
+        write_text(config.output, "".join(lines))
     _report(
         config.json,
         {

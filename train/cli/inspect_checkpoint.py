@@ -10,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from mdn_jax.new_file import write_text
 from train.cli.common import parse, run
 from train.cli.documents import TextConfig, open_documents
 from train.errors import RunError
@@ -85,7 +86,7 @@ def _inspect(config: InspectConfig) -> int:
     }
     directory = config.output_dir or config.checkpoint / "inspection"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / JSON_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    write_text(directory / JSON_FILE, json.dumps(results, indent=1) + "\n")
     eigenvalues, half_life, gates = (directory / name for name in FIGURES)
     draw_eigenvalues(layers, eigenvalues)
     draw_half_lives(reports, half_life)

@@ -1,6 +1,5 @@
 """`mdn-plot`: draws the curves of one or several runs."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ import tyro
 from train.cli.common import parse, run
 from train.curves import Abscissa, Curve, plot_curves
 from train.errors import RunError
-from train.metrics import read_metrics
+from train.metrics import scan_metrics
+from train.run_directory import METRICS_FILE, config_int, read_config
 
 PROGRAM = "mdn-plot"
-CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # as train.loop writes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +79,14 @@ def _read(directory: Path, name: str) -> Curve:
     metrics = directory / METRICS_FILE
     if not metrics.is_file():
         raise RunError(f"runs: expected a directory with {METRICS_FILE}, got {directory}")
-    records = read_metrics(metrics)
+    records, broken = read = scan_metrics(metrics)
+    if broken:
+        print(f"{PROGRAM}: {read.describe(metrics)}", file=sys.stderr)
     if not records:
         raise RunError(f"runs: expected metrics of at least one step, got none in {metrics}")
-    saved = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    return Curve(name, records, saved["batch_size"] * saved["sequence_length"])
+    saved = read_config(directory)
+    rows, length = (config_int(directory, saved, x) for x in ("batch_size", "sequence_length"))
+    return Curve(name, records, rows * length)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,34 @@ def test_errors(arguments, status, words, capsys):
     assert words in " ".join(capsys.readouterr().err.split()).replace("│ ", "")
 
 
+def test_damage_is_said_and_left_out(tmp_path, capsys):
+    run = write_run(tmp_path / "run", steps=4)
+    metrics = run / "metrics.jsonl"
+    first, *others = metrics.read_bytes().split(b"\n")
+    metrics.write_bytes(b"\n".join([first, b"\x80 3 {", *others]))
+    assert main([str(run), "--output", str(tmp_path / "out.png")]) == 0
+    error = capsys.readouterr().err
+    assert error == (
+        f"mdn-plot: left out of {metrics}: 1 line(s) that are no record, the first is line 2\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "config.json: expected a run's configuration in"),
+        ('{"batch_size": 8}', "config.json: expected an int sequence_length >= 1 in"),
+    ],
+)
+def test_a_damaged_configuration_is_named(tmp_path, capsys, content, words):
+    run = write_run(tmp_path / "run", steps=4)
+    (run / "config.json").write_text(content)
+    assert main([str(run), "--output", str(tmp_path / "out.png")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"mdn-plot: error: {words} {run}")
+    assert len(error.splitlines()) == 1
+
+
 def test_a_run_without_a_step_is_named(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert main([str(tmp_path)]) == 1
