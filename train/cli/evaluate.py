@@ -92,7 +92,7 @@ def _perplexity(config: PerplexityConfig) -> int:
     texts = read_documents(config.files)
     model, text = open_checkpoint(config)
     began = time.perf_counter()
-    documents = [text.encode(document) for document in texts]
+    documents = [text.document(document) for document in texts]
     rows = _rows(config, documents)
     scored = sum(int(np.sum(row.targets != IGNORED)) for row in rows)
     if not scored:

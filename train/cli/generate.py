@@ -14,6 +14,7 @@ from mdn_jax import MDNForCausalLM, Sampling
 from mdn_jax.models.generate import GenerationState, Piece, prefill, stream
 from mdn_jax.models.state_file import load_state, save_state
 from train.cli.common import CheckpointConfig, open_checkpoint, parse, run
+from train.decoding import Decoder
 from train.errors import RunError
 from train.interrupt import Interrupt
 from train.text import Text
@@ -40,7 +41,14 @@ class GenerateConfig(CheckpointConfig):
     """How tokens are drawn."""
 
     stop_tokens: tuple[int, ...] = ()
-    """Token ids that end a text; they are not shown. For bytes, 10 is the end of a line."""
+    """Token ids that end a text beside the tokenizer's end token; they are not shown. For bytes, 10
+    is the end of a line."""
+
+    ignore_end: bool = False
+    """Go on behind the tokenizer's end token."""
+
+    special_tokens: bool = True
+    """Special tokens that a prompt spells (<|endoftext|>) are those tokens; else they are text."""
 
     seed: int = 0
     """Seed of the first text; the next ones have the next seeds."""
@@ -111,7 +119,7 @@ def generate_text(config: GenerateConfig) -> int:
     if state is not None and not texts:
         texts = [""] * state.position.shape[0]
     encode = text.encode if state is None else text.continuation
-    prompts = [encode(prompt) for prompt in texts or [""]]
+    prompts = [encode(prompt, special=config.special_tokens) for prompt in texts or [""]]
     sampling = _limited(config.sampling, text)
     timing = _Timing(time.perf_counter())
     with Interrupt() as interrupt:
@@ -121,12 +129,14 @@ def generate_text(config: GenerateConfig) -> int:
             state,
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
-            stop_tokens=config.stop_tokens,
+            stop_tokens=config.stop_tokens + (() if config.ignore_end else text.end_tokens),
             seed=config.seed,
             max_length=config.max_length,
             block=config.block,
         )
-        rows = _Rows(texts or [""], text)
+        # what a state has had without a prompt is not known
+        shown = [prompt if prompt or config.load_state is None else None for prompt in prompts]
+        rows = _Rows(texts or [""], [text.decoder(tokens) for tokens in shown])
         for piece in pieces:
             timing.count(piece)
             rows.add(piece)
@@ -145,8 +155,8 @@ def generate_text(config: GenerateConfig) -> int:
 class _Rows:
     """Shows one text as it comes, or several one after another at the end."""
 
-    def __init__(self, prompts: Sequence[str], text: Text) -> None:
-        self._decoders = [text.decoder() for _ in prompts]
+    def __init__(self, prompts: Sequence[str], decoders: Sequence[Decoder]) -> None:
+        self._decoders = decoders
         self._texts = list(prompts)
         self._alone = len(prompts) == 1
         if self._alone:
