@@ -222,8 +222,10 @@ def load_text(choice: Path | Literal["bytes"] | None, directory: Path, saved: Sa
     size = saved.model.vocab_size
     if choice is not None and str(choice) != "bytes":
         end = json.loads(dict(saved.model.extras).get("eos_token_id", "null"))
+        if end is not None and not 0 <= end < size:
+            raise RunError(f"eos_token_id: expected an id below {size}, got {end} in {directory}")
         text = FileText(Path(choice).expanduser(), end_token=end)
-        if max(text.vocab_size, 1 + max(text.end_tokens, default=0)) > size:
+        if text.vocab_size > size:
             raise RunError(
                 f"tokenizer: expected ids below the {size} of the vocabulary of {directory}, got "
                 f"ids up to {text.vocab_size - 1} in {choice}"
