@@ -144,7 +144,7 @@ class Harness:
         left, state = int(options.get("max_gen_toks", self._new)), None
         prompt = self._text.encode(context) or self._start("")
         text, ended = "", False
-        decoder = self._text.decoder(prompt)
+        decoder = self._text.decoder(prompt if context else [])
         while left > 0 and not ended:
             count = min(left, 16)
             piece = generate(

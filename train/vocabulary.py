@@ -19,8 +19,9 @@ _END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
 class Vocabulary:
     """A tokenizer that neither truncates nor pads.
 
-    Special tokens are those that the file calls so, and those that the tokenizer itself adds to a
-    text. A text that spells one is text: no document can forge a control token.
+    Special tokens are those that the file calls so, those that the tokenizer itself adds to a text
+    and those with the usual names of an end. A text that spells one is text: no document can forge
+    a control token.
 
     Attributes:
       library: the `tokenizers.Tokenizer`.
@@ -47,7 +48,7 @@ class Vocabulary:
             raise RunError(f"tokenizer: expected a vocabulary in {path}, got none")
         self.size = max(self.ids.values()) + 1
         self.opening, self.closing = self._template(path)
-        self._reserve([*self.opening, *self.closing])
+        self._reserve([*self.opening, *self.closing, *self.end_tokens])
 
     def open_with(self, token: str) -> None:
         """Makes a token of the vocabulary open every text, unless it does."""
@@ -103,9 +104,10 @@ class Vocabulary:
     @cached_property
     def word(self) -> list[int]:
         """A token that is a word, for text to stand behind; none where there is no such token."""
-        for ids in (self.encode("a")[-1:], *([token] for token in range(self.size))):
-            if ids and self.is_visible(ids[0]) and self.decode(ids).strip().isalnum():
-                return ids if not self.is_byte(ids[0]) else []
+        for token in (*self.encode("a")[-1:], *range(self.size)):
+            text = self.decode([token]) if self.is_visible(token) else ""
+            if text.strip().isalnum() and not self.is_byte(token):
+                return [token]
         return []
 
     @cached_property

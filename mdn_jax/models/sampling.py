@@ -43,9 +43,9 @@ class Sampling:
 
 
 def _within(value: float, dtype: jnp.dtype) -> float:
-    """The closest to a positive number that the dtype has, without 0, subnormals and inf."""
-    limits = jnp.finfo(dtype)
-    return float(np.clip(value, float(limits.tiny), float(limits.max)))
+    """The closest to a positive number with a normal value and reciprocal in the dtype."""
+    smallest = float(jnp.finfo(dtype).tiny)
+    return float(np.clip(value, smallest, 1 / smallest))
 
 
 def filtered_logits(

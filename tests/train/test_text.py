@@ -74,6 +74,16 @@ def test_tokens_without_one_in_common_are_those_of_each_part(file):
         text.pairs("", ["How"])
 
 
+def test_text_behind_what_is_not_known_where_the_usual_word_is_none(tmp_path):
+    ids = {"<unk>": 0} | {f"<0x{i:02X}>": i + 1 for i in range(256)} | {"▁x": 300, "▁yz": 301}
+    strip = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    merging(tmp_path / "t.json", ids, decoder=strip)
+    text = FileText(tmp_path / "t.json")
+    assert text.decoder().add([301, 300]) == " yz x"
+    assert text.decoder([]).add([301, 300]) == "yz x"
+    assert text.decoder([300, 1 + 0xC3, 1 + 0xA9]).add([301, 7000]) == " yz"
+
+
 def test_a_continuation_without_a_token(tmp_path):
     words = {"How": 0, "so": 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="so"))

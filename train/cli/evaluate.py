@@ -120,7 +120,7 @@ def _perplexity(config: PerplexityConfig) -> int:
 
 def _choices(config: ChoicesConfig) -> int:
     """Accuracy of a checkpoint on multiple-choice questions, by log-likelihood."""
-    questions = read_questions(config.file)
+    questions = read_questions(config.file.expanduser())
     model, text = open_checkpoint(config)
     began = time.perf_counter()
     answers = answer_questions(
@@ -133,7 +133,7 @@ def _choices(config: ChoicesConfig) -> int:
     ]
     if config.output is not None:
         lines = [json.dumps(answer._asdict()) + "\n" for answer in answered]
-        config.output.write_text("".join(lines))
+        config.output.expanduser().write_text("".join(lines))
     _report(
         config.json,
         {

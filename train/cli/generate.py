@@ -115,7 +115,9 @@ def generate_text(config: GenerateConfig) -> int:
     """
     texts = _prompts(config)
     model, text = open_checkpoint(config)
-    state = None if config.load_state is None else load_state(config.load_state, model)
+    state = None
+    if config.load_state is not None:
+        state = load_state(config.load_state.expanduser(), model)
     if state is not None and not texts:
         texts = [""] * state.position.shape[0]
     encode = text.encode if state is None else text.continuation
@@ -198,7 +200,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if str(config.prompt_file) == "-":
         data = sys.stdin.buffer.read()
     else:
-        data = config.prompt_file.read_bytes()
+        data = config.prompt_file.expanduser().read_bytes()
     return [data.decode(errors="surrogateescape")]
 
 
@@ -211,7 +213,7 @@ def _limited(sampling: Sampling, text: Text) -> Sampling:
 
 def _save(config: GenerateConfig, state: GenerationState, model: MDNForCausalLM) -> None:
     if config.save_state is not None:
-        save_state(config.save_state, state, model)
+        save_state(config.save_state.expanduser(), state, model)
         print(
             f"state after {int(state.position.max())} tokens in {config.save_state}",
             file=sys.stderr,
