@@ -7,6 +7,7 @@ from typing import Protocol, override
 from train.vocabulary import Vocabulary
 
 _OPEN = 4  # tokens that may hold an incomplete character, which has 4 bytes at most
+_BLANKS = 64  # tokens without a text by themselves to decode behind
 
 
 class Decoder(Protocol):
@@ -51,14 +52,18 @@ class FileDecoder(Decoder):
         """
         self._vocabulary = vocabulary
         self._waiting: list[int] = []
-        self._keep(self._last_of(before))
+        self._shown: list[int] = []
+        self._text = ""  # of `_shown`
+        if not self._stand_behind(before or ()):
+            unknown = before is None or not vocabulary.visible.isdisjoint(before)
+            self._stand_behind(vocabulary.word if unknown else ())
 
     @override
     def add(self, tokens: Sequence[int]) -> str:
-        is_visible, is_byte = self._vocabulary.is_visible, self._vocabulary.is_byte
-        self._waiting += [token for token in tokens if is_visible(token)]
+        visible, parts = self._vocabulary.visible, self._vocabulary.bytes
+        self._waiting += [token for token in tokens if token in visible]
         certain = len(self._waiting)
-        while certain and is_byte(self._waiting[certain - 1]):
+        while certain and self._waiting[certain - 1] in parts:
             certain -= 1
         for stop in range(certain, max(0, certain - _OPEN), -1):
             new = self._new(stop)
@@ -70,25 +75,24 @@ class FileDecoder(Decoder):
     def finish(self) -> str:
         return self._show(len(self._waiting), self._new(len(self._waiting)))
 
-    def _last_of(self, before: Sequence[int] | None) -> list[int]:
-        """The last token before that says what it does to the text behind it."""
-        visible = [token for token in before or () if self._vocabulary.is_visible(token)]
-        for token in reversed(visible):
-            if not self._vocabulary.is_byte(token) and self._vocabulary.decode([token]):
-                return [token]
-        return self._vocabulary.word if visible or before is None else []
-
     def _new(self, stop: int) -> str:
         """The text of the first tokens that wait."""
         return self._vocabulary.decode(self._shown + self._waiting[:stop])[len(self._text) :]
 
     def _show(self, stop: int, new: str) -> str:
         shown, self._waiting = self._waiting[:stop], self._waiting[stop:]
-        before = self._shown
-        self._keep(shown)
-        if not self._text:  # a lone blank, it may be: to what follows it would be no text at all
-            self._keep(before + shown)
+        if not self._stand_behind(shown):  # lone blanks, it may be
+            self._shown = (self._shown + shown)[-_BLANKS:]
+            self._text = self._vocabulary.decode(self._shown)
         return new
 
-    def _keep(self, shown: list[int]) -> None:
-        self._shown, self._text = shown, self._vocabulary.decode(shown)
+    def _stand_behind(self, tokens: Sequence[int]) -> bool:
+        """Decodes what follows behind the last of the tokens that has a text by itself, if any."""
+        visible, parts = self._vocabulary.visible, self._vocabulary.bytes
+        for token in reversed(tokens):
+            if token in visible and token not in parts:
+                text = self._vocabulary.decode([token])
+                if text:
+                    self._shown, self._text = [token], text
+                    return True
+        return False

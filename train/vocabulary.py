@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,17 @@ class Vocabulary:
         text: str = self.library.decode(ids)
         return text
 
-    def is_visible(self, token: int) -> bool:
-        """Whether an id is that of a token which can have a text."""
-        return token not in self.special and self.library.id_to_token(token) is not None
+    @cached_property
+    def visible(self) -> frozenset[int]:
+        """Ids of the tokens that can have a text."""
+        return frozenset(self.ids.values()) - self.special.keys()
 
-    def is_byte(self, token: int) -> bool:
-        """Whether a token is one byte of a character that the vocabulary lacks (`<0xE4>`)."""
-        return token in self._bytes
+    @cached_property
+    def bytes(self) -> frozenset[int]:
+        """Ids of tokens that are one byte of a character which the vocabulary lacks (`<0xE4>`)."""
+        ids = [self.library.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        falls_back = None not in ids and self.decode([ids[ord("A")]]) == "A"
+        return frozenset(ids if falls_back else ())
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -104,17 +109,11 @@ class Vocabulary:
     @cached_property
     def word(self) -> list[int]:
         """A token that is a word, for text to stand behind; none where there is no such token."""
-        for token in (*self.encode("a")[-1:], *range(self.size)):
-            text = self.decode([token]) if self.is_visible(token) else ""
-            if text.strip().isalnum() and not self.is_byte(token):
+        for token in chain(self.encode("a")[-1:], range(self.size)):
+            is_part = token in self.bytes or token not in self.visible
+            if not is_part and self.decode([token]).strip().isalnum():
                 return [token]
         return []
-
-    @cached_property
-    def _bytes(self) -> frozenset[int]:
-        ids = [self.library.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        falls_back = None not in ids and self.decode([ids[ord("A")]]) == "A"
-        return frozenset(ids if falls_back else ())
 
     @cached_property
     def _marking(self) -> Any:
@@ -128,7 +127,7 @@ class Vocabulary:
 
     def _template(self, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the tokenizer puts before and behind a text; any that has tokens shows it."""
-        for text in ("a", " a", *self.ids):
+        for text in chain(("a", " a"), self.ids):
             body = self.library.encode(text, add_special_tokens=False).ids
             if body:
                 break
