@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import batched
 from typing import Any, NamedTuple
 
 import jax
@@ -58,11 +59,25 @@ class Row(NamedTuple):
       tokens: inputs, `[T]`.
       targets: next tokens, `[T]`; -100 where none is scored.
       documents: document of each token, non-decreasing; None: one.
+      place: what the row is in an error; None: its number.
     """
 
     tokens: NDArray[np.int32]
     targets: NDArray[np.int32]
     documents: NDArray[np.int32] | None = None
+    place: str | None = None
+
+
+def row_after(tokens: Sequence[int], context: int, place: str) -> Row:
+    """A row of which the tokens after the first `context`, at least 1, are targets."""
+    inputs, targets = np.asarray(tokens[:-1], np.int32), np.asarray(tokens[1:], np.int32)
+    targets[: context - 1] = IGNORED
+    return Row(inputs, targets, place=place)
+
+
+def width_of(rows: Iterable[Row]) -> int:
+    """A width for all rows: a multiple of 64, so that few shapes are compiled."""
+    return -(-max(len(row.tokens) for row in rows) // 64) * 64
 
 
 def token_losses(
@@ -78,10 +93,13 @@ def token_losses(
 
     Yields:
       The losses of each row, `[T]`, in the order of the rows.
+
+    Raises:
+      RunError: losses that are not finite, which no figure may hide.
     """
     graph, weights = nnx.split(model)
 
-    def losses(batch: list[Row]) -> Iterator[NDArray[np.float32]]:
+    def losses(first: int, batch: Sequence[Row]) -> Iterator[NDArray[np.float32]]:
         tokens = np.zeros((batch_size, width), np.int32)
         documents = np.zeros((batch_size, width), np.int32)
         targets = np.full((batch_size, width), IGNORED, np.int32)
@@ -93,16 +111,17 @@ def token_losses(
                 documents[i, count:] = row.documents[-1]
         out = np.asarray(_losses(graph, weights, tokens, documents, targets))
         for i, row in enumerate(batch):
-            yield out[i, : len(row.tokens)]
+            loss = out[i, : len(row.tokens)]
+            odd = loss[~np.isfinite(loss)]
+            if odd.size:
+                raise RunError(
+                    f"{row.place or f'rows[{first + i}]'}: expected finite log-likelihoods of the "
+                    f"model, got {odd[0]}"
+                )
+            yield loss
 
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == batch_size:
-            yield from losses(batch)
-            batch = []
-    if batch:
-        yield from losses(batch)
+    for number, batch in enumerate(batched(rows, batch_size)):
+        yield from losses(number * batch_size, batch)
 
 
 @partial(jax.jit, static_argnums=0)

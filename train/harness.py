@@ -5,6 +5,7 @@ from train.harness import harness_model
 results = simple_evaluate(model=harness_model(model, text), tasks=["lambada_openai"])
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from mdn_jax import MDNForCausalLM, Sampling, generate
 from train.data.packing import IGNORED
-from train.evaluate import Row, strided_rows, token_losses
+from train.errors import RunError
+from train.evaluate import Row, row_after, strided_rows, token_losses, width_of
 from train.text import Text
 
 
@@ -32,6 +34,11 @@ class Harness:
       window: tokens of a row in `loglikelihood_rolling`, with at least half a window of context
         before each token that has as many before it.
       max_new_tokens: of `generate_until`, where a request does not say.
+
+    Texts are text: a special token that one spells is not that token. What nothing opens (an empty
+    context, a whole text) stands behind the tokenizer's end token if it has no opening one.
+    Every method raises RunError, with the request's number, for text that the tokenizer cannot
+    take, for a continuation without a token of its own, and for likelihoods that are not finite.
     """
 
     def __init__(
@@ -49,6 +56,11 @@ class Harness:
                 raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
         if window < 2:
             raise ValueError(f"window: expected an int >= 2, got {window!r}")
+        if text.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"text: expected ids below the model's {model.config.vocab_size}, got ids up to "
+                f"{text.vocab_size - 1}"
+            )
         self._model, self._text = model, text
         self._rows, self._window, self._new = batch_size, window, max_new_tokens
 
@@ -58,17 +70,10 @@ class Harness:
         Args:
           requests: with `args = (context, continuation)`.
         """
-        rows = []
-        for request in requests:
-            pair = self._text.pair(*request.args)
-            tokens = np.asarray(pair.tokens, np.int32)
-            # the first token of all has nothing to be predicted from
-            scored = np.arange(1, len(tokens)) >= pair.context
-            targets = np.where(scored, tokens[1:], IGNORED).astype(np.int32)
-            rows.append(Row(tokens[:-1], targets))
+        rows = [self._pair(_place(i), *request.args) for i, request in enumerate(requests)]
         if not rows:
             return []
-        width = -(-max(1, *(len(row.tokens) for row in rows)) // 64) * 64
+        width = width_of(rows)
         losses = token_losses(self._model, rows, batch_size=self._rows, width=width)
         likeliest = _likeliest(self._model, rows, batch_size=self._rows, width=width)
         return [
@@ -77,35 +82,57 @@ class Harness:
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-likelihood (nats) of whole texts.
+        """Log-likelihood (nats) of whole texts; 0 of an empty one.
 
         Args:
           requests: with `args = (text,)`.
         """
         sums = []
-        for request in requests:
+        for i, request in enumerate(requests):
             (text,) = request.args
-            rows = list(
-                strided_rows(
-                    [self._text.encode(text)], width=self._window, stride=self._window // 2
-                )
-            )
+            with _named(_place(i)):
+                tokens = self._start(text)
+            windows = strided_rows([tokens], width=self._window, stride=self._window // 2)
+            rows = [row._replace(place=_place(i)) for row in windows]
             losses = token_losses(self._model, rows, batch_size=self._rows, width=self._window)
             sums.append(-sum((float(np.sum(loss, dtype=np.float64)) for loss in losses), 0.0))
         return sums
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Continuations up to the first of the strings in `until`, which is left out.
+        """Continuations up to the tokenizer's end token or the first of the strings in `until`.
+
+        Neither is part of the continuation.
 
         Args:
           requests: with `args = (context, options)`; of the options `until`, `max_gen_toks`,
             `do_sample`, `temperature`, `top_p` and `top_k` count.
         """
-        return [self._continue(*request.args) for request in requests]
+        texts = []
+        for i, request in enumerate(requests):
+            with _named(_place(i)):
+                texts.append(self._continue(*request.args))
+        return texts
+
+    def _start(self, text: str) -> list[int]:
+        """Tokens of a text from its start, with one before those that are text."""
+        first = self._text.encode("") or list(self._text.end_tokens[:1])
+        if not first:
+            raise RunError("tokenizer: expected a token that opens or ends documents, got none")
+        return first + self._text.continuation(text)
+
+    def _pair(self, place: str, context: str, continuation: str) -> Row:
+        with _named(place):
+            if context or self._text.encode(""):
+                ((tokens, count),) = self._text.pairs(context, [continuation])
+            else:
+                tokens, count = self._start(continuation), 1
+            if count == len(tokens):
+                raise RunError(f"continuation: expected text with tokens, got {continuation!r}")
+        return row_after(tokens, count, place)
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
+        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         sampled = bool(options.get("do_sample", False))
         temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
         sampling = Sampling(
@@ -115,19 +142,27 @@ class Harness:
             top_p=float(options.get("top_p", 1.0)),
         )
         left, state = int(options.get("max_gen_toks", self._new)), None
-        prompt, text = self._text.encode(context), ""
-        decoder = self._text.decoder()
-        while left > 0:
+        prompt = self._text.encode(context) or self._start("")
+        text, ended = "", False
+        decoder = self._text.decoder(prompt if context else [])
+        while left > 0 and not ended:
             count = min(left, 16)
             piece = generate(
-                self._model, [prompt], max_new_tokens=count, sampling=sampling, state=state
+                self._model,
+                [prompt],
+                max_new_tokens=count,
+                sampling=sampling,
+                stop_tokens=self._text.end_tokens,
+                state=state,
             )
-            text += decoder.add(piece.tokens[0])
-            ends = [text.index(stop) for stop in until if stop in text]
-            if ends:
-                return text[: min(ends)]
+            (ended,) = piece.ended
+            text += decoder.add(piece.tokens[0][:-1] if ended else piece.tokens[0])
+            if any(stop in text for stop in until):
+                break
             prompt, state, left = [], piece.state, left - count
-        return text + decoder.finish()
+        text += decoder.finish()
+        ends = [text.index(stop) for stop in until if stop in text]
+        return text[: min(ends)] if ends else text
 
 
 def harness_model(model: MDNForCausalLM, text: Text, **options: Any) -> Any:
@@ -144,6 +179,19 @@ def harness_model(model: MDNForCausalLM, text: Text, **options: Any) -> Any:
         ) from None
     kind = type("HarnessModel", (Harness, LM), {})
     return kind(model, text, **options)
+
+
+def _place(number: int) -> str:
+    return f"requests[{number}]"
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Says which request it was."""
+    try:
+        yield
+    except (RunError, ValueError) as error:
+        raise RunError(f"{place}: {error}") from None
 
 
 def _likeliest(

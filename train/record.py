@@ -167,8 +167,8 @@ def _silence_stragglers() -> None:
     Orbax raises at the first array that cannot be read and leaves the reads of all others behind,
     which fail alone, each with a traceback, when their event loop has ended.
     """
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _unraisable
+    if not isinstance(sys.unraisablehook, _Stragglers):
+        sys.unraisablehook = _Stragglers(sys.unraisablehook)
     log = logging.getLogger("asyncio")
     if _is_other not in log.filters:
         log.addFilter(_is_other)
@@ -178,9 +178,15 @@ def _is_other(record: logging.LogRecord) -> bool:
     return record.exc_info is None or not _is_straggler(record.exc_info[1])
 
 
-def _unraisable(unraisable: Any) -> None:
-    if not _is_straggler(unraisable.exc_value):
-        sys.__unraisablehook__(unraisable)
+class _Stragglers:
+    """Hook for errors that Python can only show: all but these go to the hook before it."""
+
+    def __init__(self, before: Callable[[Any], object]) -> None:
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        if not _is_straggler(unraisable.exc_value):
+            self._before(unraisable)
 
 
 def _is_straggler(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 from flax import nnx
 
 from mdn_jax import MDNForCausalLM, Sampling, generate
+from train.errors import RunError
 from train.optimizer import Params
 from train.text import ByteText, Text
 
@@ -29,18 +30,27 @@ def sample(
       text: its tokens; None: bytes.
 
     Returns:
-      The prompt and its continuation.
+      The prompt and its continuation, up to the tokenizer's end token.
+
+    Raises:
+      RunError: a prompt without tokens, or parameters with which nothing is likely.
     """
     if not length:
         return prompt
     text = text or ByteText()
     graph, _, *rest = nnx.split(model, nnx.Param, ...)
-    piece = generate(
-        nnx.merge(graph, params, *rest),
-        [text.encode(prompt)],
-        max_new_tokens=length,
-        sampling=Sampling(vocab_limit=text.vocab_limit, temperature=temperature),
-        seed=seed,
-    )
-    decoder = text.decoder()
-    return prompt + decoder.add(piece.tokens[0]) + decoder.finish()
+    tokens = text.encode(prompt, special=True)
+    try:
+        piece = generate(
+            nnx.merge(graph, params, *rest),
+            [tokens],
+            max_new_tokens=length,
+            sampling=Sampling(vocab_limit=text.vocab_limit, temperature=temperature),
+            stop_tokens=text.end_tokens,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise RunError(f"sample: {error}") from None
+    made = piece.tokens[0][:-1] if piece.ended[0] else piece.tokens[0]
+    decoder = text.decoder(tokens)
+    return prompt + decoder.add(made) + decoder.finish()

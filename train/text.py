@@ -1,20 +1,15 @@
 """Text to token ids and back: bytes, or a `tokenizer.json`."""
 
-import codecs
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, override
+from typing import Literal, NamedTuple, Protocol, override
 
+from train.decoding import ByteDecoder, Decoder, FileDecoder
 from train.errors import RunError
 from train.saved_model import Saved
-from train.tokenizer import (
-    DOCUMENT_START,
-    TOKENIZER_FILE,
-    VOCAB_SIZE,
-    FileTokenizer,
-    Tokenizer,
-    encode,
-    read_tokenizer,
-)
+from train.tokenizer import DOCUMENT_START, VOCAB_SIZE, FileTokenizer, Tokenizer, encode
+from train.vocabulary import TOKENIZER_FILE, Vocabulary, not_text
 
 
 class Pair(NamedTuple):
@@ -22,156 +17,185 @@ class Pair(NamedTuple):
 
     Attributes:
       tokens: of both.
-      context: how many of them are the context's.
+      context: how many of them come before what is to be scored; at least 1, and not all.
     """
 
     tokens: list[int]
     context: int
 
 
-class Decoder(Protocol):
-    """Text from tokens as they come."""
-
-    def add(self, tokens: list[int]) -> str:
-        """The text that has become certain; the rest of an incomplete character waits."""
-
-    def finish(self) -> str:
-        """What still waits; an incomplete character shows as U+FFFD."""
-
-
 class Text(Protocol):
     """Token ids of text.
 
     Attributes:
-      vocab_limit: ids from here on are no text; None: the whole vocabulary is.
+      vocab_size: ids are below it.
+      vocab_limit: ids from here on are no text.
+      end_tokens: ids after which nothing belongs to a text.
     """
 
-    vocab_limit: int | None
+    vocab_size: int
+    vocab_limit: int
+    end_tokens: tuple[int, ...]
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of the start of a document."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Tokens of the start of a document.
 
-    def continuation(self, text: str) -> list[int]:
-        """Tokens of text that others came before."""
+        Args:
+          text: any.
+          special: whether special tokens that it spells are those tokens; else they are text.
 
-    def pair(self, context: str, continuation: str) -> Pair:
-        """Tokens of a document's start and of what follows it."""
+        Raises:
+          RunError: text that these tokens cannot be of.
+        """
+
+    def continuation(self, text: str, *, special: bool = False) -> list[int]:
+        """Tokens of text that others came before; arguments as of `encode`."""
+
+    def document(self, text: str) -> list[int]:
+        """Tokens of a whole document, with what the tokenizer closes it with."""
+
+    def pairs(self, context: str, continuations: Sequence[str]) -> list[Pair]:
+        """Tokens of a document's start with each of several texts after it.
+
+        All are scored from the same place: behind the tokens that the context alone and every
+        whole have in common. A token that spans the end of the context is so scored with all of
+        them, or with none. If nothing is in common, context and continuation are tokenised each by
+        itself.
+
+        Raises:
+          RunError: a continuation without a token of its own, or with nothing before it.
+        """
 
     def bytes_of_first(self, tokens: list[int]) -> int:
         """Bytes of text in a document's first token, which nothing predicts."""
 
-    def decoder(self) -> Decoder:
-        """A decoder of its own for one row."""
+    def decoder(self, before: Sequence[int] | None = None) -> Decoder:
+        """A decoder of its own for one row.
+
+        Args:
+          before: tokens of what has been shown; None: there is something, of unknown tokens.
+        """
 
 
 class ByteText(Text):
     """A document is a start token and its UTF-8 bytes."""
 
-    vocab_limit: int | None = DOCUMENT_START
+    vocab_size: int = VOCAB_SIZE
+    vocab_limit: int = DOCUMENT_START
+    end_tokens: tuple[int, ...] = ()
 
     @override
-    def encode(self, text: str) -> list[int]:
-        return encode(text.encode(errors="surrogateescape")).tolist()
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return encode(_bytes(text)).tolist()
 
     @override
-    def continuation(self, text: str) -> list[int]:
-        return list(text.encode(errors="surrogateescape"))
+    def continuation(self, text: str, *, special: bool = False) -> list[int]:
+        return list(_bytes(text))
 
     @override
-    def pair(self, context: str, continuation: str) -> Pair:
+    def document(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    @override
+    def pairs(self, context: str, continuations: Sequence[str]) -> list[Pair]:
         first = self.encode(context)
-        return Pair(first + self.continuation(continuation), len(first))
+        for continuation in continuations:
+            if not continuation:
+                raise _without_token(continuation)
+        return [Pair(first + self.continuation(text), len(first)) for text in continuations]
 
     @override
     def bytes_of_first(self, tokens: list[int]) -> int:
         return 0
 
     @override
-    def decoder(self) -> Decoder:
-        return _ByteDecoder()
-
-
-class _ByteDecoder(Decoder):
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    @override
-    def add(self, tokens: list[int]) -> str:
-        return self._decoder.decode(bytes(token for token in tokens if token < 256))
-
-    @override
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+    def decoder(self, before: Sequence[int] | None = None) -> Decoder:
+        return ByteDecoder()
 
 
 class FileText(Text):
     """The tokens of a `tokenizer.json`, by the tokenizers library."""
 
-    def __init__(self, source: Path | FileTokenizer) -> None:
+    def __init__(self, source: Path | FileTokenizer, *, end_token: int | None = None) -> None:
         """Reads the tokenizer, unless that is done.
 
         Args:
           source: a `tokenizer.json`, or what training read.
+          end_token: ends a text, beside the tokenizer's own end tokens.
 
         Raises:
           RunError: a file that cannot be used.
         """
         if isinstance(source, FileTokenizer):
-            self._tokenizer = source.library
+            self._vocabulary = source.vocabulary
         else:
-            self._tokenizer = read_tokenizer(source)
-        self.vocab_limit = self._tokenizer.get_vocab_size()
+            self._vocabulary = Vocabulary(source)
+        self.vocab_size = self.vocab_limit = self._vocabulary.size
+        named = () if end_token is None else (end_token,)
+        self.end_tokens = tuple(dict.fromkeys(named + self._vocabulary.end_tokens))
 
     @override
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return [*self._vocabulary.opening, *self._vocabulary.encode(text, special=special)]
 
     @override
-    def continuation(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def continuation(self, text: str, *, special: bool = False) -> list[int]:
+        return self._vocabulary.encode(text, special=special)
 
     @override
-    def pair(self, context: str, continuation: str) -> Pair:
+    def document(self, text: str) -> list[int]:
+        return [*self.encode(text), *self._vocabulary.closing]
+
+    @override
+    def pairs(self, context: str, continuations: Sequence[str]) -> list[Pair]:
         blank = len(context) - len(context.rstrip())  # belongs to the word that follows
-        if blank:
-            context, continuation = context[:-blank], context[-blank:] + continuation
-        return Pair(self.encode(context + continuation), len(self.encode(context)))
+        end = len(context) - blank
+        before = self.encode(context[:end])
+        wholes = [self.encode(context + text) for text in continuations]
+        common = [_common(before, whole) for whole in wholes]
+        for text, whole, same in zip(continuations, wholes, common, strict=True):
+            if not text or same == len(whole):
+                raise _without_token(text)
+        if min(common):
+            return [Pair(whole, min(common)) for whole in wholes]
+        if not before:
+            raise RunError(
+                "context: expected text, as no token of the tokenizer opens a document, got "
+                f"{context!r}"
+            )
+        own = [self.continuation(context[end:] + text) for text in continuations]
+        for text, tokens in zip(continuations, own, strict=True):
+            if not tokens:
+                raise _without_token(text)
+        return [Pair(before + tokens, len(before)) for tokens in own]
 
     @override
     def bytes_of_first(self, tokens: list[int]) -> int:
-        return len(self._tokenizer.decode(tokens[:1]).encode())
+        return len(self._vocabulary.decode(tokens[:1]).encode())
 
     @override
-    def decoder(self) -> Decoder:
-        return _FileDecoder(self._tokenizer)
+    def decoder(self, before: Sequence[int] | None = None) -> Decoder:
+        return FileDecoder(self._vocabulary, before)
 
 
-class _FileDecoder(Decoder):
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._shown: list[int] = []  # the last ones only: what a token's text may depend on
-        self._waiting: list[int] = []
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
-    @override
-    def add(self, tokens: list[int]) -> str:
-        self._waiting += tokens
-        new = self._new()
-        return "" if new.endswith("\ufffd") else self._show(new)
 
-    @override
-    def finish(self) -> str:
-        return self._show(self._new())
+def _without_token(text: str) -> RunError:
+    return RunError(
+        f"continuation: expected text with a token of its own after the context, got {text!r}"
+    )
 
-    def _new(self) -> str:
-        shown: str = self._tokenizer.decode(self._shown)
-        text: str = self._tokenizer.decode(self._shown + self._waiting)
-        return text[len(shown) :]
 
-    def _show(self, new: str) -> str:
-        self._shown, self._waiting = (self._shown + self._waiting)[-4:], []
-        return new
+def _bytes(text: str) -> bytes:
+    """UTF-8, and bytes that were none as they were."""
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError as error:
+        raise not_text(error, "Unicode text") from None
 
 
 def text_of(tokenizer: Tokenizer) -> Text:
@@ -189,14 +213,24 @@ def load_text(choice: Path | Literal["bytes"] | None, directory: Path, saved: Sa
       saved: the checkpoint.
 
     Raises:
-      RunError: a file that cannot be used, or no way to tell what the tokens are.
+      RunError: a file that cannot be used, or of another vocabulary than the checkpoint's, or no
+        way to tell what the tokens are.
     """
     beside = directory / TOKENIZER_FILE
     if choice is None and beside.exists():
         choice = beside
-    if choice is not None and str(choice) != "bytes":
-        return FileText(Path(choice))
     size = saved.model.vocab_size
+    if choice is not None and str(choice) != "bytes":
+        end = json.loads(dict(saved.model.extras).get("eos_token_id", "null"))
+        if end is not None and not 0 <= end < size:
+            raise RunError(f"eos_token_id: expected an id below {size}, got {end} in {directory}")
+        text = FileText(Path(choice).expanduser(), end_token=end)
+        if text.vocab_size > size:
+            raise RunError(
+                f"tokenizer: expected ids below the {size} of the vocabulary of {directory}, got "
+                f"ids up to {text.vocab_size - 1} in {choice}"
+            )
+        return text
     if size < VOCAB_SIZE:
         raise RunError(
             f"tokenizer: expected a tokenizer.json, as the vocabulary of {directory} has {size} "

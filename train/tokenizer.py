@@ -5,21 +5,18 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, override
+from typing import Protocol, override
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdn_jax.new_file import write_text
 from train.errors import RunError
+from train.vocabulary import END_OF_TEXT, TOKENIZER_FILE, Vocabulary
 
 DOCUMENT_START = 256
 VOCAB_SIZE = 257
 BYTES = "bytes"
-TOKENIZER_FILE = "tokenizer.json"
-
-_GPT2_FILES = ("vocab.json", "merges.txt")
-_END_OF_TEXT = "<|endoftext|>"  # opens documents where nothing else does, as in GPT-2's training
 
 
 class Tokenizer(Protocol):
@@ -81,29 +78,17 @@ class FileTokenizer(Tokenizer):
         Raises:
           RunError: no such files, or a token that the vocabulary lacks.
         """
-        self.library = read_tokenizer(path)
-        vocabulary = self.library.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise RunError(f"tokenizer: expected a vocabulary in {path}, got none")
-        self.vocab_size = max(vocabulary.values()) + 1
-        if start_token is None and not self.library.encode("").ids and _END_OF_TEXT in vocabulary:
-            start_token = _END_OF_TEXT
+        self.vocabulary = Vocabulary(path)
+        self.library = self.vocabulary.library
+        self.vocab_size = self.vocabulary.size
+        if start_token is None and not self.vocabulary.opening:
+            # as in GPT-2's training
+            start_token = END_OF_TEXT if END_OF_TEXT in self.vocabulary.ids else None
         if start_token is not None:
-            self._open_with(start_token, path)
-        self.fingerprint = self._fingerprint(vocabulary)
-
-    def _open_with(self, token: str, path: Path) -> None:
-        from tokenizers.processors import Sequence as InSequence
-        from tokenizers.processors import TemplateProcessing
-
-        number = self.library.token_to_id(token)
-        if number is None:
-            raise RunError(f"data.start_token: expected a token of {path}, got {token!r}")
-        if self.library.encode("").ids[:1] == [number]:
-            return
-        opening = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, number)])
-        own = self.library.post_processor
-        self.library.post_processor = opening if own is None else InSequence([own, opening])
+            if start_token not in self.vocabulary.ids:
+                raise RunError(f"data.start_token: expected a token of {path}, got {start_token!r}")
+            self.vocabulary.open_with(start_token)
+        self.fingerprint = self._fingerprint(self.vocabulary.ids)
 
     def _fingerprint(self, vocabulary: dict[str, int]) -> str:
         """Of the vocabulary, its merges, and the tokens of a text with all of its words in it.
@@ -132,7 +117,7 @@ class FileTokenizer(Tokenizer):
 
     @override
     def bytes_of_first(self, tokens: NDArray[np.uint32]) -> int:
-        return len(self.library.decode(tokens[:1].tolist()).encode())
+        return len(self.vocabulary.decode(tokens[:1].tolist()).encode())
 
     @override
     def save(self, directory: Path) -> None:
@@ -152,41 +137,6 @@ def make_tokenizer(choice: str | None, start_token: str | None) -> Tokenizer:
             )
         return ByteTokenizer()
     return FileTokenizer(Path(os.path.expanduser(str(choice))), start_token=start_token)
-
-
-def read_tokenizer(path: Path) -> Any:
-    """A `tokenizers.Tokenizer` that neither truncates nor pads.
-
-    Args:
-      path: a `tokenizer.json`, or a directory with one, or with GPT-2's two files.
-
-    Raises:
-      RunError: no such files, files that cannot be used, or no library to read them.
-    """
-    try:
-        from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    except ImportError:
-        raise RunError(
-            f"tokenizer: {path} needs the tokenizers library: pip install 'mdn-jax[huggingface]'"
-        ) from None
-    try:
-        gpt2 = [path / name for name in _GPT2_FILES]
-        if path.is_dir() and (path / TOKENIZER_FILE).exists():
-            library = Tokenizer.from_file(str(path / TOKENIZER_FILE))
-        elif path.is_dir() and all(file.exists() for file in gpt2):
-            library = ByteLevelBPETokenizer(*map(str, gpt2))._tokenizer
-            if library.token_to_id(_END_OF_TEXT) is not None:
-                library.add_special_tokens([_END_OF_TEXT])
-        else:
-            library = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise RunError(
-            f"tokenizer: expected a tokenizer.json, or a directory with one or with "
-            f"{' and '.join(_GPT2_FILES)}, got {path}: {error}"
-        ) from None
-    library.no_truncation()
-    library.no_padding()
-    return library
 
 
 def encode(text: bytes) -> NDArray[np.uint16]:

@@ -1,16 +1,32 @@
 """Checks of what generation is called with."""
 
+import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is an int, of numpy's too, no bool, and not below `least`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and int(value) >= least
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a finite number, of numpy's too, no bool, and not below 0."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and 0 <= float(value) < math.inf
+
+
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     """The seed of every row: `seed + row`, or those given."""
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != rows:
-        raise ValueError(f"seed: expected an int or {rows} of them (rows), got {len(seeds)}")
+    given = _ints("seed", seed, "ints from 0 to 2^32 - 1")
+    if given.ndim and given.shape != (rows,):
+        raise ValueError(f"seed: expected an int or {rows} of them (rows), got {given.size}")
+    seeds = given.tolist() if given.ndim else [int(given) + row for row in range(rows)]
     for value in seeds:
         if not 0 <= value < 2**32:
             raise ValueError(f"seed: expected ints from 0 to 2^32 - 1, got {value!r}")
@@ -19,26 +35,30 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
 
 def check_stop_tokens(stop_tokens: Sequence[int], vocab_size: int) -> list[int]:
     """The stop tokens as ints."""
-    for token in stop_tokens:
+    expected = f"ids from 0 to {vocab_size - 1}"
+    tokens = _ints("stop_tokens", stop_tokens, f"a list of {expected}")
+    if tokens.ndim != 1:
+        raise ValueError(f"stop_tokens: expected a list of {expected}, got {stop_tokens!r}")
+    for token in tokens.tolist():
         if not 0 <= token < vocab_size:
-            raise ValueError(f"stop_tokens: expected ids from 0 to {vocab_size - 1}, got {token!r}")
-    return [int(token) for token in stop_tokens]
+            raise ValueError(f"stop_tokens: expected {expected}, got {token!r}")
+    return [int(token) for token in tokens]
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], vocab_size: int, had: list[int] | None
-) -> list[NDArray[np.int32]]:
+def check_prompts(prompts: Any, vocab_size: int, had: list[int] | None) -> list[NDArray[np.int32]]:
     """The prompts as arrays; `had`: tokens that each row of the state has had, if there is one."""
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+        raise ValueError(f"prompts: expected rows of token ids, got {prompts!r}")
     if not len(prompts):
         raise ValueError("prompts: expected at least one row, got none")
     if had is not None and len(had) != len(prompts):
         raise ValueError(f"prompts: expected {len(had)} rows (as state), got {len(prompts)}")
     checked = []
     for row, prompt in enumerate(prompts):
-        tokens = np.asarray(prompt)
+        tokens = _ints(f"prompts[{row}]", prompt, "token ids")
         if not tokens.size and (had is None or not had[row]):
             raise ValueError(f"prompts[{row}]: expected at least one token, got none")
-        if tokens.size and (tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer)):
+        if tokens.ndim != 1:
             raise ValueError(
                 f"prompts[{row}]: expected token ids, got {tokens.dtype.name}{list(tokens.shape)}"
             )
@@ -49,3 +69,17 @@ def check_prompts(
             )
         checked.append(tokens.astype(np.int32))
     return checked
+
+
+def _ints(name: str, values: Any, expected: str) -> NDArray[np.integer]:
+    """An int or a list of them as an array."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        raise ValueError(f"{name}: expected {expected}, got {values!r}") from None
+    if not array.size:
+        return array.astype(np.int64)
+    if not np.issubdtype(array.dtype, np.integer):
+        shown = f"{array.dtype.name}{list(array.shape)}" if array.ndim else repr(values)
+        raise ValueError(f"{name}: expected {expected}, got {shown}")
+    return array

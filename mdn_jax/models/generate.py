@@ -11,10 +11,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import NDArray
 
 from mdn_jax.layers.attention import AttentionCache
-from mdn_jax.models.arguments import check_prompts, check_stop_tokens, row_seeds
+from mdn_jax.models.arguments import check_prompts, check_stop_tokens, is_whole, row_seeds
 from mdn_jax.models.causal_lm import LayerCache, MDNForCausalLM, ModelCache
+from mdn_jax.models.fields import require
 from mdn_jax.models.sampling import Sampling, draw
 
 Prompts = Sequence[Sequence[int]]
@@ -88,7 +90,8 @@ def generate(
       All tokens generated, and the state after them.
 
     Raises:
-      ValueError: an argument that does not fit, by name.
+      ValueError: an argument that does not fit, by name, or logits from which no token can be drawn
+        (nan, or inf).
     """
     state = prefill(model, prompts, state=state)
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -137,6 +140,8 @@ def prefill(
     Raises:
       ValueError: prompts that do not fit, by name.
     """
+    if state is not None:
+        _check_state(model, state)
     had = None if state is None else np.asarray(state.position).tolist()
     tokens = check_prompts(prompts, model.config.vocab_size, had)
     if state is None:
@@ -172,12 +177,17 @@ def stream(
       The tokens of every row since the piece before.
 
     Raises:
-      ValueError: an argument that does not fit, by name.
+      ValueError: an argument that does not fit, by name, or logits from which no token can be drawn
+        (nan, or inf).
     """
+    _check_state(model, state)
     rows = state.position.shape[0]
     for name, value in (("max_new_tokens", max_new_tokens), ("block", block)):
-        if value < 1:
-            raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        require(name, value, "an int >= 1", is_whole(value, 1))
+    fits = max_length is None or is_whole(max_length, 1)
+    require("max_length", max_length, "an int >= 1 or None", fits)
+    fits = sampling is None or isinstance(sampling, Sampling)
+    require("sampling", sampling, "a Sampling or None", fits)
     seeds = jnp.asarray(row_seeds(seed, rows), jnp.uint32)
     stop = np.zeros((model.config.vocab_size,), bool)
     stop[check_stop_tokens(stop_tokens, model.config.vocab_size)] = True
@@ -201,6 +211,7 @@ def stream(
         )
         counts = np.asarray(carry.state.position - state.position)
         new = np.asarray(carry.tokens)
+        _check_drawn(new, counts, np.asarray(state.position))
         state, ended = carry.state, carry.ended
         made += int(carry.step)
         limit = min(block, max_new_tokens - made)
@@ -252,7 +263,8 @@ def _decode(
 
     def step(carry: _Carry) -> _Carry:
         state, active = carry.state, ~carry.ended
-        token = draw(state.logits, state.seen, seeds, state.position, sampling)
+        drawn = draw(state.logits, state.seen, seeds, state.position, sampling)
+        token = jnp.maximum(drawn, 0)
         logits, cache = model(
             token[:, None],
             cache=state.cache,
@@ -264,11 +276,35 @@ def _decode(
             seen=state.seen.at[rows, token].max(active),
             position=state.position + active,
         )
-        tokens = carry.tokens.at[:, carry.step].set(token)
-        return _Carry(after, carry.ended | (active & stop[token]), tokens, carry.step + 1)
+        tokens = carry.tokens.at[:, carry.step].set(drawn)
+        ended = carry.ended | (active & (stop[token] | (drawn < 0)))
+        return _Carry(after, ended, tokens, carry.step + 1)
 
     tokens = jnp.zeros((ended.shape[0], size), jnp.int32)
     return lax.while_loop(goes_on, step, _Carry(state, ended, tokens, jnp.zeros((), jnp.int32)))
+
+
+def _check_state(model: MDNForCausalLM, state: GenerationState) -> None:
+    if not isinstance(state, GenerationState):
+        raise ValueError(f"state: expected a GenerationState, got {type(state).__name__}")
+    layers, vocab = len(model.layers), model.config.vocab_size
+    if (len(state.cache), state.logits.shape[-1]) != (layers, vocab):
+        raise ValueError(
+            f"state: expected one of this model ({layers} layers, {vocab} tokens), got "
+            f"{len(state.cache)} layers, {state.logits.shape[-1]} tokens"
+        )
+
+
+def _check_drawn(
+    tokens: NDArray[np.int32], counts: NDArray[np.int32], position: NDArray[np.int32]
+) -> None:
+    """Raises where a row got no token."""
+    for row, (new, count) in enumerate(zip(tokens, counts, strict=True)):
+        if (new[:count] < 0).any():
+            raise ValueError(
+                "model: expected logits to draw from, got nan or inf after "
+                f"{position[row] + count - 1} tokens of row {row}"
+            )
 
 
 def _windows(model: MDNForCausalLM) -> list[int | None]:

@@ -175,6 +175,21 @@ def test_attention_to_everything_has_a_limit():
         ({"stop_tokens": (99,)}, ["stop_tokens", "from 0 to 30", "99"]),
         ({"seed": -1}, ["seed", "0 to 2^32", "-1"]),
         ({"seed": [1, 2]}, ["seed", "1 of them", "got 2"]),
+        ({"seed": 2**70}, ["seed", "0 to 2^32", str(2**70)]),
+        ({"seed": None}, ["seed", "0 to 2^32", "None"]),
+        ({"seed": 1.0}, ["seed", "0 to 2^32", "1.0"]),
+        ({"prompts": None}, ["prompts", "rows of token ids", "None"]),
+        ({"prompts": [[[1], [1, 2]]]}, ["prompts[0]", "token ids"]),
+        ({"prompts": ["ab"]}, ["prompts[0]", "token ids"]),
+        ({"prompts": [True]}, ["prompts[0]", "token ids", "True"]),
+        ({"max_new_tokens": 2.0}, ["max_new_tokens", ">= 1", "2.0"]),
+        ({"max_new_tokens": "2"}, ["max_new_tokens", ">= 1", "'2'"]),
+        ({"block": None}, ["block", ">= 1", "None"]),
+        ({"stop_tokens": 3}, ["stop_tokens", "a list", "3"]),
+        ({"stop_tokens": ("a",)}, ["stop_tokens", "a list"]),
+        ({"max_length": 0}, ["max_length", ">= 1", "0"]),
+        ({"sampling": 0.7}, ["sampling", "a Sampling", "0.7"]),
+        ({"state": 1}, ["state", "a GenerationState", "int"]),
     ],
 )
 def test_bad_arguments(options, words):
@@ -183,6 +198,32 @@ def test_bad_arguments(options, words):
         generate(MODELS["mdn"], options.pop("prompts"), **options)
     for word in words:
         assert word in str(raised.value), str(raised.value)
+
+
+@pytest.mark.parametrize("prompts", [np.array([[1, 2]]), jnp.array([[1, 2]]), ((1, 2),)])
+def test_prompts_of_any_kind_of_list(prompts):
+    state = prefill(MODELS["mdn"], prompts)
+    assert np.flatnonzero(state.seen[0]).tolist() == [1, 2]
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = nnx.clone(MODELS["mdn"])
+    state = prefill(model, PROMPTS)
+    bad = state._replace(logits=state.logits.at[1, 3].set(jnp.nan))
+    message = "model: expected logits to draw from, got nan or inf after 7 tokens of row 1"
+    with pytest.raises(ValueError, match=message):
+        next(stream(model, bad, sampling=GREEDY, **FEW))
+    # in the middle of a block: a token whose embedding is no number
+    free = generate(model, PROMPTS[:1], sampling=GREEDY, **FEW).tokens[0]
+    model.embeddings[...] = model.embeddings[...].at[free[4]].set(jnp.nan)
+    after = 3 + free.index(free[4]) + 1
+    with pytest.raises(ValueError, match=f"got nan or inf after {after} tokens of row 0"):
+        generate(model, [[]], state=prefill(MODELS["mdn"], PROMPTS[:1]), sampling=GREEDY, **FEW)
+
+
+def test_a_state_of_another_model():
+    with pytest.raises(ValueError, match=r"state: expected one of this model \(1 layers, 31 tok"):
+        prefill(MODELS["mdn"], [[1]], state=initial_state(MODELS["windowed"], 1))
 
 
 def test_a_state_of_other_rows():

@@ -1,5 +1,7 @@
 """Samplers against numpy, and their statistics."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,55 @@ def test_ties_go_to_the_lower_id():
     np.testing.assert_array_equal(kept[0], [1, 1, 1, 0, 0, 0])
 
 
+EDGES = [2e-38, 1.2e-38, 3e-39, 7e-46, 1e-310, 5e-324]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"vocab_limit": VOCAB - 1}])
+@pytest.mark.parametrize("temperature", EDGES)
+def test_the_smallest_temperatures_take_the_likeliest(temperature, filters):
+    limit = filters.get("vocab_limit", VOCAB)
+    seeds, position = jnp.arange(3, dtype=jnp.uint32), jnp.arange(3)
+    tokens = draw(LOGITS, SEEN, seeds, position, Sampling(temperature=temperature, **filters))
+    np.testing.assert_array_equal(tokens, np.argmax(LOGITS[:, :limit], axis=-1))
+
+
+def test_the_largest_temperature_takes_any_of_the_vocabulary():
+    sampling = Sampling(temperature=1.7e308, vocab_limit=5, top_k=2**40)
+    probabilities = jax.nn.softmax(filtered_logits(LOGITS, SEEN, sampling), axis=-1)
+    np.testing.assert_allclose(probabilities, [[0.2] * 5 + [0.0] * (VOCAB - 5)] * 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-300, 5e-324])
+def test_the_smallest_top_p_keeps_the_likeliest(top_p):
+    kept = jnp.isfinite(filtered_logits(LOGITS, SEEN, Sampling(top_p=top_p)))
+    assert kept.sum(axis=-1).tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(np.argmax(kept, axis=-1), np.argmax(LOGITS, axis=-1))
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e-50, 1e50, 1.7e308])
+def test_any_penalty_leaves_numbers(penalty):
+    seen = jnp.asarray([[True, True, False, True]])
+    logits = jnp.asarray([[2.0, 0.0, 1.0, -1.0]])
+    filtered = filtered_logits(logits, seen, Sampling(repetition_penalty=penalty))
+    assert int(jnp.argmax(filtered)) == (0 if penalty < 1 else 2)
+    assert not jnp.isnan(filtered).any()
+
+
+def test_nothing_is_drawn_from_logits_that_are_not_finite():
+    inf = jnp.inf
+    logits = [[0.0, jnp.nan, 1.0], [inf, 0.0, 0.0], [-inf, -inf, -inf], [-inf, 2.0, 0.0]]
+    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=1, top_p=0.1)):
+        tokens = draw(
+            jnp.asarray(logits),
+            jnp.zeros((4, 3), bool),
+            jnp.arange(4, dtype=jnp.uint32),
+            jnp.arange(4),
+            sampling,
+        )
+        assert tokens[:3].tolist() == [-1, -1, -1]
+        assert int(tokens[3]) in (1, 2)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)])
 def test_draws_have_the_distribution(sampling):
     count = 20_000
@@ -107,8 +158,20 @@ def test_draws_have_the_distribution(sampling):
         ("top_p", 1.5, "a number above 0 and at most 1"),
         ("repetition_penalty", 0.0, "a number > 0"),
         ("vocab_limit", 0, "an int >= 1 or None"),
+        ("vocab_limit", 3.0, "an int >= 1 or None"),
+        ("top_k", True, "an int >= 1 or None"),
+        ("temperature", float("nan"), "a number >= 0"),
+        ("temperature", None, "a number >= 0"),
+        ("temperature", "hot", "a number >= 0"),
+        ("top_p", "all", "a number above 0 and at most 1"),
+        ("repetition_penalty", [1.0], "a number > 0"),
     ],
 )
 def test_bad_sampling(field, value, expected):
-    with pytest.raises(ValueError, match=f"{field}: expected {expected}, got {value}"):
+    with pytest.raises(ValueError, match=re.escape(f"{field}: expected {expected}, got {value!r}")):
         Sampling(**{field: value})
+
+
+def test_numbers_of_numpy():
+    same = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.5))
+    assert same == Sampling(temperature=0.5, top_k=3, top_p=0.5)

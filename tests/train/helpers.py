@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from mdn_jax import MDNConfig
+from mdn_jax import MDNConfig, MDNForCausalLM
 from train.config import TrainConfig
 from train.data import Batch
 from train.data.documents import Documents, tokenize
@@ -46,6 +48,26 @@ def tiny_config(corpus: Path, output: Path, **changes: Any) -> TrainConfig:
         optimizer=changes.pop("optimizer", OptimizerConfig(learning_rate=1e-2, warmup_steps=1)),
         **TINY_RUN | changes,
     )
+
+
+def chain_model(following: Sequence[int]) -> MDNForCausalLM:
+    """A model that knows one thing: after token `i` comes `following[i]`."""
+    size = len(following)
+    config = MDNConfig(**TINY_MODEL | {"vocab_size": size})
+    model = MDNForCausalLM(config, implementation="scan", rngs=nnx.Rngs(0))
+    model.layers[0].mixer.o_proj.kernel[...] *= 0
+    model.layers[0].mlp.down_proj.kernel[...] *= 0
+    model.embeddings[...] = jnp.eye(size, config.hidden_size)
+    head = jnp.zeros((config.hidden_size, size))
+    model.lm_head[...] = head.at[jnp.arange(size), jnp.asarray(following)].set(5.0)
+    return model
+
+
+def break_model(model: MDNForCausalLM) -> MDNForCausalLM:
+    """A copy with logits of nan."""
+    broken = nnx.clone(model)
+    broken.norm.scale[...] = broken.norm.scale[...] * jnp.nan
+    return broken
 
 
 def byte_documents(texts: Sequence[bytes]) -> Documents:

@@ -6,13 +6,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mdn_jax import MDNConfig, MDNForCausalLM, Sampling, generate
-from tests.train.helpers import TINY_MODEL
+from tests.train.helpers import TINY_MODEL, break_model, chain_model
 from tests.train.test_evaluate import naive
 from train.choices import Question, answer_questions
+from train.errors import RunError
 from train.harness import Harness, harness_model
-from train.text import ByteText
+from train.text import ByteText, FileText
 from train.tokenizer import DOCUMENT_START, encode
 
 
@@ -81,6 +83,57 @@ def test_generation_until(model):
         assert cut == whole[: whole.index(whole[1])]
 
 
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Words that nothing opens; after a comes b, then c, then the end, then d for ever."""
+    path = tmp_path_factory.mktemp("chain") / "tokenizer.json"
+    words = {"a": 0, "b": 1, "c": 2, "d": 3, "<eos>": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    return Harness(chain_model([1, 2, 4, 3, 3]), FileText(path), max_new_tokens=8, window=64)
+
+
+def test_generation_stops_at_the_end_token(chain):
+    assert chain.generate_until(ask(("a", {}), ("d a", {"until": ["x", ""]}))) == [" b c", " b c"]
+    assert chain.generate_until(ask(("a", {"until": "c"}), ("d", {"max_gen_toks": 2}))) == [
+        " b ",
+        " d d",
+    ]
+    assert chain.generate_until(ask(("", {"max_gen_toks": 1}))) == ["d"]  # behind the end token
+
+
+def test_text_that_nothing_opens_stands_behind_the_end_token(chain):
+    likely, unlikely = (chain.loglikelihood(ask((x, y)))[0] for x, y in (("", "d"), ("", "a")))
+    assert likely[0] > unlikely[0]
+    assert (likely[1], unlikely[1]) == (True, False)
+    # d, after the end, and d again
+    rolling = chain.loglikelihood_rolling(ask(("d d",), ("d",), ("",)))
+    assert rolling == pytest.approx([2 * likely[0], likely[0], 0.0], rel=1e-4)
+
+
+def test_what_has_nothing_to_score_is_named(chain, model):
+    with pytest.raises(RunError, match=r"requests\[1\]: continuation: expected .* own .*got ' '"):
+        chain.loglikelihood(ask(("a", " b"), ("a", " ")))
+    with pytest.raises(RunError, match=r"requests\[0\]: continuation: expected text with tokens"):
+        chain.loglikelihood(ask(("", "")))
+    with pytest.raises(RunError, match=r"requests\[2\]: text: expected UTF-8 text"):
+        chain.loglikelihood_rolling(ask(("a",), ("b",), ("\ud800",)))
+    with pytest.raises(RunError, match=r"requests\[0\]: continuation: .*, got ''"):
+        Harness(model, ByteText()).loglikelihood(ask(("ab", "")))
+
+
+def test_scores_of_a_diverged_model_are_refused(model):
+    harness = Harness(break_model(model), ByteText(), window=64)
+    finite = r"expected finite log-likelihoods of the model, got nan"
+    with pytest.raises(RunError, match=rf"requests\[0\]: {finite}"):
+        harness.loglikelihood(ask(("ab", "c")))
+    with pytest.raises(RunError, match=rf"requests\[1\]: {finite}"):
+        harness.loglikelihood_rolling(ask(("",), ("ab",)))
+    with pytest.raises(RunError, match=r"requests\[0\]: model: expected logits to draw from"):
+        harness.generate_until(ask(("ab", {})))
+
+
 def test_the_real_interface(model):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
@@ -99,6 +152,8 @@ def test_bad_arguments(model, monkeypatch):
     for name, value in (("batch_size", 0), ("window", 1), ("max_new_tokens", 0)):
         with pytest.raises(ValueError, match=f"{name}: expected an int"):
             Harness(model, ByteText(), **{name: value})
+    with pytest.raises(ValueError, match="text: expected ids below the model's 5, got ids up to"):
+        Harness(chain_model([0] * 5), ByteText())
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match=r"lm_eval: expected .*mdn-jax\[harness\]"):
         harness_model(model, ByteText())

@@ -7,9 +7,9 @@ from flax import nnx
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models import AttentionConfig
 from tests.train.helpers import TINY_MODEL
+from train.decoding import ByteDecoder
 from train.sample import sample
 from train.step import split_model
-from train.text import _ByteDecoder
 from train.tokenizer import encode
 
 
@@ -24,7 +24,7 @@ def hybrid():
 
 def test_greedy_sample_is_the_choice_of_the_whole_sequence(hybrid, monkeypatch):
     _, params = split_model(hybrid)
-    monkeypatch.setattr(_ByteDecoder, "add", lambda self, tokens: ",".join(map(str, tokens)))
+    monkeypatch.setattr(ByteDecoder, "add", lambda self, tokens: ",".join(map(str, tokens)))
     text = sample(hybrid, params, prompt="ab", length=12, temperature=0, seed=0)
     chosen = [int(token) for token in text.removeprefix("ab").split(",")]
     tokens = np.append(encode(b"ab").astype(np.int32), np.int32(chosen))[None]

@@ -1,10 +1,10 @@
 """Text to tokens and back."""
 
 import sys
-import types
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mdn_jax import MDNConfig
 from train.errors import RunError
@@ -12,40 +12,23 @@ from train.saved_model import Saved
 from train.text import ByteText, FileText, load_text
 
 
-class FakeTokenizer:
-    """Two bytes a token, or one that no second one follows; as `tokenizers.Tokenizer`."""
-
-    @classmethod
-    def from_file(cls, path):
-        if Path(path).read_text() != "{}":
-            raise Exception("not a tokenizer")
-        return cls()
-
-    def no_truncation(self):
-        pass
-
-    def no_padding(self):
-        pass
-
-    def get_vocab_size(self):
-        return 65536
-
-    def encode(self, text, add_special_tokens=True):
-        data = text.encode()
-        ids = [int.from_bytes(data[i : i + 2]) for i in range(0, len(data), 2)]
-        return types.SimpleNamespace(ids=ids)
-
-    def decode(self, ids):
-        pairs = (x.to_bytes(2).lstrip(b"\0") for x in ids)
-        return b"".join(pairs).decode(errors="replace")
+def merging(path, words, merges=(), **parts):
+    """A tokenizer.json of characters and the words that merges make of them."""
+    ids = words if isinstance(words, dict) else {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(ids, list(merges)))
+    tokenizer.decoder = decoders.Fuse()
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.save(str(path))
+    return path
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
-    module = types.SimpleNamespace(Tokenizer=FakeTokenizer, ByteLevelBPETokenizer=None)
-    monkeypatch.setitem(sys.modules, "tokenizers", module)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    return tmp_path / "tokenizer.json"
+def file(tmp_path):
+    """The characters of "How: ?xy!" and "ow", ": ", ": x", "y!", and nothing that opens a text."""
+    words = [*"How: ?xy!", "ow", ": ", ": x", "y!"]
+    merges = [("o", "w"), (":", " "), (": ", "x"), ("y", "!")]
+    return merging(tmp_path / "tokenizer.json", words, merges)
 
 
 def test_incomplete_characters_wait():
@@ -62,26 +45,61 @@ def test_incomplete_characters_wait():
 def test_bytes_that_are_no_text_survive_the_way_in():
     text = bytes([65, 255, 66]).decode(errors="surrogateescape")
     assert ByteText().encode(text) == [256, 65, 255, 66]
-    assert ByteText().pair("é", "x") == ([256, 195, 169, 120], 3)
+    assert ByteText().document(text) == [256, 65, 255, 66]
+    assert ByteText().pairs("é", ["x"]) == [([256, 195, 169, 120], 3)]
+    with pytest.raises(RunError, match=r"text: expected Unicode text, got lone surrogates in"):
+        ByteText().encode("a\ud83d")
 
 
-def test_a_tokenizer_file(file):
+def test_all_choices_are_scored_from_where_the_tokens_part(file):
     text = FileText(file)
-    assert text.vocab_limit == 65536
-    whole = "abcd €🙂 and more, é"
-    tokens = text.encode(whole)
-    decoder = text.decoder()
-    pieces = [decoder.add([token]) for token in tokens] + [decoder.finish()]
-    assert "".join(pieces) == whole
-    assert "" in pieces[:-1]
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert text.bytes_of_first(tokens) == 2
+    x, y = text.pairs("How:", [" x", " y"])
+    assert (x.tokens, x.context) == (text.encode("How: x"), 2)
+    assert (y.tokens, y.context) == (text.encode("How: y"), 2)
+    assert len(x.tokens) == 3  # H, ow, ": x"
+    # alone, the second choice parts from the context one token later
+    assert text.pairs("How:", ["?"])[0].context == 3
+    assert [pair.context for pair in text.pairs("How:", ["?", " x"])] == [2, 2]
     # the blank before a word belongs to it
-    assert text.pair("ab ", "c") == (text.encode("ab c"), 1)
+    assert text.pairs("How: ", ["x"]) == [x]
 
 
-def saved(vocab_size, dtype):
-    return Saved(Path(), 0, MDNConfig(vocab_size=vocab_size), dtype)
+def test_tokens_without_one_in_common_are_those_of_each_part(file):
+    text = FileText(file)
+    o, w, y, exclamation = (text.encode(character)[0] for character in "owy!")
+    assert text.encode("ow") not in ([o], [w])
+    assert text.pairs("o", ["w"]) == [([o, w], 1)]
+    assert text.pairs("y", ["!", "w"]) == [([y, exclamation], 1), ([y, w], 1)]
+    with pytest.raises(RunError, match=r"context: expected text, as no token .* opens .*, got ''"):
+        text.pairs("", ["How"])
+
+
+def test_text_behind_what_is_not_known_where_the_usual_word_is_none(tmp_path):
+    ids = {"<unk>": 0} | {f"<0x{i:02X}>": i + 1 for i in range(256)} | {"▁x": 300, "▁yz": 301}
+    strip = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    merging(tmp_path / "t.json", ids, decoder=strip)
+    text = FileText(tmp_path / "t.json")
+    assert text.decoder().add([301, 300]) == " yz x"
+    assert text.decoder([]).add([301, 300]) == "yz x"
+    assert text.decoder([300, 1 + 0xC3, 1 + 0xA9]).add([301, 7000]) == " yz"
+
+
+def test_a_continuation_without_a_token(tmp_path):
+    words = {"How": 0, "so": 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="so"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "words.json"))
+    own = r"continuation: expected text with a token of its own after the context, got "
+    for text, odd in ((FileText(tmp_path / "words.json"), "  "), (ByteText(), "")):
+        with pytest.raises(RunError, match=f"{own}'{odd}'"):
+            text.pairs("How", ["so", odd])
+        with pytest.raises(RunError, match=f"{own}''"):
+            text.pairs("How ", [""])
+
+
+def saved(vocab_size, dtype, **published):
+    config = MDNConfig.from_dict({"vocab_size": vocab_size, **published})
+    return Saved(Path(), 0, config, dtype)
 
 
 def test_which_tokens_a_checkpoint_has(file, tmp_path):
@@ -97,12 +115,30 @@ def test_which_tokens_a_checkpoint_has(file, tmp_path):
         load_text(None, elsewhere, saved(300, None))
 
 
-def test_a_bad_tokenizer_file(file, monkeypatch):
-    file.write_text("[]")
-    with pytest.raises(
-        RunError, match=r"tokenizer: expected a tokenizer.json, or .*, got .*: not a tok"
-    ):
-        FileText(file)
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    words = {"a": 0, "b": 2, "</s>": 41}
+    merging(directory / "tokenizer.json", words)
+    text = load_text(None, directory, saved(42, None))
+    assert (text.vocab_size, text.vocab_limit, text.end_tokens) == (42, 42, (41,))
+    assert load_text(None, directory, saved(64, None)).vocab_limit == 42  # more is padding
+    for size in (41, 3):
+        expected = f"tokenizer: expected ids below the {size} of .*run, got ids up to 41 in .*json"
+        with pytest.raises(RunError, match=expected):
+            load_text(None, directory, saved(size, "float32"))
+    ends = load_text(None, directory, saved(64, None, eos_token_id=2)).end_tokens
+    assert ends == (2, 41)  # what the published configuration says comes first
+    with pytest.raises(RunError, match="eos_token_id: expected an id below 64, got 64"):
+        load_text(None, directory, saved(64, None, eos_token_id=64))
+
+
+def test_a_bad_tokenizer_file(tmp_path, monkeypatch):
+    file = tmp_path / "tokenizer.json"
+    for content in ("[]", "{}", "", '{"model": null}'):
+        file.write_text(content)
+        with pytest.raises(RunError, match=r"tokenizer: expected a tokenizer.json, or .*, got .*"):
+            FileText(file)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(RunError, match="needs the tokenizers library: pip install"):
         FileText(file)

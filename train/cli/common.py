@@ -16,7 +16,7 @@ import tyro
 from mdn_jax import MDNForCausalLM
 from mdn_jax.ops.api import Implementation
 from train.errors import RunError
-from train.interrupt import UnraisableInterrupts, status_of
+from train.interrupt import status_of
 from train.saved_model import find_checkpoint, load_model
 from train.text import Text, load_text
 
@@ -136,9 +136,6 @@ def run(program: str, command: Callable[[], int]) -> int:
     """
     # Orbax logs the stack of every error that it raises as well
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    hook = sys.unraisablehook
-    if hook is sys.__unraisablehook__ or isinstance(hook, UnraisableInterrupts):
-        sys.unraisablehook = partial(_unraisable, hook)
     try:
         return command()
     except (RunError, ValueError, OSError, ImportError) as error:

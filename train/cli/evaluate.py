@@ -90,7 +90,7 @@ def _perplexity(config: PerplexityConfig) -> int:
     """Perplexity of a checkpoint over files."""
     model, text, texts = open_documents(config)
     began = time.perf_counter()
-    documents = [text.encode(document) for document in texts]
+    documents = [text.document(document) for document in texts]
     rows = _rows(config, documents)
     scored = sum(int(np.sum(row.targets != IGNORED)) for row in rows)
     if not scored:
@@ -118,7 +118,7 @@ def _perplexity(config: PerplexityConfig) -> int:
 
 def _choices(config: ChoicesConfig) -> int:
     """Accuracy of a checkpoint on multiple-choice questions, by log-likelihood."""
-    questions = read_questions(config.file)
+    questions = read_questions(config.file.expanduser())
     model, text = open_checkpoint(config)
     began = time.perf_counter()
     answers = answer_questions(

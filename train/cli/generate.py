@@ -14,6 +14,7 @@ from mdn_jax import MDNForCausalLM, Sampling
 from mdn_jax.models.generate import GenerationState, Piece, prefill, stream
 from mdn_jax.models.state_file import load_state, save_state
 from train.cli.common import CheckpointConfig, open_checkpoint, parse, run
+from train.decoding import Decoder
 from train.errors import RunError
 from train.interrupt import Interrupt
 from train.text import Text
@@ -40,7 +41,14 @@ class GenerateConfig(CheckpointConfig):
     """How tokens are drawn."""
 
     stop_tokens: tuple[int, ...] = ()
-    """Token ids that end a text; they are not shown. For bytes, 10 is the end of a line."""
+    """Token ids that end a text beside the tokenizer's end token; they are not shown. For bytes, 10
+    is the end of a line."""
+
+    ignore_end: bool = False
+    """Go on behind the tokenizer's end token."""
+
+    special_tokens: bool = True
+    """Special tokens that a prompt spells (<|endoftext|>) are those tokens; else they are text."""
 
     seed: int = 0
     """Seed of the first text; the next ones have the next seeds."""
@@ -107,11 +115,13 @@ def generate_text(config: GenerateConfig) -> int:
     """
     texts = _prompts(config)
     model, text = open_checkpoint(config)
-    state = None if config.load_state is None else load_state(config.load_state, model)
+    state = None
+    if config.load_state is not None:
+        state = load_state(config.load_state.expanduser(), model)
     if state is not None and not texts:
         texts = [""] * state.position.shape[0]
     encode = text.encode if state is None else text.continuation
-    prompts = [encode(prompt) for prompt in texts or [""]]
+    prompts = [encode(prompt, special=config.special_tokens) for prompt in texts or [""]]
     sampling = _limited(config.sampling, text)
     timing = _Timing(time.perf_counter())
     with Interrupt() as interrupt:
@@ -121,12 +131,14 @@ def generate_text(config: GenerateConfig) -> int:
             state,
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
-            stop_tokens=config.stop_tokens,
+            stop_tokens=config.stop_tokens + (() if config.ignore_end else text.end_tokens),
             seed=config.seed,
             max_length=config.max_length,
             block=config.block,
         )
-        rows = _Rows(texts or [""], text)
+        # what a state has had without a prompt is not known
+        shown = [prompt if prompt or config.load_state is None else None for prompt in prompts]
+        rows = _Rows(texts or [""], [text.decoder(tokens) for tokens in shown])
         for piece in pieces:
             timing.count(piece)
             rows.add(piece)
@@ -145,8 +157,8 @@ def generate_text(config: GenerateConfig) -> int:
 class _Rows:
     """Shows one text as it comes, or several one after another at the end."""
 
-    def __init__(self, prompts: Sequence[str], text: Text) -> None:
-        self._decoders = [text.decoder() for _ in prompts]
+    def __init__(self, prompts: Sequence[str], decoders: Sequence[Decoder]) -> None:
+        self._decoders = decoders
         self._texts = list(prompts)
         self._alone = len(prompts) == 1
         if self._alone:
@@ -188,7 +200,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if str(config.prompt_file) == "-":
         data = sys.stdin.buffer.read()
     else:
-        data = config.prompt_file.read_bytes()
+        data = config.prompt_file.expanduser().read_bytes()
     return [data.decode(errors="surrogateescape")]
 
 
@@ -201,7 +213,7 @@ def _limited(sampling: Sampling, text: Text) -> Sampling:
 
 def _save(config: GenerateConfig, state: GenerationState, model: MDNForCausalLM) -> None:
     if config.save_state is not None:
-        save_state(config.save_state, state, model)
+        save_state(config.save_state.expanduser(), state, model)
         print(
             f"state after {int(state.position.max())} tokens in {config.save_state}",
             file=sys.stderr,

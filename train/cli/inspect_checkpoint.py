@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inspect(config: InspectConfig) -> int:
     model, text, texts = open_documents(config)
-    rows = choose_rows([text.encode(x) for x in texts], width=config.row, tokens=config.tokens)
+    rows = choose_rows([text.document(x) for x in texts], width=config.row, tokens=config.tokens)
     layers = record_steps(model, rows, batch_size=min(config.batch_size, len(rows)))
     if not layers:
         raise RunError(

@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.train.data.helpers import write_jsonl
+from tests.train.helpers import break_model, chain_model
 from tests.train.test_evaluate import naive
 from train.cli.evaluate import main
-from train.saved_model import find_checkpoint, load_model
+from train.saved_model import find_checkpoint, load_model, save_model
+from train.step import split_model
 from train.tokenizer import encode
 
 SCAN = ["--implementation", "scan", "--batch-size", "4"]
@@ -91,6 +94,9 @@ def test_choices_are_those_of_numpy(checkpoint, model, tmp_path, capsys):
         ('{"context": "", "choices": ["a", "b"], "answer": 2}', ["answer", "0 to 1", "got 2"]),
         ('{"context": "", "choices": ["a", "b"], "answer": true}', ["answer", "got True"]),
         ('{"context": "", "choices": ["a", "b"]}', ["answer", "None"]),
+        (r'{"context": "\udce9", "choices": ["a", "b"]}', ["context", "Unicode", "surrogates"]),
+        (r'{"question": "", "choices": ["a", "\ud83d"]}', ["choices", "Unicode", "surrogates"]),
+        ("[" * 100_000, ["less deeply nested"]),
     ],
 )
 def test_bad_questions_are_named_by_line(tmp_path, capsys, line, words):
@@ -102,6 +108,36 @@ def test_bad_questions_are_named_by_line(tmp_path, capsys, line, words):
     assert len(error.splitlines()) == 1
     for word in words:
         assert word in error, error
+
+
+def test_questions_that_cannot_be_scored_are_named_by_line(tmp_path, capsys):
+    words = {"a": 0, "b": 1, "c": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="c"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "words.json"))
+    model, file = chain_model([1, 2, 0]), tmp_path / "q.jsonl"
+    for name, one in (("good", model), ("nan", break_model(model))):
+        save_model(tmp_path / name, model.config, split_model(one)[1])
+
+    def ask(directory, *questions):
+        lines = [json.dumps({"context": x, "choices": y, "answer": 0}) for x, y in questions]
+        file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+        options = ["--file", str(file), "--tokenizer", str(tmp_path / "words.json"), *SCAN]
+        status = main(["choices", str(tmp_path / directory), *options, "--json"])
+        return status, capsys.readouterr()
+
+    fine = ("a", ["b", "c"])
+    status, captured = ask("good", fine, ("a b", ["c", "a"]))
+    assert (status, json.loads(captured.out)["accuracy"]) == (0, 1.0)
+    for directory, line, question, expected in (
+        ("good", 2, ("a", ["b", "  "]), "continuation: expected text with a token of its own"),
+        ("good", 2, ("", ["b", "c"]), "context: expected text, as no token"),
+        ("nan", 1, fine, "choices[0]: expected finite log-likelihoods of the model, got nan"),
+    ):
+        status, captured = ask(directory, fine, question)
+        assert (status, captured.out) == (1, "")
+        assert captured.err.startswith(f"mdn-eval: error: {file}:{line}: {expected}")
+        assert len(captured.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mdn_jax import Sampling, generate
+from tests.train.helpers import break_model, chain_model
 from train.cli.generate import main
-from train.saved_model import find_checkpoint, load_model
+from train.saved_model import find_checkpoint, load_model, save_model
+from train.step import split_model
 from train.tokenizer import decode, encode
 
 SCAN = ["--implementation", "scan", "--block", "8"]
@@ -74,6 +77,46 @@ def test_stop_tokens_are_not_shown(checkpoint, capsys):
     captured = output(capsys, checkpoint, *options, "--stop-tokens", stop)
     assert captured.out == "x" + decode(until) + "\n"
     assert captured.err.startswith(f"{len(until) + 1} tokens")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A model of words: the, cat, sats, the end; then the again, and sat after what is no word."""
+    directory = tmp_path_factory.mktemp("chain") / "model"
+    words = {"[UNK]": 0, "the": 1, "cat": 2, "sat": 3, "##s": 4, "[SEP]": 5}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", special_tokens=[("[SEP]", 5)]
+    )
+    model = chain_model([3, 2, 3, 4, 5, 1])
+    for name, one in (("model", model), ("nan", break_model(model))):
+        save_model(directory.parent / name, model.config, split_model(one)[1])
+        tokenizer.save(str(directory.parent / name / "tokenizer.json"))
+    return directory
+
+
+def test_text_ends_at_the_end_token_unless_told_otherwise(chain, capsys):
+    options = [*SCAN, "--temperature", 0, "--max-new-tokens", 5, "--prompt"]
+    assert output(capsys, chain, *options, "the").out == "the cat sats\n"
+    assert output(capsys, chain, *options, "the", "--stop-tokens", 3).out == "the cat\n"
+    assert output(capsys, chain, *options, "the", "--ignore-end").out == "the cat sats the\n"
+
+
+def test_special_tokens_of_a_prompt(chain, capsys):
+    options = [*SCAN, "--temperature", 0, "--max-new-tokens", 2, "--prompt", "cat [SEP]"]
+    assert output(capsys, chain, *options).out == "cat [SEP] the cat\n"
+    # of "[", "SEP" and "]" none is a word
+    assert output(capsys, chain, *options, "--no-special-tokens").out == "cat [SEP] sats\n"
+
+
+def test_a_diverged_model_generates_nothing(chain, capsys):
+    options = [*SCAN, "--max-new-tokens", "5", "--prompt", "the"]
+    assert main([str(chain.parent / "nan"), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mdn-generate: error: model: expected logits to draw from, got nan")
+    assert len(error.splitlines()) == 1
 
 
 def test_prompt_files(checkpoint, tmp_path, capsys, monkeypatch):
