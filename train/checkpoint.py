@@ -14,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers
 from mdn_jax import MDNConfig
 from train.checksum import checksums
 from train.config import TrainConfig, to_dict
-from train.distributed import is_first
+from train.distributed import from_all, is_first
 from train.errors import RunError
 from train.optimizer import Params
 from train.resume import resume_conflicts
@@ -178,6 +178,7 @@ class Checkpoints:
                 f"resume: expected an intact checkpoint of step {step} in {self._directory}, got "
                 f"damaged files ({damage}); {self._way_out(step, like, corpus, begin)}"
             ) from None
+        from_all(None)  # nothing is moved before every process has read its part
         self._set_aside([later for later in steps if later > step])
         return restored
 

@@ -13,7 +13,7 @@ import tyro
 from configs import CONFIGS, describe
 from mdn_jax.models import AttentionConfig
 from train.config import TrainConfig
-from train.distributed import only_first_prints, start
+from train.distributed import leave, only_first_prints, several
 from train.errors import RunError
 from train.loop import METRICS_FILE, PLOT_FILE, SAMPLE_FILE, Result, train
 
@@ -34,16 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # on a GPU; the default leaves a quarter unused; read when jax first asks for devices
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
-        start(config.distributed)
-        with only_first_prints():
+        with several(config.distributed), only_first_prints():
             result = train(config)
             _report(config, result)
     except RunError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 1
+        return leave(1)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return leave(128 + signal.SIGINT)
     return 0 if result.signal is None else 128 + result.signal
 
 
