@@ -49,9 +49,13 @@ class Connection:
         """The next frame, or None at the end of the connection or of what can be understood."""
         try:
             frame = json.loads(self._file.readline())
+            if isinstance(frame, dict):
+                return frame
         except (OSError, ValueError):
-            return None
-        return frame if isinstance(frame, dict) else None
+            pass
+        self._file.close()
+        self._socket.close()
+        return None
 
     def close(self) -> None:
         """Ends the connection for both sides, whoever is waiting on it."""

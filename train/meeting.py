@@ -5,6 +5,7 @@ C++ stack. So it is started after the meeting, when all are there, on a port of 
 alone that the others reach through the hub (`train.relay`).
 """
 
+import contextlib
 import json
 import socket
 import sys
@@ -64,6 +65,8 @@ class Hub(Lifeline):
 
     def close(self) -> None:
         """Lets nobody in any more."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits in it
         self._listener.close()
 
     def _meet(self) -> None:
@@ -108,6 +111,7 @@ class Hub(Lifeline):
             if refusal is not None:
                 connection.send({"refused": refusal})
                 connection.close()
+                connection.receive()
                 return
             connection.send({"welcome": True})
             self._listen_to(index, connection)

@@ -38,7 +38,12 @@ def open_relay(host: str, port: int, *, leaving: Callable[[], bool]) -> int:
             except OSError:
                 near.close()
                 continue
-            _in_both_directions(near, far, keep_near=lambda: not leaving())
+            threading.Thread(
+                target=_in_both_directions,
+                args=(near, far),
+                kwargs={"keep_near": lambda: not leaving()},
+                daemon=True,
+            ).start()
 
     threading.Thread(target=accept, daemon=True).start()
     return int(listener.getsockname()[1])
@@ -56,7 +61,7 @@ def serve_tunnel(far: socket.socket, service: int) -> None:
         try:
             near = socket.create_connection((_LOCAL, service))
             break
-        except OSError:
+        except OSError:  # it starts after the meeting
             if time.monotonic() > end:
                 far.close()
                 return
@@ -73,19 +78,42 @@ def free_port() -> int:
 def _in_both_directions(
     near: socket.socket, far: socket.socket, *, keep_near: Callable[[], bool]
 ) -> None:
+    """Passes on what comes until both ends are done.
+
+    Args:
+      near: the connection that began it.
+      far: the one that was made for it.
+      keep_near: whether to leave the near one open although the far one has closed.
+    """
     for one in (near, far):
         one.settimeout(None)
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def pump(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(_CHUNK):
-                target.sendall(data)
-        if source is far and keep_near():
-            return
-        for one in (near, far):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+    def back() -> None:
+        _pump(far, near, lambda: False)
+        if not keep_near():
+            _shut(near)
 
-    for pair in ((near, far), (far, near)):
-        threading.Thread(target=pump, args=pair, daemon=True).start()
+    returning = threading.Thread(target=back, daemon=True)
+    returning.start()
+    _pump(near, far, keep_near)
+    _shut(far)
+    returning.join()
+    for one in (near, far):
+        one.close()
+
+
+def _pump(source: socket.socket, target: socket.socket, drop: Callable[[], bool]) -> None:
+    """Until the source ends, or the target where what it cannot have is not to be dropped."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(_CHUNK):
+            try:
+                target.sendall(data)
+            except OSError:
+                if not drop():
+                    return
+
+
+def _shut(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
