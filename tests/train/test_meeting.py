@@ -10,10 +10,11 @@ import pytest
 
 from tests.train.helpers import tiny_config
 from train import distributed, lifeline, meeting
-from train.distributed import check_alike, check_configuration
-from train.errors import RunError
+from train.distributed import check_alike, check_configuration, together
+from train.errors import DivergedError, RunError
 from train.meeting import Hub, Spoke
 from train.relay import free_port, open_relay
+from train.sections import DistributedConfig
 
 WAIT = 20.0
 
@@ -63,6 +64,24 @@ def eventually(condition):
     return condition()
 
 
+def test_processes_of_a_cluster_are_found(monkeypatch):
+    with pytest.raises(RunError, match="name them with --distributed"):
+        distributed._find(DistributedConfig(enabled=True))
+    slurm = {"JOB_ID": "7", "NTASKS": "4", "PROCID": "3", "LOCALID": "1"}
+    for name, value in (slurm | {"STEP_NODELIST": "node[1-2]"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    address, count, index = distributed._find(DistributedConfig(enabled=True))
+    assert address.startswith("node1:")
+    assert (count, index) == (4, 3)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "nowhere:", ":1", "nowhere:http", "nowhere:70000"])
+def test_an_address_that_is_none(address):
+    config = DistributedConfig(coordinator=address, processes=2, index=1)
+    with pytest.raises(RunError, match="expected HOST:PORT, got"):
+        distributed._start(config)
+
+
 def test_all_get_what_each_brings():
     with met(3) as ends:
         for turn in range(2):
@@ -96,11 +115,18 @@ def test_processes_that_do_not_come_are_named_everywhere():
     ("second", "expected"),
     [((1, 3), "distributed.index: expected each index"), ((2, 5), "distributed.processes: exp")],
 )
-def test_processes_that_do_not_fit_end_the_meeting(second, expected):
-    port = free_port()
+def test_processes_that_do_not_fit_end_the_meeting(second, expected, monkeypatch):
+    port, admit, first = free_port(), Hub._admit, threading.Event()
+
+    def admit_and_tell(*arguments):
+        refusal = admit(*arguments)
+        first.set()
+        return refusal
+
+    monkeypatch.setattr(Hub, "_admit", admit_and_tell)
 
     def late():
-        time.sleep(0.3)
+        assert first.wait(WAIT)
         return Spoke("localhost", port, *second, wait=WAIT)
 
     answers = in_turn(
@@ -186,6 +212,26 @@ def test_an_error_that_came_of_another_process_is_told_as_that(ended):
         assert eventually(lambda: hub.failure is not None)
         gloo = ValueError("Gloo: connection closed by peer")
         assert hub.settle(gloo, str(gloo)) == f"process 1: {first}"
+
+
+def test_what_is_raised_in_a_run_is_told(ended, monkeypatch, capsys):
+    with met(2) as (hub, spoke):
+        monkeypatch.setattr(distributed, "_lifeline", spoke)
+        with pytest.raises(RunError, match=r"^ValueError: odd$"), together(), together():
+            raise ValueError("odd\nand long")
+        assert capsys.readouterr().err.count("Traceback") == 1
+        assert eventually(lambda: hub.failure == "process 1: ValueError: odd")
+
+
+@pytest.mark.parametrize("error", [DivergedError("guard: a spike", step=3), KeyboardInterrupt()])
+def test_what_the_command_knows_is_raised_as_it_is(error, ended, monkeypatch):
+    with met(2) as (hub, spoke):
+        monkeypatch.setattr(distributed, "_lifeline", hub)
+        with pytest.raises(type(error)) as raised, together():
+            raise error
+        assert raised.value is error
+        said = "guard: a spike" if str(error) else "interrupted"
+        assert eventually(lambda: spoke.failure == f"process 0: {said}")
 
 
 def test_a_relay_stays_open_when_the_service_goes():
