@@ -13,7 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from train.config import TrainConfig, to_dict
 from train.digest import digests
-from train.distributed import is_first
+from train.distributed import from_all, is_first
 from train.errors import RunError
 from train.keeping import Best, StepNames, complete_steps
 from train.optimizer import Params
@@ -191,6 +191,7 @@ class Checkpoints:
                 f"resume: expected an intact checkpoint of step {step} in {self._directory}, got "
                 f"damaged files ({damage}); {self._way_out(step, like, corpus, begin)}"
             ) from None
+        from_all(None)  # nothing is moved before every process has read its part
         self._set_aside([later for later in steps if later > step])
         return restored
 

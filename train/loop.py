@@ -14,7 +14,7 @@ from mdn_jax.new_file import write_text
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import TrainConfig, to_dict
 from train.data.batches import Batches
-from train.distributed import Agreement, is_first
+from train.distributed import Agreement, check_configuration, is_first, together
 from train.errors import DivergedError, RunError
 from train.guard import raise_refused
 from train.interrupt import Interrupt
@@ -85,11 +85,13 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
 def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     _check_directory(config)
     config = _with_saved_schedule(config).resolved()
+    check_configuration(config)
     directory = config.directory
     print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
     trainer = Trainer(config, devices=devices)
+    trainer.check_alike()
     print(trainer.describe(), flush=True)
-    with Checkpoints(config) as checkpoints:
+    with Checkpoints(config) as checkpoints, together():
         if not config.resume:
             state, position = trainer.initial_state(), None
         else:

@@ -14,7 +14,7 @@ from configs import CONFIGS, describe
 from mdn_jax.models import AttentionConfig
 from train.cli.common import run
 from train.config import TrainConfig
-from train.distributed import only_first_prints, start
+from train.distributed import leave, only_first_prints, several
 from train.interrupt import CommandSignals
 from train.loop import Result, train
 from train.run_directory import METRICS_FILE, PLOT_FILE, SAMPLE_FILE
@@ -35,12 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(sys.argv[1:] if arguments is None else arguments)
     # on a GPU; the default leaves a quarter unused; read when jax first asks for devices
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    return run(PROGRAM, partial(_train, config))
+    done = False
+
+    def command() -> int:
+        nonlocal done
+        status = _train(config)
+        done = True
+        return status
+
+    status = run(PROGRAM, command)
+    return status if done else leave(status)
 
 
 def _train(config: TrainConfig) -> int:
-    start(config.distributed)
-    with only_first_prints():
+    with several(config.distributed), only_first_prints():
         result = train(config)
         _report(config, result)
     return 0 if result.signal is None else 128 + result.signal

@@ -8,8 +8,10 @@ import jax
 from train.config import TrainConfig
 from train.data.batches import load_data
 from train.data.packing import Batch, unigram_entropy
+from train.distributed import check_alike
 from train.evaluate import make_evaluate
 from train.program import Program
+from train.saved_model import DIRECTORY, complete_steps
 from train.sharding import from_global, from_local, on_mesh, process_share
 from train.stability import make_stability
 
@@ -37,6 +39,23 @@ class Trainer(Program):
         self.train_step = on_mesh(self.mesh, self.step)
         self.evaluate = on_mesh(self.mesh, evaluate)
         self.stability = on_mesh(self.mesh, make_stability(self.model))
+
+    def check_alike(self) -> None:
+        """Raises, in every process, unless all have the same documents and checkpoints.
+
+        Raises:
+          RunError: names what differs, and in which process.
+        """
+        data = self.config.data
+        documents = "data.files" if data.dataset is None else "data.dataset"
+        check_alike(
+            "documents, tokenizer and checkpoints",
+            {
+                documents: f"digest {self.data.fingerprint[:12]}",
+                "data.tokenizer": f"digest {self.data.tokenizer.fingerprint[:12]}",
+                "output_dir": f"steps {complete_steps(self.config.directory / DIRECTORY)}",
+            },
+        )
 
     def place(self, batch: Batch) -> Batch:
         """A batch on the devices, from each process's rows."""

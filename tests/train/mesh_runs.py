@@ -25,7 +25,7 @@ from mdn_jax import MDNConfig
 from tests.train.helpers import TINY_MODEL, random_batch, tiny_config
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.distributed import start
+from train.distributed import several
 from train.sections import DistributedConfig, MeshConfig
 from train.sharding import from_local
 from train.trainer import Trainer
@@ -114,9 +114,9 @@ def on_meshes(corpus: Path, output: Path) -> dict:
 
 def in_processes(corpus: Path, output: Path, port: str, index: str) -> dict:
     address = f"localhost:{port}"
-    start(DistributedConfig(coordinator=address, processes=2, index=int(index)))
-    trainer, losses, refused = half_and_half(on_mesh("2x1x1", corpus, output / "processes"))
-    moved = second_half(trainer, on_mesh("8x1x1", corpus, output / "8x1x1"))
+    with several(DistributedConfig(coordinator=address, processes=2, index=int(index))):
+        trainer, losses, refused = half_and_half(on_mesh("2x1x1", corpus, output / "processes"))
+        moved = second_half(trainer, on_mesh("8x1x1", corpus, output / "8x1x1"))
     return {"losses": losses, "moved": moved, "refused": refused}
 
 
