@@ -48,7 +48,8 @@ def documents_alone(subject: Subject, dtype: str) -> Problems:
     whole, head = next(_cuts(subject.lengths))
     case = subject.plain_case(dtype, whole)
     inputs = case.inputs()
-    inputs["segment_ids"] = jnp.asarray(np.arange(whole)[None].repeat(2, 0) >= head, jnp.int32)
+    late = np.arange(whole)[None].repeat(case.rows, 0) >= head
+    inputs["segment_ids"] = jnp.asarray(late, jnp.int32)
     d_o, d_state = random_cotangents(inputs)
     expected = subject.run(inputs, (d_o, d_state))
     first = steps(inputs, 0, head) | {"initial_state": inputs["initial_state"]}

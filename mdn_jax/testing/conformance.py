@@ -27,7 +27,7 @@ from typing import Any
 import jax
 
 from mdn_jax.testing import calls, isolation, numbers
-from mdn_jax.testing.subject import Problems, Rule, Subject
+from mdn_jax.testing.subject import Problems, Rule, Subject, WrongTypeError
 
 Property = Callable[[Subject, str], Problems]
 
@@ -65,19 +65,19 @@ class Check:
     """One property of one implementation in one dtype. Its name is its `str`.
 
     Attributes:
-      property: what must hold.
+      function: yields what is wrong.
       subject: the implementation.
       dtype: of q, k and v.
     """
 
-    property: Property
+    function: Property
     subject: Subject
     dtype: str
 
     @property
     def name(self) -> str:
         """Of the property."""
-        return self.property.__name__
+        return self.function.__name__
 
     def __str__(self) -> str:
         return f"{self.dtype}-{self.name}"
@@ -86,13 +86,16 @@ class Check:
         """Everything that is wrong, a sentence each; empty where nothing is."""
         wide = jax.enable_x64(True) if self.dtype == "float64" else nullcontext()
         with wide:
-            return list(self.property(self.subject, self.dtype))
+            try:
+                return list(self.function(self.subject, self.dtype))
+            except WrongTypeError as error:
+                return [str(error)]
 
     def __call__(self) -> None:
         """Raises AssertionError with everything that is wrong."""
         problems = self.problems()
         if problems:
-            raise AssertionError(f"{self}: {self.property.__doc__}\n  " + "\n  ".join(problems))
+            raise AssertionError(f"{self}: {self.function.__doc__}\n  " + "\n  ".join(problems))
 
 
 def conformance_checks(rule: Rule, **options: Any) -> list[Check]:

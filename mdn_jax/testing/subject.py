@@ -63,6 +63,10 @@ def named_results(outputs: tuple[Any, MDNState], gradients: Mapping[str, Any]) -
     return {name: np.asarray(x) for name, x in results.items()}
 
 
+class WrongTypeError(TypeError):
+    """An output has another dtype or shape than it should."""
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """An implementation under test, and what may be asked of it.
@@ -124,10 +128,9 @@ class Subject:
         return self.case(
             dtype,
             explicit_p=False,
-            regime=("layer", "wide"),
+            regime=("layer", "wide", "ballistic", "momentum_one"),
             length=length,
             documents=min(3, length),
-            rows=2,
         )
 
     def run(self, inputs: Inputs, cotangents: Cotangents, **options: Any) -> Results:
@@ -137,7 +140,12 @@ class Subject:
             rule = self.rule
 
             def with_options(**arrays: Any) -> tuple[Array, MDNState]:
-                return rule(**arrays, **options)
+                outputs = rule(**arrays, **options)
+                for problem in wrong_types(
+                    {"o": outputs[0], "s": outputs[1][0], "m": outputs[1][1]}, arrays
+                ):
+                    raise WrongTypeError(problem)  # it could not be differentiated
+                return outputs
 
             both = outputs_and_gradients(with_options, gradients=self.gradients)
             self._compiled[key] = jax.jit(both)
@@ -214,7 +222,7 @@ def described(case: Case, row: int) -> str:
     return f"{regimes[row % len(regimes)]} gates, {kinds[row % len(kinds)]} keys"
 
 
-def wrong_types(actual: Results, inputs: Inputs) -> Problems:
+def wrong_types(actual: Mapping[str, Any], inputs: Inputs) -> Problems:
     """A sentence for every result of a dtype or shape that it should not have."""
     v, key_dim = inputs["v"], inputs["k"].shape[-1]
     wide = "float64" if v.dtype == "float64" else "float32"

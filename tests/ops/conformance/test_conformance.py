@@ -1,0 +1,47 @@
+"""The conformance suite over every implementation."""
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+
+from tests.ops.conformance.subjects import SUBJECTS
+
+PENDING = {
+    "huge_keys": "the square of a key of 1e20 overflows",
+    "bad_values": "zero times nan crosses documents",
+    "bad_cotangents": "zero times nan crosses documents",
+    "under_x64": "index maps of the kernels mix int32 and int64",
+    "small_cotangents": "float16 gradients of gates underflow",
+}
+"""What some implementations do not do yet."""
+QUICK = {("scan", "float64"), ("decode", "float32"), ("decode_triton", "float32")}
+
+
+def every_check():
+    for subject, checks in SUBJECTS.items():
+        for check in checks:
+            marks = []
+            if (subject, check.dtype) not in QUICK or check.name in ("any_length", "pieces"):
+                marks.append(pytest.mark.slow)
+            if check.name in PENDING:
+                marks.append(pytest.mark.xfail(strict=False, reason=PENDING[check.name]))
+            yield pytest.param(check, id=f"{subject}-{check}", marks=marks)
+
+
+@pytest.fixture
+def native_triton(request, monkeypatch):
+    """jax-triton, which cannot be imported where there is no GPU, on Triton's interpreter."""
+    if "decode_triton" in request.node.name:
+        from tests.kernels.triton_interpreter import interpreted_triton_call
+
+        jax_triton = ModuleType("jax_triton")
+        jax_triton.__spec__ = ModuleSpec("jax_triton", None)
+        jax_triton.triton_call = interpreted_triton_call
+        monkeypatch.setitem(sys.modules, "jax_triton", jax_triton)
+
+
+@pytest.mark.parametrize("check", list(every_check()))
+def test_conforms(check, native_triton):
+    check()
