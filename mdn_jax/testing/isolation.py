@@ -22,8 +22,8 @@ from mdn_jax.testing.subject import (
 def no_leak(subject: Subject, dtype: str) -> Problems:
     """A document is the same whatever stands in the others, and gives them no gradient.
 
-    Other keys, values and entering states change none of its bits, other gates no more than sums of
-    log gates are rounded.
+    Other keys, values and entering states change none of its bits. Other gates may change how sums
+    of log gates are rounded, and other sizes how 16-bit intermediates are.
     """
     case = subject.case(dtype)
     inputs, late = _two_documents(subject, case)
@@ -36,14 +36,16 @@ def no_leak(subject: Subject, dtype: str) -> Problems:
             names += ["s", "m"]
             other["initial_state"] = jax.tree.map(lambda x: 100 * x, inputs["initial_state"])
         kept = {name: _where(expected[name], name, own) for name in names}
-        actual = subject.run(other, cotangents)
-        seen = {name: _where(actual[name], name, own) for name in names}
-        yield from (f"{side} document is seen: {x}" for x in other_bits(kept, seen))
-        actual = subject.run(_changed(other, GATES, own, 0.5), cotangents)
-        seen = {name: _where(actual[name], name, own) for name in names}
         same = dict.fromkeys(names, subject.limits[dtype].same)
-        problems = differences(seen, kept, same, case)
-        yield from (f"{side} document's gates are seen: {x}" for x in problems)
+        for what, call in (
+            ("document is seen", other),
+            ("document's gates are seen", _changed(other, GATES, own, 0.5)),
+        ):
+            actual = subject.run(call, cotangents)
+            seen = {name: _where(actual[name], name, own) for name in names}
+            exact = call is other and dtype in ("float32", "float64")
+            problems = other_bits(kept, seen) if exact else differences(seen, kept, same, case)
+            yield from (f"{side} {what}: {x}" for x in problems)
         if subject.gradients:
             yield from _gradient_leaks(subject, inputs, cotangents, own, side)
 

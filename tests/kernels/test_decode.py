@@ -17,7 +17,7 @@ import pallas_kernels.momentum_delta
 from mdn_jax import momentum_delta_rule
 from mdn_jax.ops import api
 from mdn_jax.testing import random_inputs, relative_errors
-from pallas_kernels.momentum_delta import call
+from pallas_kernels.momentum_delta import MAX_STEPS, call
 from pallas_kernels.tiling import DecodeTiles
 
 pytest.importorskip("triton", reason="the development version is for x86-64 Linux")
@@ -45,6 +45,10 @@ def assert_matches_scan(decode, inputs, tolerance=1e-6, **options):
     expected = momentum_delta_rule(**inputs, implementation="scan", **options)
     errors = relative_errors(decode(**inputs, **options), expected)
     assert max(errors.values()) <= tolerance, errors
+
+
+def test_as_many_steps_as_it_takes(decode):
+    assert_matches_scan(decode, small_inputs(seed=16, length=MAX_STEPS))
 
 
 @pytest.mark.parametrize("block_v", [16, 32])

@@ -29,7 +29,8 @@ DECODE = {
     "bfloat16": Limits(4e-3, 0, states=1e-6, same=4e-3),
     "float16": Limits(4e-3, 0, states=1e-6, same=4e-3),
 }
-STEPS = {"chunk": 1, "lengths": (1, 2, 8, 16), "gradients": False, "limits": DECODE}
+# few: the interpreters run one program after another
+STEPS = {"chunk": 1, "lengths": (1, 2, 4), "gradients": False, "limits": DECODE}
 
 
 def scan_and_xla():
