@@ -65,7 +65,7 @@ def gates_of_zero(subject: Subject, dtype: str) -> Problems:
     case = subject.case(dtype, regime="layer")
     inputs = case.inputs()
     inputs["segment_ids"] = jnp.zeros_like(inputs["segment_ids"])
-    step = np.arange(case.length)[:, None] % 3 == 0
+    step = np.arange(case.length)[:, None] % 9 == 0
     for name, rows in (("log_alpha", (0, 2, 3)), ("log_mu", (1, 2, 3))):
         gate = np.array(inputs[name])
         for row in rows:

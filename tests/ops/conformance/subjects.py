@@ -47,7 +47,6 @@ def scan_and_xla():
         conformance_checks(
             partial(momentum_delta_rule, implementation="xla"),
             dtypes=("float64", "float32", "bfloat16", "float16"),
-            lengths=(1, 15, 63, 64, 65, 130, 200),
             limits=WIDE | NARROW,
         ),
     )
@@ -72,10 +71,13 @@ def interpreted():
     names = ("every_regime", "packed_and_grouped")
     checks = conformance_checks(partial(chunks, precise=True), dtypes=("bfloat16",), limits=precise)
     yield "kernels_precise", [x for x in checks if x.name in names]
-    for name, native in (("decode", False), ("decode_triton", True)):
-        if not native or importlib.util.find_spec("triton") is not None:
-            rule = partial(kernel_rule, interpret=True, native=native)
-            yield name, conformance_checks(rule, dtypes=dtypes, **STEPS)
+    yield "decode", conformance_checks(partial(kernel_rule, interpret=True), dtypes=dtypes, **STEPS)
+    if importlib.util.find_spec("triton") is not None:
+        # Triton's interpreter takes a second where Pallas' takes a hundredth
+        checks = conformance_checks(partial(kernel_rule, native=True), dtypes=dtypes, **STEPS)
+        names = (*names, "idle_steps")
+        chosen = [x for x in checks if x.dtype == "float32" or x.name in names]
+        yield "decode_triton", chosen
 
 
 def compiled():

@@ -42,6 +42,7 @@ def native_triton(request, monkeypatch):
         monkeypatch.setitem(sys.modules, "jax_triton", jax_triton)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of nan that is given on purpose
 @pytest.mark.parametrize("check", list(every_check()))
 def test_conforms(check, native_triton):
     check()
