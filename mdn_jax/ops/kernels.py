@@ -4,7 +4,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.ops.inputs import document_starts
 from mdn_jax.ops.state import MDNState
-from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
+from pallas_kernels import momentum_delta
+from pallas_kernels.momentum_delta import Memory, Tokens
 from pallas_kernels.tiling import Tiles
 
 
@@ -55,7 +56,7 @@ def kernel_rule(
     starts: Bool[Array, "B T"] | None = None
     if segment_ids is not None:
         starts = document_starts(segment_ids, (v.shape[0], v.shape[1]))
-    o, memory = momentum_delta(
+    o, memory = momentum_delta.momentum_delta(
         Tokens(q, k, v, p, log_alpha, log_mu, beta, eta),
         None if initial_state is None else Memory(*initial_state),
         starts=starts,
