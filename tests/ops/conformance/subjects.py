@@ -23,12 +23,13 @@ KERNELS = {
     "bfloat16": Limits(5e-3, 1e-2, same=1e-2),
     "float16": Limits(5e-3, 1e-2, same=1e-2),
 }
-# Triton's interpreter cuts float32 to bfloat16 where GPUs round
 DECODE = {
     "float32": Limits(1e-6, 0, same=1e-6),
-    "bfloat16": Limits(5e-3, 0, states=1e-6, same=4e-3),
+    "bfloat16": Limits(4e-3, 0, states=1e-6, same=4e-3),
     "float16": Limits(4e-3, 0, states=1e-6, same=4e-3),
 }
+# Triton's interpreter cuts float32 to bfloat16 where GPUs round: a number is up to 2^-7 off
+NATIVE = DECODE | {"bfloat16": Limits(5e-3, 0, states=1e-6, same=5e-3)}
 # few: the interpreters run one program after another
 STEPS = {"chunk": 1, "lengths": (1, 2, 4), "gradients": False, "limits": DECODE}
 
@@ -65,7 +66,16 @@ def interpreted():
     """The kernels in the interpreter, with tiles of several blocks."""
     chunks = partial(kernel_rule, interpret=True, tiles=SMALL)
     dtypes = ("float32", "bfloat16", "float16")
-    yield "kernels", conformance_checks(chunks, dtypes=dtypes, limits=KERNELS)
+    # these two compile functions of their own, so that another subject costs nothing
+    unpacked = ("every_regime", "no_state_and_odd_dims")
+    packed = conformance_checks(chunks, dtypes=dtypes, limits=KERNELS)
+    alone = conformance_checks(
+        chunks, dtypes=dtypes, limits=KERNELS | {"float32": Limits(2e-5, 2e-5)}
+    )
+    yield (
+        "kernels",
+        [*(x for x in alone if x.name in unpacked), *(x for x in packed if x.name not in unpacked)],
+    )
     # 16 bits between the kernels would be off by 1e-2 where gradients of gates nearly cancel
     precise = {"bfloat16": Limits(2.5e-3, 5e-3, states=2e-4, gates=2e-4)}
     names = ("every_regime", "packed_and_grouped")
@@ -74,7 +84,8 @@ def interpreted():
     yield "decode", conformance_checks(partial(kernel_rule, interpret=True), dtypes=dtypes, **STEPS)
     if importlib.util.find_spec("triton") is not None:
         # Triton's interpreter takes a second where Pallas' takes a hundredth
-        checks = conformance_checks(partial(kernel_rule, native=True), dtypes=dtypes, **STEPS)
+        rule = partial(kernel_rule, native=True)
+        checks = conformance_checks(rule, dtypes=dtypes, **(STEPS | {"limits": NATIVE}))
         names = (*names, "idle_steps")
         chosen = [x for x in checks if x.dtype == "float32" or x.name in names]
         yield "decode_triton", chosen
