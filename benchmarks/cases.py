@@ -7,9 +7,9 @@ from itertools import product
 
 import jax.numpy as jnp
 
-from benchmarks.reference import Inputs
+from mdn_jax import testing
 from mdn_jax.ops.api import Implementation
-from mdn_jax.testing import GATE_REGIMES, random_inputs
+from mdn_jax.testing import GATE_REGIMES
 from pallas_kernels.tiling import KEY_DIMS, Tiles, choose_tiles, unsupported
 
 VALUE_DIMS = (16, 32, 64, 128, 256, 384, 512)
@@ -20,85 +20,28 @@ MANY_HEADS = 67
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call of the operator.
+class Case(testing.Case):
+    """One call of the operator, and on what.
 
     Attributes:
-      key_dim: K.
-      value_dim: V.
-      dtype: of q, k, v.
-      explicit_p: with an erase key of its own.
-      regime: gates, one of `GATE_REGIMES`.
-      length: T.
-      heads: H.
-      groups: value heads a key head.
-      documents: packed documents a row.
-      keys: "random", "parallel" or "zero".
-      initial_state: with a random entering state.
-      rows: of the batch, B.
-      backward: whether gradients are asked for.
       implementation: of the operator.
       precise: under `jax.default_matmul_precision("highest")`.
     """
 
-    key_dim: int
-    value_dim: int
-    dtype: str
-    explicit_p: bool = False
-    regime: str = "layer"
-    length: int = 130
-    heads: int = 1
-    groups: int = 1
-    documents: int = 1
-    keys: str = "random"
-    initial_state: bool = True
-    rows: int = 1
-    backward: bool = True
     implementation: Implementation = "pallas_triton"
     precise: bool = False
 
     @property
     def name(self) -> str:
         """Everything that is not the default, readable."""
-        parts = [f"K{self.key_dim}", f"V{self.value_dim}", self.dtype]
-        parts += ["p"] * self.explicit_p + [self.regime, f"T{self.length}"]
-        parts += [f"H{self.heads}"] * (self.heads > 1)
-        parts += [f"groups{self.groups}"] * (self.groups > 1)
-        parts += [f"documents{self.documents}"] * (self.documents > 1)
-        parts += [f"{self.keys}-keys"] * (self.keys != "random")
-        parts += ["no-state"] * (not self.initial_state)
-        parts += [f"B{self.rows}"] * (self.rows > 1)
-        parts += ["forward"] * (not self.backward)
+        parts = [super().name]
         parts += [self.implementation] * (self.implementation != "pallas_triton")
         parts += ["precise"] * self.precise
         return "_".join(parts)
 
-    @property
-    def value_heads(self) -> int:
-        """Of all rows, `B * HV`."""
-        return self.rows * self.heads * self.groups
-
     def with_heads(self, heads: int) -> "Case":
         """With rows enough for `heads` value heads."""
         return replace(self, rows=-(-heads // (self.heads * self.groups)))
-
-    def inputs(self, seed: int = 0) -> Inputs:
-        """Arguments of `momentum_delta_rule`."""
-        return random_inputs(
-            seed=seed,
-            batch=self.rows,
-            length=self.length,
-            heads=self.heads,
-            value_heads=self.heads * self.groups,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            regime=self.regime,
-            keys=self.keys,
-            dtype=self.dtype,
-            explicit_p=self.explicit_p,
-            initial_state=self.initial_state,
-            documents=self.documents,
-        )
 
 
 CHOSEN = (

@@ -20,14 +20,9 @@ from jaxtyping import Array
 
 from benchmarks.cases import Case, shipped_cases
 from benchmarks.reference import (
-    LIMITS,
-    Inputs,
     Results,
-    Rule,
     Worst,
-    cotangents,
     half_a_unit_off,
-    outputs_and_gradients,
     scan_outputs,
     scan_outputs_and_gradients,
     widen,
@@ -38,9 +33,18 @@ from benchmarks.timing import Compiled, compile_for
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api
 from mdn_jax.ops.api import Implementation
-from mdn_jax.ops.inputs import document_starts, in_full_precision
-from mdn_jax.testing import relative_errors
-from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
+from mdn_jax.ops.inputs import in_full_precision
+from mdn_jax.ops.kernels import kernel_rule
+from mdn_jax.testing import (
+    LIMITS,
+    Check,
+    Inputs,
+    Rule,
+    conformance_checks,
+    outputs_and_gradients,
+    random_cotangents,
+    relative_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class CheckConfig:
     """In the interpreter, on any device, with the tiles of compute capability 9.0."""
     threads: int = min(12, os.cpu_count() or 1)
     """Cases that compile at once."""
+    properties: bool = False
+    """The conformance suite of `mdn_jax.testing` on the present device in place of the cases."""
     show: bool = False
     """Only names the cases."""
     output: Path | None = None
@@ -136,6 +142,9 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
     capability = (9, 0) if config.interpret else api._capability()
     if capability is None:
         raise SystemExit("the kernels expect a CUDA GPU; --interpret runs them anywhere, slowly")
+    if config.properties:
+        _check_properties(config)
+        return
     cases = [x for x in shipped_cases(capability) if re.search(config.only, x.name)]
     if config.rows is not None:
         cases = [replace(x, rows=config.rows) for x in cases]
@@ -192,6 +201,51 @@ def check(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         raise SystemExit(f"{len(cases) - right - len(left)} cases wrong, {len(left)} not run")
 
 
+def suite(rule: Rule, *, native: bool) -> dict[str, Check]:
+    """The checks of the conformance suite for the kernels, by name.
+
+    Args:
+      rule: the operator; also gets the implementation.
+      native: with those of the decode kernel in native Triton.
+    """
+    dtypes = ("float32", "bfloat16", "float16")
+    kernels = partial(rule, implementation="pallas_triton")
+    checks = {f"chunks-{x}": x for x in conformance_checks(kernels, dtypes=dtypes)}
+    for name, implementation in (("decode", "pallas_triton"), ("triton", "triton"))[: 1 + native]:
+        steps = conformance_checks(
+            partial(rule, implementation=implementation),
+            dtypes=dtypes,
+            chunk=1,
+            lengths=(1, 2, 8, 16),
+            gradients=False,
+        )
+        checks |= {f"{name}-{x}": x for x in steps}
+    return checks
+
+
+def _check_properties(config: CheckConfig) -> None:
+    """Runs the conformance suite, a line a check; fails if one fails."""
+    lacking = _why_no_triton(config)
+    rule = interpreted_rule if config.interpret else momentum_delta_rule
+    every = suite(rule, native=not lacking)
+    checks = {name: x for name, x in every.items() if re.search(config.only, name)}
+    if not checks:
+        raise SystemExit(f"only: no check has {config.only!r} in its name")
+    if config.show:
+        print("\n".join(checks))
+        return
+    if lacking:
+        print(f"without those in native Triton: {lacking}")
+    wrong = 0
+    for name, check in checks.items():
+        problems = check.problems()
+        wrong += bool(problems)
+        print("FAIL" if problems else "ok  ", "\n     ".join((name, *problems)), flush=True)
+    print(f"{len(checks) - wrong} of {len(checks)} checks right")
+    if wrong:
+        raise SystemExit(f"{wrong} checks wrong")
+
+
 def run_cases(
     cases: Sequence[Case],
     rule: Rule,
@@ -240,7 +294,7 @@ def run_cases(
 def _arguments(case: Case, draw: int) -> tuple[Inputs, tuple[Array, MDNState]]:
     """Inputs of the operator, and cotangents of its outputs and final states."""
     inputs = case.inputs(seed=draw)
-    return inputs, cotangents(inputs, seed=99 + draw)
+    return inputs, random_cotangents(inputs, seed=99 + draw)
 
 
 def _run(case: Case, draw: int, ready: Ready) -> Outcome:
@@ -287,30 +341,11 @@ def _why_no_triton(config: CheckConfig) -> str | None:
     return None
 
 
-def interpreted_rule(
-    *,
-    implementation: Implementation,
-    initial_state: MDNState | None = None,
-    segment_ids: Array | None = None,
-    **arrays: Any,
-) -> tuple[Array, MDNState]:
+def interpreted_rule(*, implementation: Implementation, **arrays: Any) -> tuple[Array, MDNState]:
     """`momentum_delta_rule` on the kernels in the interpreter, with the tiles that ship."""
     assert implementation == "pallas_triton"
-    x = Tokens(**({"p": None} | arrays))
-    batch, length, _, key_dim = x.q.shape
-    if initial_state is None:
-        shape = (batch, x.v.shape[2], key_dim, x.v.shape[3])
-        initial_state = MDNState.zeros(*shape, jnp.float32)
-    o, memory = momentum_delta(
-        x,
-        Memory(*initial_state),
-        starts=None if segment_ids is None else document_starts(segment_ids, (batch, length)),
-        scale=key_dim**-0.5,
-        normalize=True,
-        precise=in_full_precision() and x.q.dtype == jnp.bfloat16,
-        interpret=True,
-    )
-    return o, MDNState(*memory)
+    precise = in_full_precision() and arrays["q"].dtype == jnp.bfloat16
+    return kernel_rule(**arrays, precise=precise, interpret=True)
 
 
 def _record(outcome: Outcome) -> dict[str, object]:

@@ -17,10 +17,10 @@ from jaxtyping import Array
 from tabulate import tabulate
 
 from benchmarks.costs import PEAKS
-from benchmarks.reference import LIMITS, Inputs, widen
+from benchmarks.reference import widen
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops.api import Implementation
-from mdn_jax.testing import random_inputs, relative_errors
+from mdn_jax.testing import LIMITS, Inputs, random_inputs, relative_errors
 
 COPY = "copy"
 

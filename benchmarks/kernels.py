@@ -14,19 +14,7 @@ from jaxtyping import Array
 
 from benchmarks import neighbours
 from benchmarks.costs import Cost, operator_cost
-from benchmarks.reference import (
-    LIMITS,
-    Inputs,
-    Limits,
-    Results,
-    Rule,
-    cotangents,
-    float32_reference,
-    forward,
-    forward_keeping_states,
-    outputs_and_gradients,
-    worst,
-)
+from benchmarks.reference import Results, float32_reference, forward, forward_keeping_states, worst
 from benchmarks.report import Part, Row, Shape, precision_note, record, shape_text, table
 from benchmarks.timing import (
     call_and_peak,
@@ -37,7 +25,15 @@ from benchmarks.timing import (
 )
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops.api import Implementation
-from mdn_jax.testing import random_inputs
+from mdn_jax.testing import (
+    LIMITS,
+    Inputs,
+    Limits,
+    Rule,
+    outputs_and_gradients,
+    random_cotangents,
+    random_inputs,
+)
 from pallas_kernels.momentum_delta.layout import Sizes
 
 PRESETS: dict[str, tuple[Shape, ...]] = {
@@ -195,7 +191,7 @@ def _run_shape(config: KernelsConfig, shape: Shape) -> tuple[list[Row], list[Ref
         subjects.append(
             Subject(*other, neighbours.reference_rule, arrays, neighbours.LIMITS, momentum=False)
         )
-    cotangent = cotangents(inputs)
+    cotangent = random_cotangents(inputs)
     steps = _steps(config, length)
     checked = _first(cotangent, steps)
     d_o, d_state = checked

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from benchmarks.reference import Inputs, Limits, Rule
 from mdn_jax import MDNState, momentum_delta_rule
+from mdn_jax.testing import Inputs, Limits, Rule
 
 PACKAGE = "jax-linear-attention"
 ARGUMENTS = ("q", "k", "v", "log_alpha", "beta")

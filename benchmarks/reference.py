@@ -1,4 +1,4 @@
-"""The scan in float32 as the reference of every benchmark, and how far from it one may be."""
+"""The scan in float32 as the reference of every benchmark, and how far from it a result is."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,67 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from mdn_jax import MDNState, momentum_delta_rule
-from mdn_jax.testing import relative_error
+from mdn_jax.testing import Inputs, Limits, Rule, outputs_and_gradients, relative_error
 
-Inputs = dict[str, Any]
-Rule = Callable[..., tuple[Array, MDNState]]
 Results = tuple[tuple[Array, MDNState], Inputs]
-
-DIFFERENTIABLE = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta", "p", "initial_state")
-
-
-class Limits(NamedTuple):
-    """Largest relative errors (Frobenius norm) of what counts as right.
-
-    Attributes:
-      outputs: of outputs and final states.
-      gradients: of gradients.
-    """
-
-    outputs: float
-    gradients: float
-
-
-LIMITS = {
-    "float32": Limits(1e-4, 5e-4),
-    "bfloat16": Limits(5e-3, 1e-2),
-    "float16": Limits(5e-3, 1e-2),
-}
-"""By dtype of q, k, v."""
-
-
-def cotangents(inputs: Inputs, seed: int = 99) -> tuple[Array, MDNState]:
-    """Random cotangents of the outputs and the final states."""
-    rng = np.random.default_rng(seed)
-    v, key_dim = inputs["v"], inputs["k"].shape[-1]
-    state = (v.shape[0], v.shape[2], key_dim, v.shape[3])
-
-    def normal(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-
-    final = MDNState(normal(state, jnp.float32), normal(state, jnp.float32))
-    return normal(v.shape, v.dtype), final
-
-
-def outputs_and_gradients(
-    rule: Rule, *, gradients: bool = True
-) -> Callable[[Inputs, tuple[Array, MDNState]], Results]:
-    """A function of inputs and cotangents: the rule's outputs, and gradients by name.
-
-    Args:
-      rule: the operator.
-      gradients: False: it is not differentiated, and there are none.
-    """
-
-    def both(inputs: Inputs, cotangent: tuple[Array, MDNState]) -> Results:
-        if not gradients:
-            return rule(**inputs), {}
-        arrays = {name: inputs[name] for name in DIFFERENTIABLE if name in inputs}
-        fixed = {name: x for name, x in inputs.items() if name not in arrays}
-        outputs, pullback = jax.vjp(lambda x: rule(**x, **fixed), arrays)
-        return outputs, pullback(cotangent)[0]
-
-    return both
 
 
 def forward(rule: Rule) -> Callable[[Inputs], object]:

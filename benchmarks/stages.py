@@ -15,18 +15,11 @@ from jaxtyping import Array
 from tabulate import tabulate
 
 from benchmarks.costs import STAGES, Cost, stage_costs
-from benchmarks.reference import (
-    LIMITS,
-    Inputs,
-    Results,
-    cotangents,
-    scan_outputs_and_gradients,
-    worst,
-)
+from benchmarks.reference import Results, scan_outputs_and_gradients, worst
 from benchmarks.timing import Compiled, Timing, compile_for, how_timed, measure_compiled
 from mdn_jax import MDNState
 from mdn_jax.ops import api
-from mdn_jax.testing import random_inputs
+from mdn_jax.testing import LIMITS, Inputs, random_cotangents, random_inputs
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output
 from pallas_kernels.momentum_delta.gates import gate_gradients
@@ -80,7 +73,7 @@ class Stage(NamedTuple):
 def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
     """Times each kernel by itself; refuses to time kernels that are wrong together."""
     options, inputs = _options(config), _inputs(config)
-    cotangent = cotangents(inputs)
+    cotangent = random_cotangents(inputs)
     x = Tokens(**{name: inputs.get(name) for name in Tokens._fields})
     chain, results = run_stages(x, inputs["initial_state"], cotangent, options)
     errors = worst(results, jax.jit(scan_outputs_and_gradients)(inputs, cotangent))

@@ -3,21 +3,23 @@
 import pytest
 
 from examples import check_your_kernel, documents_and_pieces, own_training_loop
-from mdn_jax.testing import random_inputs, relative_error
+from mdn_jax.testing import conformance_checks, random_inputs, relative_error
 
 
-def test_a_right_kernel_and_a_wrong_one(monkeypatch, capsys):
-    monkeypatch.setattr(check_your_kernel, "GATE_REGIMES", ("layer",))
-    check_your_kernel.main()
-    assert capsys.readouterr().out.startswith("layer ")
-    right = check_your_kernel.mine
+def test_a_right_kernel_and_a_wrong_one(capsys):
+    def wrong(*, log_mu, **inputs):
+        return check_your_kernel.mine(log_mu=log_mu / 2, **inputs)
 
-    def wrong(**inputs):
-        return right(**inputs | {"log_mu": inputs["log_mu"] / 2})
+    def checks(rule):
+        sizes = {"chunk": 2, "key_dim": 4, "value_dim": 4}
+        return [x for x in conformance_checks(rule, **sizes) if x.name == "every_regime"]
 
-    monkeypatch.setattr(check_your_kernel, "mine", wrong)
-    with pytest.raises(SystemExit, match=r"outside 0\.0001: layer"):
-        check_your_kernel.main()
+    assert check_your_kernel.failed(checks(check_your_kernel.mine)) == []
+    assert capsys.readouterr().out == "ok   float32-every_regime\n"
+    assert check_your_kernel.failed(checks(wrong)) == ["float32-every_regime"]
+    out = capsys.readouterr().out
+    assert out.startswith("FAIL float32-every_regime\n")
+    assert "d_log_mu: expected errors of at most" in out
 
 
 @pytest.mark.slow

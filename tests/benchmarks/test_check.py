@@ -13,6 +13,7 @@ import pallas_kernels.momentum_delta.vjp
 from benchmarks import check as command
 from benchmarks.cases import VALUE_DIMS, Case, shipped_cases
 from benchmarks.check import CheckConfig, interpreted_rule, run_cases
+from mdn_jax import momentum_delta_rule
 from mdn_jax.testing import GATE_REGIMES
 from pallas_kernels.tiling import (
     KEY_DIMS,
@@ -214,3 +215,26 @@ def test_a_cpu_is_told_of_the_interpreter(monkeypatch):
     monkeypatch.setattr(command.api, "_capability", lambda: None)
     with pytest.raises(SystemExit, match="a CUDA GPU; --interpret"):
         command.check(CheckConfig())
+
+
+def test_the_suite_is_selected_by_name(capsys):
+    config = CheckConfig(interpret=True, properties=True, only="bfloat16-(no_leak|causal)$")
+    command.check(dataclasses.replace(config, show=True))
+    names = [f"{x}-bfloat16-{y}" for x in ("chunks", "decode") for y in ("no_leak", "causal")]
+    assert capsys.readouterr().out.splitlines() == names
+    with pytest.raises(SystemExit, match="no check has 'nothing'"):
+        command.check(dataclasses.replace(config, only="nothing"))
+
+
+def test_the_suite_runs_and_fails_where_one_check_does(monkeypatch, capsys):
+    def wrong(*, implementation, v, **inputs):
+        return momentum_delta_rule(v=v + v[:, -1:], **inputs, implementation="scan")
+
+    monkeypatch.setattr(command, "interpreted_rule", wrong)
+    config = CheckConfig(interpret=True, properties=True, only="decode-float32-(idle|causal)")
+    with pytest.raises(SystemExit, match="1 checks wrong"):
+        command.check(config)
+    out = capsys.readouterr().out
+    assert "ok   decode-float32-idle_steps\n" in out
+    assert "FAIL decode-float32-causal\n     o: expected the same bits" in out
+    assert "1 of 2 checks right" in out

@@ -7,23 +7,20 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.reference import (
-    LIMITS,
-    Limits,
     Worst,
-    cotangents,
     forward_keeping_states,
     half_a_unit_off,
     scan_outputs_and_gradients,
     worst,
 )
 from mdn_jax import MDNState, momentum_delta_rule
-from mdn_jax.testing import random_inputs, relative_errors
+from mdn_jax.testing import LIMITS, Limits, random_cotangents, random_inputs, relative_errors
 
 INPUTS = random_inputs(seed=0, batch=1, length=20, heads=1, documents=2)
 
 
 def test_the_worst_is_named_and_agrees_with_the_library():
-    right = jax.jit(scan_outputs_and_gradients)(INPUTS, cotangents(INPUTS))
+    right = jax.jit(scan_outputs_and_gradients)(INPUTS, random_cotangents(INPUTS))
     assert worst(right, right)[::2] == (0, 0)
     (o, state), gradients = right
     changed = gradients | {"initial_state": gradients["initial_state"]._replace(m=state.m)}

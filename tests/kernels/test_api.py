@@ -10,8 +10,8 @@ import pytest
 import pallas_kernels.momentum_delta
 from mdn_jax import momentum_delta_rule
 from mdn_jax.ops import api
-from mdn_jax.testing import random_inputs, relative_error, relative_errors
-from tests.ops.helpers import cotangents, outputs_and_gradients
+from mdn_jax.testing import random_cotangents, random_inputs, relative_error, relative_errors
+from tests.ops.helpers import outputs_and_gradients
 
 INPUTS = random_inputs(
     seed=0, batch=1, length=20, heads=1, value_heads=2, key_dim=16, value_dim=16, documents=2
@@ -97,7 +97,7 @@ def test_16_bits_in_full_precision(dtype, capability, hopper, monkeypatch):
     # the helper's jitted function does not know the capability: another shape traces it again
     length = {"bfloat16": 130, "float16": 140}[dtype] + capability[0]
     inputs = random_inputs(seed=1, batch=1, length=length, heads=1, dtype=dtype)
-    cotangent = cotangents(inputs)
+    cotangent = random_cotangents(inputs)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangent))
     _, expected = outputs_and_gradients(*wide, implementation="scan")
 

@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdn_jax.testing import GATE_REGIMES, random_inputs, relative_error, relative_errors
+from mdn_jax.testing import (
+    GATE_REGIMES,
+    random_cotangents,
+    random_inputs,
+    relative_error,
+    relative_errors,
+)
 from pallas_kernels.momentum_delta.units import power_of_two, unit_of
 from tests.kernels.helpers import kernel_outputs_and_gradients
-from tests.ops.helpers import cotangents, outputs_and_gradients
+from tests.ops.helpers import outputs_and_gradients
 
 inputs_of = partial(
     random_inputs, batch=1, heads=1, key_dim=16, value_dim=32, length=130, dtype=jnp.bfloat16
@@ -42,7 +48,7 @@ def test_nothing_has_a_unit_too(bound):
 
 def gradient_errors(inputs):
     """Of the kernels' gradients against the float32 scan's."""
-    cotangent = cotangents(inputs)
+    cotangent = random_cotangents(inputs)
     _, gradients = kernel_outputs_and_gradients(inputs, cotangent)
     _, right = outputs_and_gradients(
         *jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangent)), implementation="scan"
@@ -60,7 +66,7 @@ def test_sizes_of_values_and_cotangents_do_not_matter(exponents):
     """All is linear in them, and powers of two are exact: the same bits, as many doublings off."""
     of_values, of_cotangents = (2.0**x for x in exponents)
     inputs = inputs_of(seed=1)
-    cotangent = cotangents(inputs)
+    cotangent = random_cotangents(inputs)
     outputs, gradients = kernel_outputs_and_gradients(inputs, cotangent)
     large = inputs | times({name: inputs[name] for name in ("v", "initial_state")}, of_values)
     moved = kernel_outputs_and_gradients(large, times(cotangent, of_cotangents))
@@ -79,7 +85,7 @@ def test_blocks_of_values_of_different_sizes(doublings):
     Large values have small cotangents, so that both blocks count in the gradients of q and k.
     """
     inputs = inputs_of(seed=2)
-    o, state = cotangents(inputs)
+    o, state = random_cotangents(inputs)
     by = jnp.where(jnp.arange(32) < 16, 2.0**doublings, 1.0)
     inputs |= times({name: inputs[name] for name in ("v", "initial_state")}, by)
     cotangent = times((o, state), 1 / by)

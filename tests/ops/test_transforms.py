@@ -1,4 +1,4 @@
-"""jit, vmap, grad, checkpoint, shard_map, low precision and memory."""
+"""jit, vmap, grad, checkpoint, shard_map and memory."""
 
 from functools import partial
 
@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.testing import random_inputs, relative_errors
-from tests.ops.helpers import outputs_and_gradients
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["scan", "xla"])
 
@@ -144,25 +143,6 @@ def test_traced_scale_has_a_gradient():
 
     expected, actual = (jax.grad(loss)(0.3, name) for name in ("scan", "xla"))
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
-
-
-@IMPLEMENTATIONS
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 5e-3), ("float16", 1e-3)])
-def test_low_precision(implementation, dtype, tolerance):
-    """16-bit inputs: float32 arithmetic inside, so only inputs and outputs are rounded."""
-    inputs = random_inputs(seed=3, length=70, dtype=dtype, explicit_p=True)
-    wide = {
-        name: x.astype(jnp.float32) if name in ("q", "k", "v", "p") else x
-        for name, x in inputs.items()
-    }
-    (o, state), gradients = outputs_and_gradients(inputs, implementation=implementation)
-    assert o.dtype == dtype
-    assert state.s.dtype == state.m.dtype == jnp.float32
-    assert gradients["q"].dtype == gradients["p"].dtype == dtype
-    assert gradients["log_alpha"].dtype == jnp.float32
-    expected = outputs_and_gradients(wide, implementation="scan")
-    errors = relative_errors(((o, state), gradients), expected)
-    assert max(errors.values()) <= tolerance, errors
 
 
 def test_scan_gradient_at_4096_steps_fits_in_a_few_hundred_mebibytes():

@@ -1,44 +1,16 @@
-"""Error metrics and case generators, for this project's tests and for yours.
-
-inputs = random_inputs(seed=0, length=200, regime="momentum_lost")
-expected, state = momentum_delta_rule(**inputs, implementation="scan")
-assert relative_error(my_kernel(**inputs), expected) < 1e-4
-"""
+"""Random inputs of the rule: every gate regime, hard keys, packed documents, cotangents."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from mdn_jax.ops.state import MDNState
 
 Gates = dict[str, np.ndarray]
-
-
-def relative_error(actual: object, expected: object) -> float:
-    """`|actual - expected| / |expected|` in Frobenius norm, float64; inf where anything is nan."""
-    a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"actual: expected shape {list(b.shape)}, got {list(a.shape)}")
-    scale = float(np.linalg.norm(b))
-    error = float(np.linalg.norm(a - b))
-    if not np.isfinite(error):
-        return float("inf")
-    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
-
-
-def relative_errors(actual: object, expected: object) -> dict[str, float]:
-    """`relative_error` of every leaf of two pytrees of one structure, by path."""
-    flat = jax.tree_util.tree_leaves_with_path(expected)
-    leaves = jax.tree.leaves(actual)
-    if len(leaves) != len(flat):
-        raise ValueError(f"actual: expected {len(flat)} leaves, got {len(leaves)}")
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): relative_error(x, y)
-        for (path, y), x in zip(flat, leaves, strict=True)
-    }
 
 
 def _layer_gates(rng: np.random.Generator, shape: tuple[int, ...]) -> Gates:
@@ -125,8 +97,8 @@ def random_inputs(
     value_heads: int | None = None,
     key_dim: int = 16,
     value_dim: int = 24,
-    regime: str = "layer",
-    keys: str = "random",
+    regime: str | tuple[str, ...] = "layer",
+    keys: str | tuple[str, ...] = "random",
     dtype: jax.typing.DTypeLike = np.float32,
     explicit_p: bool = False,
     initial_state: bool = True,
@@ -142,14 +114,39 @@ def random_inputs(
       value_heads: `HV`; None means `heads`.
       key_dim: `K`.
       value_dim: `V`.
-      regime: gates, one of `GATE_REGIMES`.
+      regime: gates, one of `GATE_REGIMES`; several: row `b` has number `b` of them, round and
+        round, so that one call (and one compilation) has them all.
       keys: "random", "parallel" (all near one direction, the hardest for the inverse) or "zero"
-        (a third of the rows of q and k exactly zero).
+        (a third of the rows of q and k exactly zero); several: as for `regime`.
       dtype: of q, k, v, p; gates and states are float64 if it is, else float32.
       explicit_p: with an erase key independent of k.
       initial_state: with a random entering state.
       documents: number of packed documents a row, at random boundaries.
     """
+    options: dict[str, Any] = {
+        "length": length,
+        "heads": heads,
+        "value_heads": value_heads,
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "dtype": dtype,
+        "explicit_p": explicit_p,
+        "initial_state": initial_state,
+        "documents": documents,
+    }
+    if isinstance(regime, tuple) or isinstance(keys, tuple):
+        regimes, kinds = (x if isinstance(x, tuple) else (x,) for x in (regime, keys))
+        rows = [
+            random_inputs(
+                seed=1000 * seed + row,
+                batch=1,
+                regime=regimes[row % len(regimes)],
+                keys=kinds[row % len(kinds)],
+                **options,
+            )
+            for row in range(batch)
+        ]
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
     rng = np.random.default_rng(seed)
     value_heads = value_heads or heads
     wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
@@ -179,3 +176,19 @@ def random_inputs(
         ids = (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)
         inputs["segment_ids"] = jnp.asarray(ids, jnp.int32)
     return inputs
+
+
+def random_cotangents(
+    inputs: dict[str, Any], seed: int = 99
+) -> tuple[Float[Array, "B T HV V"], MDNState]:
+    """Random cotangents of the outputs and the final state, so that each carries gradient."""
+    rng = np.random.default_rng(seed)
+    v, key_dim = inputs["v"], inputs["k"].shape[-1]
+    state = (v.shape[0], v.shape[2], key_dim, v.shape[3])
+    wide = np.float64 if v.dtype == np.float64 else np.float32
+
+    def normal(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    final = MDNState(normal(state, wide), normal(state, wide))
+    return normal(v.shape, v.dtype), final

@@ -1,0 +1,71 @@
+"""The GPU kernels behind the operator's arguments: the one place that knows both."""
+
+from jaxtyping import Array, Bool, Float, Int
+
+from mdn_jax.ops.inputs import document_starts
+from mdn_jax.ops.state import MDNState
+from pallas_kernels import momentum_delta
+from pallas_kernels.momentum_delta import Memory, Tokens
+from pallas_kernels.tiling import Tiles
+
+
+def kernel_rule(
+    *,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    log_alpha: Float[Array, "B T HV"],
+    log_mu: Float[Array, "B T HV"],
+    beta: Float[Array, "B T HV"],
+    eta: Float[Array, "B T HV"],
+    p: Float[Array, "B T _ K"] | None = None,
+    initial_state: MDNState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    normalize_qk: bool = True,
+    precise: bool = False,
+    tiles: Tiles | None = None,
+    capability: tuple[int, int] = (9, 0),
+    native: bool = False,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T HV V"], MDNState]:
+    """`momentum_delta_rule` on the kernels; its arguments are not checked.
+
+    Args:
+      q: as the arrays below, that of `momentum_delta_rule`; gates and states are float32.
+      k: keys.
+      v: values.
+      log_alpha: log of the decay.
+      log_mu: log of the momentum.
+      beta: step size.
+      eta: write scale.
+      p: erase key; None means `alpha` times the key.
+      initial_state: entering state; None means zeros.
+      segment_ids: document of each step.
+      scale: factor on the output; None means `K ** -0.5`.
+      normalize_qk: l2-normalise `q` and `k`.
+      precise: of bfloat16 inputs: the chunk kernels keep float32 between them.
+      tiles: of the chunk kernels; None: chosen for the shape.
+      capability: compute capability of the device.
+      native: the decode kernel in native Triton.
+      interpret: in Pallas' interpreter, on any device.
+
+    Returns:
+      The outputs in `v`'s dtype, and the final state in float32.
+    """
+    starts: Bool[Array, "B T"] | None = None
+    if segment_ids is not None:
+        starts = document_starts(segment_ids, (v.shape[0], v.shape[1]))
+    o, memory = momentum_delta.momentum_delta(
+        Tokens(q, k, v, p, log_alpha, log_mu, beta, eta),
+        None if initial_state is None else Memory(*initial_state),
+        starts=starts,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        normalize=normalize_qk,
+        precise=precise,
+        tiles=tiles,
+        capability=capability,
+        native=native,
+        interpret=interpret,
+    )
+    return o, MDNState(*memory)
