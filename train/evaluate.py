@@ -58,7 +58,7 @@ class Row(NamedTuple):
     Attributes:
       tokens: inputs, `[T]`.
       targets: next tokens, `[T]`; -100 where none is scored.
-      documents: document of each token, non-decreasing; None: one.
+      documents: document of each token; a change starts one; None: one.
       place: what the row is in an error; None: its number.
     """
 

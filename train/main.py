@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import tyro
 

@@ -72,9 +72,12 @@ def momentum_delta_rule(
       scale: factor on the output; None means `K ** -0.5`.
       initial_state: state before the first step; None means zeros. With `segment_ids` it continues
         the row's first document.
-      segment_ids: document of each step, non-decreasing along `T`. A change resets both states:
-        packed documents never see each other. The returned state is that of the last document.
-      normalize_qk: l2-normalise `q` and `k` inside: `x / sqrt(sum(x^2) + 1e-6)`.
+      segment_ids: document of each step, any integers. A change along `T` starts a document and
+        resets both states: packed documents never see each other. What is not finite stays in its
+        document (but for one that starts within the same chunk: docs/algorithm.md). The returned
+        state is that of the last document.
+      normalize_qk: l2-normalise `q` and `k` inside: `x / sqrt(sum(x^2) + 1e-6)`, of any finite
+        length (on the kernels up to 2e28; longer rows give nan).
       chunk_size: steps in a chunk ("scan": steps between kept states); None: chosen for the
         implementation.
       implementation: "scan" (the definition, slow), "xla" (chunkwise, everywhere),
@@ -220,25 +223,29 @@ def _on_kernels(
     normalize: bool,
     native: bool,
 ) -> tuple[Array, MDNState]:
-    from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
+    from mdn_jax.ops.kernels import kernel_rule  # not imported with the library
 
     dtype = arrays[0].dtype
-    keys = (None if y is None else jnp.asarray(y, _kernel_dtype(dtype)) for y in arrays[:4])
-    x = Tokens(*keys, *arrays[4:])
-    starts = (
-        None if segment_ids is None else document_starts(segment_ids, (x.q.shape[0], x.q.shape[1]))
-    )
-    o, memory = momentum_delta(
-        x,
-        None if state is None else Memory(*state),
-        starts=starts,
+    q, k, v, p, log_alpha, log_mu, beta, eta = arrays
+    q, k, v, p = (None if y is None else jnp.asarray(y, _kernel_dtype(dtype)) for y in (q, k, v, p))
+    o, state = kernel_rule(
+        q=q,
+        k=k,
+        v=v,
+        p=p,
+        log_alpha=log_alpha,
+        log_mu=log_mu,
+        beta=beta,
+        eta=eta,
+        initial_state=state,
+        segment_ids=segment_ids,
         scale=scale,
-        normalize=normalize,
+        normalize_qk=normalize,
         precise=_precise(dtype),
         capability=_capability() or (9, 0),
         native=native,
     )
-    return o.astype(dtype), MDNState(*memory)
+    return o.astype(dtype), state
 
 
 def _check(

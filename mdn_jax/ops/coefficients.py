@@ -88,9 +88,9 @@ def chunk_coefficients(
     same = document[..., :, None] == document[..., None, :]
     first = document == 0  # the document that the entering states belong to
 
-    # A_ti beta_i, A the decay from after step i to before step t;  W_ij: momentum from after step j to step i
-    # (selected, not multiplied by the mask: what is not finite in one document's gradient would
-    # be nan in another's)
+    # A_ti beta_i, with A_ti: decay from after step i to before step t;
+    # W_ij: momentum from after step j to step i. Both are selected, not multiplied by the mask:
+    # what is not finite in one document's gradient would be nan in another's
     decays = jnp.exp(segment_sums(log_alpha, column < row))
     a_beta = jnp.where(same & (column < row), decays * beta[..., None, :], 0)
     w = jnp.where(same & (column <= row), jnp.exp(segment_sums(log_mu, column <= row)), 0)

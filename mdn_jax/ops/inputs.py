@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 L2_EPSILON = 1e-6
-_LONG, _SHORTENING = 2.0**56, 2.0**-80
 _FULL_PRECISION = ("highest", "float32")
 
 
@@ -34,7 +33,9 @@ def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     Of any finite `x`: rows whose squares would overflow are first made shorter, by a power of two.
     """
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    by = jnp.where(largest > _LONG, _SHORTENING, 1).astype(x.dtype)
+    exponents = jnp.finfo(x.dtype).maxexp
+    by = jnp.where(largest > 2.0 ** (exponents * 7 // 16), 2.0 ** -(exponents * 5 // 8), 1)
+    by = by.astype(x.dtype)
     x = x * by
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON * by * by)
 

@@ -246,6 +246,16 @@ def exp(x: jax.Array) -> jax.Array:
     return jnp.exp2(x * LOG2_E)
 
 
+def shorter(normalize: bool, dtype: jnp.dtype) -> float:
+    """By which products of keys and queries of `dtype` are multiplied."""
+    return SHORTER if normalize and dtype != jnp.float16 else 1.0
+
+
+def times(x: jax.Array, by: float) -> jax.Array:
+    """`by x` for a power of two, in x's dtype: the same digits."""
+    return x if by == 1.0 else x * jnp.asarray(by, x.dtype)
+
+
 def squares(x: jax.Array, by: float = 1.0) -> jax.Array:
     """`by sum(x^2)` of the rows of `[n, K]`, float32."""
     wide = x.astype(jnp.float32)

@@ -109,8 +109,8 @@ def mdn_decode(
             p = alpha * k
         # a document that starts sees nothing of the states, nan and inf included (isolation.py)
         seen = tl.sum(s * p[:, None], axis=0)
-        starts = (alpha == 0) & (mu == 0)
-        seen = tl.where(starts & ~(tl.abs(seen) < float("inf")), 0.0, seen)
+        if alpha + mu == 0:
+            seen = tl.where(tl.abs(seen) < float("inf"), seen, 0.0)
         w = seen - tl.load(v_ref + values).to(tl.float32)
         kept = tl.where(mu == 0, 0.0, mu * m)
         m = kept + (tl.load(eta_ref + gate) * k)[:, None] * w[None, :]

@@ -111,9 +111,7 @@ class Cotangents(NamedTuple):
     momentum: jax.Array
 
 
-def _gate_gradients(
-    x, scores, unit, rows, factors, out, *, half_of, blocks, explicit_p, precision
-):
+def _gate_gradients(x, scores, unit, rows, factors, out, *, half_of, blocks, explicit_p, precision):
     # one code for both halves: two would not fit into the instruction cache together
     index = half_of(pl.program_id(0))
     at = pl.ds(index * HALF, HALF)

@@ -11,7 +11,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import coefficient_precision, dot, exact, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.coefficients import (
-    SHORTER,
     Ends,
     Quarters,
     after,
@@ -22,7 +21,9 @@ from pallas_kernels.momentum_delta.coefficients import (
     inverse_norm,
     log_gate,
     lower_quarters,
+    shorter,
     squares,
+    times,
     unit_lower_inverse,
 )
 from pallas_kernels.momentum_delta.layout import (
@@ -99,10 +100,10 @@ def _prepare(x, out, *, options):
 
     first, second = HALVES
     eta = tuple(x.eta[half] for half in HALVES)  # used twice, far apart: no second wait for a load
-    by = SHORTER if options.normalize and x.q.dtype != jnp.float16 else 1.0
+    by = shorter(options.normalize, x.q.dtype)
     q, k = x.q[...], x.k[...]
     p = x.p[...] if explicit_p else k
-    k_t = k.T if by == 1.0 else (k * jnp.asarray(by, k.dtype)).T
+    k_t = times(k, by).T
     ones = halves(jnp.ones((CHUNK,), jnp.float32))
     in_units = options.storage(x.q.dtype) == jnp.float16
     overlaps = lower_quarters(dot(p, k_t, precision))

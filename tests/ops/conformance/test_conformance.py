@@ -1,6 +1,5 @@
 """The conformance suite over every implementation."""
 
-import re
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -9,13 +8,6 @@ import pytest
 
 from tests.ops.conformance.subjects import SUBJECTS
 
-PENDING = {
-    r"huge_keys$": "the square of a key of 1e20 overflows",
-    r"^(?!scan).*bad_(values|cotangents)$": "zero times nan crosses documents",
-    r"^(kernels|decode).*under_x64$": "index maps of the kernels mix int32 and int64",
-    r"^kernels-float16-small_cotangents$": "float16 gradients of gates underflow",
-}
-"""What some implementations do not do yet: patterns of names, and why."""
 QUICK = {("scan", "float64"), ("decode", "float32"), ("decode_triton", "float32")}
 
 
@@ -25,10 +17,7 @@ def every_check():
             marks = []
             if (subject, check.dtype) not in QUICK or check.name in ("any_length", "pieces"):
                 marks.append(pytest.mark.slow)
-            name = f"{subject}-{check}"
-            reasons = [reason for pattern, reason in PENDING.items() if re.search(pattern, name)]
-            marks += [pytest.mark.xfail(strict=False, reason=x) for x in reasons]
-            yield pytest.param(check, id=name, marks=marks)
+            yield pytest.param(check, id=f"{subject}-{check}", marks=marks)
 
 
 @pytest.fixture
