@@ -77,7 +77,7 @@ def momentum_delta_rule(
         document (but for one that starts within the same chunk: docs/algorithm.md). The returned
         state is that of the last document.
       normalize_qk: l2-normalise `q` and `k` inside: `x / sqrt(sum(x^2) + 1e-6)`, of any finite
-        length (on the kernels up to 2e28; longer rows give nan).
+        length (on the chunk kernels up to 1e19, with gradients up to 1e17; longer rows give nan).
       chunk_size: steps in a chunk ("scan": steps between kept states); None: chosen for the
         implementation.
       implementation: "scan" (the definition, slow), "xla" (chunkwise, everywhere),
@@ -226,8 +226,12 @@ def _on_kernels(
     from mdn_jax.ops.kernels import kernel_rule  # not imported with the library
 
     dtype = arrays[0].dtype
-    q, k, v, p, log_alpha, log_mu, beta, eta = arrays
-    q, k, v, p = (None if y is None else jnp.asarray(y, _kernel_dtype(dtype)) for y in (q, k, v, p))
+
+    def converted(y: Any) -> Any:
+        return None if y is None else jnp.asarray(y, _kernel_dtype(dtype))
+
+    q, k, v, p = map(converted, arrays[:4])
+    log_alpha, log_mu, beta, eta = arrays[4:]
     o, state = kernel_rule(
         q=q,
         k=k,

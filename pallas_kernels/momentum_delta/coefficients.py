@@ -25,9 +25,6 @@ LOG_ZERO = -110.0
 """Log of a gate of zero."""
 LOG2_E = math.log2(math.e)
 _FLOAT16_MAX = 65_504.0
-SHORTER = 2.0**-60
-"""By which products of keys and queries that are to be normalised are multiplied: with lengths of
-up to 2^94, 2e28, they fit into float32 then. (float16 itself ends before.)"""
 
 
 class Sight(NamedTuple):
@@ -246,20 +243,10 @@ def exp(x: jax.Array) -> jax.Array:
     return jnp.exp2(x * LOG2_E)
 
 
-def shorter(normalize: bool, dtype: jnp.dtype) -> float:
-    """By which products of keys and queries of `dtype` are multiplied."""
-    return SHORTER if normalize and dtype != jnp.float16 else 1.0
-
-
-def times(x: jax.Array, by: float) -> jax.Array:
-    """`by x` for a power of two, in x's dtype: the same digits."""
-    return x if by == 1.0 else x * jnp.asarray(by, x.dtype)
-
-
-def squares(x: jax.Array, by: float = 1.0) -> jax.Array:
-    """`by sum(x^2)` of the rows of `[n, K]`, float32."""
+def squares(x: jax.Array) -> jax.Array:
+    """`sum(x^2)` of the rows of `[n, K]`, float32."""
     wide = x.astype(jnp.float32)
-    return jnp.sum(wide * (wide if by == 1.0 else by * wide), axis=1)
+    return jnp.sum(wide * wide, axis=1)
 
 
 def diagonal(matrix: jax.Array) -> jax.Array:
@@ -268,6 +255,6 @@ def diagonal(matrix: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(row == column, matrix, 0.0), axis=1)
 
 
-def inverse_norm(square: jax.Array, by: float) -> jax.Array:
-    """`1 / sqrt(by (sum(x^2) + 1e-6))`, from `by sum(x^2)`; nan where that is inf."""
-    return lax.rsqrt(square + 0.0 * square + 1e-6 * by)
+def inverse_norm(square: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """`1 / sqrt(sum(x^2) + epsilon)`; nan, not zero, where the sum is too large for float32."""
+    return lax.rsqrt(square + 0.0 * square + epsilon)

@@ -15,13 +15,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import kernel_call
-from pallas_kernels.momentum_delta.coefficients import SHORTER, inverse_norm
+from pallas_kernels.momentum_delta.coefficients import inverse_norm
 from pallas_kernels.momentum_delta.isolation import clean, times
 from pallas_kernels.momentum_delta.layout import Leaf, Memory, Tokens
 from pallas_kernels.tiling import DecodeTiles
 
 MAX_STEPS = 16
 """Most steps in one call."""
+SHORTER = 2.0**-30
+"""By which q and k are multiplied before they are squared: elements of up to 2^86 fit into float32
+then, and what epsilon does not hide stays."""
 
 
 class Decoded(NamedTuple):
@@ -104,7 +107,8 @@ def _decode(x, memory, out, *, options):
         y = y.astype(jnp.float32)
         if not options.normalize:
             return y
-        return y * (SHORTER**0.5 * inverse_norm(jnp.sum(y * (SHORTER * y)), SHORTER))
+        short = SHORTER * y
+        return short * inverse_norm(jnp.sum(short * short), SHORTER**2 * 1e-6)
 
     def step(t: jax.Array | int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         s, m = carry

@@ -6,8 +6,7 @@ The same steps as decode.py. It is there for the day when jax drops its Triton b
 import triton
 import triton.language as tl
 
-from pallas_kernels.momentum_delta.coefficients import SHORTER
-from pallas_kernels.momentum_delta.decode import Decoded, DecodeOptions
+from pallas_kernels.momentum_delta.decode import SHORTER, Decoded, DecodeOptions
 from pallas_kernels.momentum_delta.layout import Memory, Tokens
 
 
@@ -44,15 +43,16 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
     return Decoded(o, Memory(s, m))
 
 
-_SHORTER, _ROOT = tl.constexpr(SHORTER), tl.constexpr(SHORTER**0.5)
+_SHORTER = tl.constexpr(SHORTER)
 
 
 @triton.jit
 def _normalized(y, normalize: tl.constexpr):
     y = y.to(tl.float32)
     if normalize:
-        square = tl.sum(y * (_SHORTER * y), axis=0)
-        y *= _ROOT * tl.rsqrt(square + 0.0 * square + 1e-6 * _SHORTER)
+        y *= _SHORTER
+        square = tl.sum(y * y, axis=0)
+        y *= tl.rsqrt(square + 0.0 * square + 1e-6 * _SHORTER * _SHORTER)
     return y
 
 

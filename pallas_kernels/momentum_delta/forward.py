@@ -1,6 +1,7 @@
 """Forward kernels with states: advance walks the chunks, output takes one chunk each."""
 
 import operator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta import layout
 from pallas_kernels.momentum_delta.fragments import Fragments, join, split
-from pallas_kernels.momentum_delta.isolation import clean, keeps_nothing, unless
+from pallas_kernels.momentum_delta.isolation import clean, keeps_nothing
 from pallas_kernels.momentum_delta.isolation import times as times_exactly
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
@@ -140,7 +141,7 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             return (factors if by is None else factors * by)[:, None]
 
         starts = keeps_nothing(keep_ss, keep_ns, keep_nn) if carefully else None
-        times = times_exactly if carefully else operator.mul
+        times: Callable[[Any, Any], Any] = times_exactly if carefully else operator.mul
         by_s = by_n = to_s = to_n = mixing_unit = None
         if units is not None:
             by_s, by_n = (unit.size for unit in units)
@@ -181,25 +182,27 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         written = join(factor(layout.WRITE_S, to_s) * error, factor(layout.WRITE_N, to_n) * error)
         return kept + dot(k.T, written.astype(dtype), precision), leaving
 
-    if memory is None:
-        s = n = jnp.zeros((key_dim, block), jnp.float32)
-    else:
-        s, n = values.load(memory.s, key_dim), -values.load(memory.m, key_dim)
-        if from_zeros:  # what is there is of the first halves of walks
-            s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
-    s, n, bounds = enter(s, n, dtype)
-    entering = join(s, n), bounds
-    both, bounds = lax.fori_loop(first, end, step, entering)
-    # what is not finite stays so until the end, by then in documents of others as well: again, with
+    def walk(*, carefully: bool) -> tuple[jax.Array, Bounds | None]:
+        if memory is None:
+            s = n = jnp.zeros((key_dim, block), jnp.float32)
+        else:
+            s, n = values.load(memory.s, key_dim), -values.load(memory.m, key_dim)
+            if from_zeros:  # what is there is of the first halves of walks
+                s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
+        s, n, bounds = enter(s, n, dtype)
+        return lax.fori_loop(first, end, partial(step, carefully=carefully), (join(s, n), bounds))
+
+    def finish(both: jax.Array, bounds: Bounds | None) -> None:
+        s, n = leave(*split(both), bounds)
+        values.store(s, out.final.s)
+        values.store(-n, out.final.m)
+
+    done = walk(carefully=False)
+    # what is not finite stays so until the end, by then in other documents as well: once more, with
     # care, but not at the cost of every walk
-    both, bounds = lax.cond(
-        jnp.sum(both) * 0.0 == 0.0,
-        lambda: (both, bounds),
-        lambda: lax.fori_loop(first, end, partial(step, carefully=True), entering),
-    )
-    s, n = leave(*split(both), bounds)
-    values.store(s, out.final.s)
-    values.store(-n, out.final.m)
+    finite = jnp.sum(done[0]) * 0.0 == 0.0
+    pl.when(finite)(lambda: finish(*done))
+    pl.when(jnp.logical_not(finite))(lambda: finish(*walk(carefully=True)))
 
 
 def output(
@@ -257,8 +260,5 @@ def _output(q, error, attention, factors, kept, out, *, options, block_of, value
     if kept.unit is not None:
         o *= of_states
     # a state that is not finite has no part in documents that it does not reach
-    three = (factors[layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN))
-    dead = (query_s == 0) & (query_n == 0)
-    o = unless(keeps_nothing(*three), o, lambda o: jnp.where(dead, 0.0, o))
-    o += dot(matrix, errors, precision)
+    o = jnp.where((query_s == 0) & (query_n == 0), 0.0, o) + dot(matrix, errors, precision)
     out[...] = o.astype(out.dtype)

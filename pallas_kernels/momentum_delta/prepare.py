@@ -21,9 +21,7 @@ from pallas_kernels.momentum_delta.coefficients import (
     inverse_norm,
     log_gate,
     lower_quarters,
-    shorter,
     squares,
-    times,
     unit_lower_inverse,
 )
 from pallas_kernels.momentum_delta.layout import (
@@ -100,26 +98,23 @@ def _prepare(x, out, *, options):
 
     first, second = HALVES
     eta = tuple(x.eta[half] for half in HALVES)  # used twice, far apart: no second wait for a load
-    by = shorter(options.normalize, x.q.dtype)
     q, k = x.q[...], x.k[...]
     p = x.p[...] if explicit_p else k
-    k_t = times(k, by).T
+    k_t = k.T
     ones = halves(jnp.ones((CHUNK,), jnp.float32))
     in_units = options.storage(x.q.dtype) == jnp.float16
     overlaps = lower_quarters(dot(p, k_t, precision))
-    square_q = halves(squares(q, by))
+    square_q = halves(squares(q))
     if explicit_p or k.dtype == jnp.float32:
-        square_k = halves(squares(k, by))
+        square_k = halves(squares(k))
     else:  # products of 16-bit numbers are exact
         square_k = diagonal(overlaps.first), diagonal(overlaps.second)
     square_p = halves(squares(p)) if explicit_p else square_k
     norm_q = norm_k = ones
     if options.normalize:
-        norm_q, norm_k = (tuple(inverse_norm(half, by) for half in y) for y in (square_q, square_k))
+        norm_q, norm_k = (tuple(map(inverse_norm, y)) for y in (square_q, square_k))
     norm_q = tuple(options.scale * norm for norm in norm_q)
-    # norms are those of products times `by`: each is too large by its root, until they are done
-    root = by**0.5
-    norm_p = tuple(y / root for y in ones) if explicit_p else norm_k
+    norm_p = ones if explicit_p else norm_k
     write = tuple(y * norm for y, norm in zip(eta, norm_k, strict=True))
 
     def scaled(m: Quarters, norm: _Pair) -> Quarters:
@@ -131,8 +126,6 @@ def _prepare(x, out, *, options):
 
     overlaps = scaled(overlaps, norm_p)
     scores = scaled(lower_quarters(dot(q, k_t, precision)), norm_q)
-    norm_q, norm_k = (tuple(root * norm for norm in norms) for norms in (norm_q, norm_k))
-    norm_p = ones if explicit_p else norm_k
 
     def store(ref, row: pl.Slice, column: pl.Slice, value: jax.Array) -> None:
         ref[row, column] = value.astype(ref.dtype)
@@ -148,10 +141,10 @@ def _prepare(x, out, *, options):
     to_read, to_key, longest_q = norm_p, norm_k, norm_q
     sizes_k = sizes_p = ones
     if in_units:
-        powers_k = powers_p = _powers(square_k, by)
+        powers_k = powers_p = _powers(square_k)
         _store_scaled(out.keys.k, x.k, powers_k)
         if explicit_p:
-            powers_p = _powers(square_p, 1.0)
+            powers_p = _powers(square_p)
             _store_scaled(out.keys.p, x.p, powers_p)
         sizes_k, sizes_p = (tuple(y.size for y in powers) for powers in (powers_k, powers_p))
         to_read, to_key = (
@@ -247,10 +240,9 @@ def _prepare(x, out, *, options):
         ref[first, second] = jnp.zeros((HALF, HALF), ref.dtype)
 
 
-def _powers(square: _Pair, by: float) -> tuple[Unit, Unit]:
-    """By which rows become about 1 long, from the squares of their lengths times `by`."""
-    root = by**0.5
-    first, second = (power_of_two(jnp.minimum(root * lax.rsqrt(y), 1 / SHORTEST)) for y in square)
+def _powers(square: _Pair) -> tuple[Unit, Unit]:
+    """By which rows become about 1 long, from the squares of their lengths."""
+    first, second = (power_of_two(lax.rsqrt(jnp.maximum(y, SHORTEST**2))) for y in square)
     return first, second
 
 

@@ -21,8 +21,6 @@ from pallas_kernels.momentum_delta.coefficients import (
     exp,
     half_coefficients,
     log_gate,
-    shorter,
-    times,
 )
 from pallas_kernels.momentum_delta.layout import (
     CHUNK,
@@ -182,9 +180,6 @@ def _score_gradients(
     # loads that would stall after the loop
     log_mu, beta, eta = log_gate(x.log_mu, slice(None)), x.beta[...], x.eta[...]
     norm_q, norm_k = factors[layout.NORM_Q, :], factors[layout.NORM_K, :]
-    # keys and queries by `root`, norms by its inverse: long rows, too, stay within float32
-    root = shorter(options.normalize, x.q.dtype) ** 0.5
-    norm_q, norm_k = norm_q / root, norm_k / root
     gamma_read = gamma[...]
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -212,11 +207,7 @@ def _score_gradients(
     # in blocks of K where shared memory is short (float32)
     width = min(options.tiles.scores_block_k, x.q.shape[1])
     blocks = [pl.ds(first, width) for first in range(0, x.q.shape[1], width)]
-
-    def loaded(ref: Leaf) -> list[jax.Array]:
-        return [times(ref[:, block], root) for block in blocks]
-
-    q, k = loaded(x.q), loaded(x.k)
+    q, k = [x.q[:, block] for block in blocks], [x.k[:, block] for block in blocks]
     p = k if x.p is None else [x.p[:, block] for block in blocks]
 
     def products(rows: list[jax.Array]) -> jax.Array:
@@ -244,13 +235,13 @@ def _score_gradients(
         gamma_read if x.p is None else exp(log_gate(x.log_alpha, slice(None)))[:, None] * gamma_read
     )
     eta = eta[None, :]
-    by_output, output_unit = operand(by_output * (lifted + beta[:, None] * w) * (root * eta))
-    by_error = by_error * gamma_read * (eta if x.p is not None else root * eta)
+    by_output, output_unit = operand(by_output * (lifted + beta[:, None] * w) * eta)
+    by_error = by_error * gamma_read * eta
 
     def store(
         ref: Leaf, gradients: list[jax.Array], keys: list[jax.Array], norm: jax.Array | None
     ) -> None:
-        """Through the norm of the keys as loaded, `1 / norm`; None: not normalised."""
+        """Through the norm of the keys, which is `1 / norm`; None: not normalised."""
         if norm is not None and options.normalize:
             wide = [y.astype(jnp.float32) for y in keys]
             along = reduce(
@@ -282,7 +273,7 @@ def _score_gradients(
         d_k = [d + product(both, unit, y) for d, y in zip(d_k, k, strict=True)]
     else:
         by_error, unit = operand(by_error)
-        d_k = [d + product(by_error.T, unit, times(y, root)) for d, y in zip(d_k, p, strict=True)]
+        d_k = [d + product(by_error.T, unit, y) for d, y in zip(d_k, p, strict=True)]
     store(out.keys.k, d_k, k, norm_k)
     if x.p is not None:
         store(out.keys.p, plus(from_states.p, by_error, unit, k), p, None)
