@@ -190,7 +190,16 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             if from_zeros:  # what is there is of the first halves of walks
                 s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
         s, n, bounds = enter(s, n, dtype)
-        return lax.fori_loop(first, end, partial(step, carefully=carefully), (join(s, n), bounds))
+        entering = join(s, n), bounds
+        if not carefully:
+            return lax.fori_loop(first, end, step, entering)
+        # (a loop that the compiler does not pipeline)
+        _, result = lax.while_loop(
+            lambda at: at[0] < end,
+            lambda at: (at[0] + 1, step(at[0], at[1], carefully=True)),
+            (jnp.int32(first), entering),
+        )
+        return result
 
     def finish(both: jax.Array, bounds: Bounds | None) -> None:
         s, n = leave(*split(both), bounds)
