@@ -102,10 +102,27 @@ class _Evaluation:
 
     def _step(self, x: Any) -> np.ndarray:
         loop = x.owner.owner.operation
+        if loop.name == "scf.while":
+            return self._step_of_while(loop, x.arg_number)
         assert loop.name == "scf.for", loop.name
         assert x.arg_number == 0, "an address that a loop carries"
         low, end, step = (self.value(operand) for operand in loop.operands[:3])
         return low + (end - low - 1) // step * step if self._last else low
+
+    def _step_of_while(self, loop: Any, number: int) -> np.ndarray:
+        """Of a counter up to a limit that the loop carries with it, or of what it only carries."""
+        before, after = (list(region.blocks[0]) for region in loop.regions)
+        compare, condition = (op.operation for op in before)
+        counter, limit = (operand.arg_number for operand in compare.operands)
+        carried = list(condition.operands)[1:]
+        assert [y.arg_number for y in carried] == list(range(len(carried)))
+        if number == counter:
+            low, end = self.value(loop.operands[counter]), self.value(loop.operands[limit])
+            return end - 1 if self._last else low
+        kept = after[-1].operation.operands[number]
+        assert isinstance(kept, ir.BlockArgument), "an address that a loop carries"
+        assert kept.arg_number == number
+        return self.value(loop.operands[number])
 
     def _constant(self, attribute: Any) -> Any:
         if isinstance(attribute, ir.DenseElementsAttr):

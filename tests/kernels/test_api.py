@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels.momentum_delta
 from mdn_jax import momentum_delta_rule
-from mdn_jax.ops import api
+from mdn_jax.ops import api, kernels
 from mdn_jax.testing import random_cotangents, random_inputs, relative_error, relative_errors
 from tests.ops.helpers import outputs_and_gradients
 
@@ -21,8 +20,7 @@ INPUTS = random_inputs(
 @pytest.fixture
 def hopper(monkeypatch):
     """As on a GPU of compute capability 9.0, with the kernels in the interpreter."""
-    interpreted = partial(pallas_kernels.momentum_delta.momentum_delta, interpret=True)
-    monkeypatch.setattr(pallas_kernels.momentum_delta, "momentum_delta", interpreted)
+    monkeypatch.setattr(kernels, "kernel_rule", partial(kernels.kernel_rule, interpret=True))
     monkeypatch.setattr(api, "_capability", lambda: (9, 0))
 
 

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels.momentum_delta
 from mdn_jax import momentum_delta_rule
-from mdn_jax.ops import api
+from mdn_jax.ops import api, kernels
 from mdn_jax.testing import random_inputs, relative_errors
 from pallas_kernels.momentum_delta import MAX_STEPS, call
 from pallas_kernels.tiling import DecodeTiles
@@ -31,8 +30,7 @@ small_inputs = partial(
 @pytest.fixture(params=["pallas_triton", "triton"])
 def decode(request, monkeypatch):
     """`momentum_delta_rule` by either kernel, as on a GPU of compute capability 9.0."""
-    interpreted = partial(pallas_kernels.momentum_delta.momentum_delta, interpret=True)
-    monkeypatch.setattr(pallas_kernels.momentum_delta, "momentum_delta", interpreted)
+    monkeypatch.setattr(kernels, "kernel_rule", partial(kernels.kernel_rule, interpret=True))
     monkeypatch.setattr(api, "_capability", lambda: (9, 0))
     jax_triton = ModuleType("jax_triton")  # cannot be imported where there is no GPU
     jax_triton.__spec__ = ModuleSpec("jax_triton", None)
