@@ -6,6 +6,7 @@ It exits 1 if an attack was not survived, and says how to repeat it. Attacks are
 import argparse
 import multiprocessing
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -40,23 +41,23 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS), help="parts")
     options = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mdn-faults-") as root:
-        place = Place(Path(root))
-        place.prepare()
-        context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(2, mp_context=context) as pool:
-            work = partial(_try, place, options.seed, options.quick)
-            results = list(pool.map(work, options.only))
+    place = Place(Path(tempfile.mkdtemp(prefix="mdn-faults-")))
+    place.prepare()
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        work = partial(_try, place, options.seed, options.quick)
+        results = list(pool.map(work, options.only))
     attempts = [attempt for tried, _ in results for attempt in tried]
     print(table(attempts))
     for name, (_, reason) in zip(options.only, results, strict=True):
         if reason is not None:
             print(f"{name}: not tried: {reason}")
     failed = [attempt for attempt in attempts if attempt.failure is not None]
-    for attempt in failed:
-        print(f"\nNOT SURVIVED {attempt.kind}\n  {attempt.what}\n  {attempt.failure}")
     if failed:
-        print(f"\nagain: python -m tests.faults --seed {options.seed}{' --quick' * options.quick}")
+        print(f"{len(failed)} not survived, as said above; the files are in {place.root}")
+        print(f"again: python -m tests.faults --seed {options.seed}{' --quick' * options.quick}")
+    else:
+        shutil.rmtree(place.root)
     print(f"seed {options.seed}, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
 
@@ -77,7 +78,11 @@ def _try(place: Place, seed: int, quick: bool, name: str) -> tuple[list[Attempt]
     began = time.monotonic()
     rng, attempts = random.Random(f"{seed} {name}"), list[Attempt]()
     try:
-        attempts.extend(_PARTS[name](place, rng, quick=quick))
+        for attempt in _PARTS[name](place, rng, quick=quick):
+            attempts.append(attempt)
+            if attempt.failure is not None:
+                print(f"NOT SURVIVED {attempt.kind}\n  {attempt.what}\n  {attempt.failure}")
+                sys.stdout.flush()
     except NotTriedError as reason:
         return attempts, str(reason)
     print(f"{name}: {len(attempts)} attacks, {time.monotonic() - began:.0f} s", file=sys.stderr)

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from tests.train.data.helpers import write_bpe
 from tests.train.processes import start, tiny_flags
 
-STEPS, MORE_STEPS = 8, 10
+STEPS, MORE_STEPS = 8, 9
 _LIMIT = 120  # seconds for a command on a busy machine
 
 

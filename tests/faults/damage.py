@@ -28,7 +28,6 @@ BIT, CUT, EMPTY = (
     "a run's file cut in half",
     "a run's file emptied",
 )
-BITS = 3  # flipped in turn in each file
 METRICS = "metrics.jsonl"  # what it says is not under a digest: it may be edited, and is drawn
 
 Reader = Callable[[Path, Path], tuple[Answer, dict[str, Any]]]
@@ -67,7 +66,7 @@ def attack(place: Place, rng: random.Random, *, part: int, quick: bool) -> Itera
             raise RuntimeError(f"{name}, nothing damaged: {answer} {lost}")
     for number, file in enumerate(list(files_of(place.run))[part::2]):
         size = (place.run / file).stat().st_size
-        for kind in [BIT, rng.choice((CUT, EMPTY))] if quick else [BIT] * BITS + [CUT, EMPTY]:
+        for kind in [BIT, rng.choice((CUT, EMPTY))] if quick else (BIT, CUT, EMPTY):
             bit = rng.randrange(8 * size)
             what = f"{file}, bit {bit}" if kind == BIT else file
             for name in list(readers)[number % 3 :: 3] if quick else readers:
@@ -122,7 +121,9 @@ def _readers(place: Place) -> dict[str, Reader]:
         return answer, files_of(out)
 
     def resumed(run: Path, out: Path) -> tuple[Answer, dict[str, Any]]:
-        answer = call(train, [*place.train(run, steps=MORE_STEPS), "--resume"])
+        answer = call(
+            train, [*place.train(run, steps=MORE_STEPS, checkpoint_every=MORE_STEPS), "--resume"]
+        )
         return answer, last_state(run) if answer.status == 0 else {}
 
     return {
