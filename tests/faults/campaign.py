@@ -25,7 +25,7 @@ from tests.faults.common import Attempt, NotTriedError, Place
 _PARTS: dict[str, Callable[..., Iterable[Attempt]]] = {
     "files-0": partial(damage.attack, part=0),
     "files-1": partial(damage.attack, part=1),
-    "kills": lambda place, rng, quick: kills.attack(place, rng, kills=8 if quick else 24),
+    "kills": lambda place, rng, quick: kills.attack(place, rng, kills=5 if quick else 24),
     "folders": folders.attack,
     "disk": machine.full_disk,
     "two": machine.two_runs,

@@ -23,7 +23,7 @@ from tests.train.processes import compile_once
 from train.cli import convert, evaluate, generate, inspect_checkpoint, plot
 from train.main import main as train
 
-BIT, CUT, EMPTY = (
+BIT, CUT, EMPTY = _KINDS = (
     "a bit of a run's file flipped",
     "a run's file cut in half",
     "a run's file emptied",
@@ -40,7 +40,7 @@ def attack(place: Place, rng: random.Random, *, part: int, quick: bool) -> Itera
       place: of the campaign.
       rng: draws bits.
       part: 0 or 1: every other file, so that two processes share them.
-      quick: each file with a bit flipped and in one other way, read by two commands of six.
+      quick: each file damaged in one way, and read by two commands of six.
     """
     compile_once(str(place.cache))
     work = place.work()
@@ -66,7 +66,7 @@ def attack(place: Place, rng: random.Random, *, part: int, quick: bool) -> Itera
             raise RuntimeError(f"{name}, nothing damaged: {answer} {lost}")
     for number, file in enumerate(list(files_of(place.run))[part::2]):
         size = (place.run / file).stat().st_size
-        for kind in [BIT, rng.choice((CUT, EMPTY))] if quick else (BIT, CUT, EMPTY):
+        for kind in [rng.choice(_KINDS)] if quick else (BIT, CUT, EMPTY):
             bit = rng.randrange(8 * size)
             what = f"{file}, bit {bit}" if kind == BIT else file
             for name in list(readers)[number % 3 :: 3] if quick else readers:

@@ -15,7 +15,7 @@ from train.cli import evaluate, inspect_checkpoint, tokenize
 from train.main import main as train
 
 UNREADABLE, ODD = "a folder with what nobody can read", "a folder with odd names, links, loops"
-_LIMIT = 60  # seconds for a command; a pipe would keep it for ever
+_LIMIT = 30  # seconds for a command; a pipe would keep it for ever
 
 Command = Callable[[Path, Path], tuple[Callable[..., int], list[str]]]
 
