@@ -26,23 +26,29 @@ def attack(place: Place, rng: random.Random, *, quick: bool) -> Iterator[Attempt
     commands = _commands(place)
     work = place.work()
     for path in _unreadable(work / "data", rng):
-        # alone, and among good ones
-        (work / "data" / "good.txt").write_text("good")
-        names = [path, work / "data" / "[!z]*"] if not quick else [path]
-        for name, files in ((name, files) for name in commands for files in names):
-            main, arguments = commands[name](files, place.work() / "out")
-            answer = call(main, arguments, limit=_LIMIT)
-            failure = wrong_words(answer.status, answer.err)
-            if answer.status == 0:
-                failure = f"exit 0, {answer.out[-200:]!r}"
-            elif (
-                files == path
-                and path.name not in answer.err
-                and ascii(path.name)[1:-1] not in (answer.err)
-            ):
-                failure = failure or f"the file is not named: {answer.err[-300:]!r}"
-            yield Attempt(UNREADABLE, f"{name} on {files}", failure)
+        for name in commands:
+            yield _attempt(place, name, path, path.name)
+        if quick or not os.path.lexists(path):
+            continue
+        folder = place.work()  # the same file among good ones
+        for good in ("0.txt", "z.txt"):
+            (folder / good).write_text("good")
+        path.rename(folder / path.name)
+        for name in commands:
+            yield _attempt(place, name, folder / "*", path.name)
     yield from _odd(place, rng)
+
+
+def _attempt(place: Place, name: str, files: Path, bad: str) -> Attempt:
+    """Has a command read files, one of which cannot be read and has to be named."""
+    main, arguments = _commands(place)[name](files, place.work() / "out")
+    answer = call(main, arguments, limit=_LIMIT)
+    failure = wrong_words(answer.status, answer.err)
+    if answer.status == 0:
+        failure = failure or f"exit 0, {answer.out[-200:]!r}"
+    elif not any(shown in answer.err for shown in (bad, ascii(bad)[1:-1])):
+        failure = failure or f"the file is not named: {answer.err[-300:]!r}"
+    return Attempt(UNREADABLE, f"{name} on {files}, with {bad!r}", failure)
 
 
 def _unreadable(directory: Path, rng: random.Random) -> list[Path]:
