@@ -7,10 +7,10 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
 
 SMOKE := smoke-tasks smoke-language smoke-throughput
 
-.PHONY: help setup train test test-fast smoke $(SMOKE) lint types format bench clean
+.PHONY: help setup train test test-fast faults faults-quick smoke $(SMOKE) lint types format bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create or update .venv
 
@@ -33,6 +33,12 @@ test: $(READY)  ## all tests
 
 test-fast: $(READY)  ## the tests that take seconds
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+
+faults: $(READY)  ## kill runs, damage files, fill disks; a table (ARGS="--seed 1", ...), ten minutes at most
+	@timeout 600 $(BIN)/python -m tests.faults $(ARGS)
+
+faults-quick: $(READY)  ## a part of it, two minutes at most
+	@$(BIN)/python -m tests.faults --quick $(ARGS)
 
 smoke: $(SMOKE)  ## the comparisons of docs/comparisons.md at their smallest size
 

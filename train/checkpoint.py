@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from train.config import TrainConfig, to_dict
-from train.digest import digests
+from train.digest import digests, file_digest
 from train.distributed import from_all, is_first
 from train.errors import RunError
 from train.keeping import Best, StepNames, complete_steps
@@ -32,6 +32,7 @@ from train.resume import resume_conflicts
 from train.run_directory import way_on
 from train.saved_model import DIRECTORY, read_params, saved_at
 from train.step import TrainState
+from train.vocabulary import TOKENIZER_FILE
 
 SET_ASIDE = "set_aside"
 
@@ -42,10 +43,12 @@ class Restored(NamedTuple):
     Attributes:
       state: the training state.
       data: position in the data (JSON); None: the start, for a converted model.
+      tokenizer: SHA-256 of the tokenizer's file of the run; None: not known.
     """
 
     state: TrainState
     data: dict[str, Any] | None
+    tokenizer: str | None = None
 
 
 class Checkpoints:
@@ -142,6 +145,7 @@ class Checkpoints:
             position=data,
             held_out_loss=held_out_loss if measured else None,
             digests=digests(state),
+            tokenizer=file_digest(self._config.directory / TOKENIZER_FILE),
         )
         self._best.add(step, record["held_out_loss"])
         items = {
@@ -213,7 +217,7 @@ class Checkpoints:
         path = self._directory.absolute() / str(step)
         record = read_record(path)
         if record.corpus is None:
-            return Restored(self._read_model(path, record, like, begin), None)
+            return Restored(self._read_model(path, record, like, begin), None, record.tokenizer)
         self._check(step, record.config, record.corpus, corpus)
         position = read_position(path, record)
         with reading(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -222,7 +226,7 @@ class Checkpoints:
                 record.digests.check(state)
             if int(state.step) != step:
                 raise DamagedError(f"{STATE} is of step {int(state.step)}, not {step}")
-        return Restored(state, position)
+        return Restored(state, position, record.tokenizer)
 
     def _read_model(
         self,

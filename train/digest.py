@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -118,6 +119,14 @@ def _on_host(x: NDArray[Any], kind: str) -> int:
         rows = np.arange(start, start + len(block), dtype=np.int64).astype(np.uint32)
         total += int(_KINDS[kind](block, rows[:, None], columns))
     return total % (1 << 32)
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file as hexadecimal digits; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(values: Any) -> str:

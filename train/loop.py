@@ -14,6 +14,7 @@ from mdn_jax.new_file import write_text
 from train.checkpoint import Checkpoints, has_checkpoint
 from train.config import TrainConfig, to_dict
 from train.data.batches import Batches
+from train.digest import file_digest
 from train.distributed import Agreement, check_configuration, is_first, together
 from train.errors import DivergedError, RunError
 from train.guard import raise_refused
@@ -37,6 +38,7 @@ from train.sharding import on_mesh
 from train.step import StepMetrics, TrainState, scalars
 from train.text import text_of
 from train.trainer import Trainer
+from train.vocabulary import TOKENIZER_FILE
 from train.writers import check_packages, make_writers
 
 
@@ -93,9 +95,9 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     print(trainer.describe(), flush=True)
     with Checkpoints(config) as checkpoints, together():
         if not config.resume:
-            state, position = trainer.initial_state(), None
+            state, position, known = trainer.initial_state(), None, None
         else:
-            state, position = checkpoints.restore(
+            state, position, known = checkpoints.restore(
                 trainer.like, corpus=trainer.data.fingerprint, begin=trainer.begin
             )
             print(f"resumed after step {int(state.step)} of {config.steps}", flush=True)
@@ -103,7 +105,9 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
                 print(f"no steps left; to train on, add for example --steps {2 * config.steps}")
         batches = trainer.data.batches(trainer.share, position)
         if is_first():
-            trainer.data.tokenizer.save(directory)
+            # another version of the library would write it differently
+            if known is None or file_digest(directory / TOKENIZER_FILE) != known:
+                trainer.data.tokenizer.save(directory)
             write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
         path = directory / METRICS_FILE
         done = int(state.step)

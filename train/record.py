@@ -29,6 +29,8 @@ class Record(NamedTuple):
       position: digest of the position in the data; None where there is none, or of before.
       held_out_loss: of its state; None where it was not measured, or of before.
       digests: of its arrays; None for a converted model of before there were any.
+      tokenizer: SHA-256 of the tokenizer's file beside the checkpoints; None where there was none,
+        or of before.
     """
 
     config: dict[str, Any]
@@ -36,6 +38,7 @@ class Record(NamedTuple):
     position: str | None
     held_out_loss: float | None
     digests: Digests | None
+    tokenizer: str | None = None
 
 
 def make_record(
@@ -46,6 +49,7 @@ def make_record(
     corpus: str | None = None,
     position: Mapping[str, Any] | None = None,
     held_out_loss: float | None = None,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """The JSON values of a record, under a digest of their own.
 
@@ -56,6 +60,7 @@ def make_record(
       corpus: digest of the documents.
       position: in the data; its digest is recorded.
       held_out_loss: of its state.
+      tokenizer: SHA-256 of the tokenizer's file.
     """
     values = {
         "step": step,
@@ -63,6 +68,7 @@ def make_record(
         "corpus": corpus,
         "position": None if position is None else json_digest(position),
         "held_out_loss": held_out_loss,
+        "tokenizer": tokenizer,
         "arrays": {"kind": digests.kind, "digests": dict(digests.arrays)},
     }
     return values | {"sha256": json_digest(values)}
@@ -87,7 +93,7 @@ def read_record(path: Path) -> Record:
             raise DamagedError(f"of step {values['step']}, not {path.name}")
         digests = Digests(values["arrays"]["kind"], values["arrays"]["digests"])
         known = {name: values[name] for name in ("config", "corpus", "position", "held_out_loss")}
-        return Record(digests=digests, **known)
+        return Record(digests=digests, tokenizer=values.get("tokenizer"), **known)
 
 
 def _old_record(path: Path, values: dict[str, Any]) -> Record:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models.sizes import check_fits
 from mdn_jax.ops.api import Implementation
-from train.digest import Digests, digests
+from train.digest import Digests, digests, file_digest
 from train.errors import RunError
 from train.keeping import complete_steps
 from train.optimizer import Params
 from train.record import RECORD, STATE, DamagedError, Record, make_record, read_record, reading
+from train.vocabulary import TOKENIZER_FILE
 
 DIRECTORY = "checkpoints"
 
@@ -32,6 +33,8 @@ class Saved(NamedTuple):
       model: configuration of the model.
       dtype: compute dtype of the run; None for a converted model.
       digests: of the arrays; None for a converted model of before there were any.
+      tokenizer: SHA-256 of the tokenizer's file beside the checkpoints; None where there was none,
+        or of before.
     """
 
     path: Path
@@ -39,6 +42,7 @@ class Saved(NamedTuple):
     model: MDNConfig
     dtype: str | None
     digests: Digests | None = None
+    tokenizer: str | None = None
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
@@ -78,7 +82,7 @@ def saved_at(path: Path, record: Record) -> Saved:
     if dtype is not None:
         jnp.dtype(dtype)
     model = MDNConfig.from_dict(record.config["model"])
-    return Saved(path, int(path.name), model, dtype, record.digests)
+    return Saved(path, int(path.name), model, dtype, record.digests, record.tokenizer)
 
 
 def read_params(saved: Saved, *, like: Params | None = None) -> Params:
@@ -203,6 +207,7 @@ def load_model(
 def save_model(directory: Path, config: MDNConfig, params: Params) -> None:
     """Writes parameters alone as the checkpoint of step 0 of a new output directory.
 
+    A tokenizer's file belongs there before, so that it is known when it is read.
     Writes one parameter at a time, so that little is held beside the parameters themselves.
 
     Args:
@@ -219,7 +224,10 @@ def save_model(directory: Path, config: MDNConfig, params: Params) -> None:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     on_host = jax.tree.map(np.asarray, params)
     record = make_record(
-        0, config={"model": config.to_dict()}, digests=digests({"params": on_host})
+        0,
+        config={"model": config.to_dict()},
+        digests=digests({"params": on_host}),
+        tokenizer=file_digest(directory / TOKENIZER_FILE),
     )
     with ocp.CheckpointManager(
         (directory / DIRECTORY).absolute(), item_handlers=handlers, options=options

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, override
 
 from train.decoding import ByteDecoder, Decoder, FileDecoder
+from train.digest import file_digest
 from train.errors import RunError
 from train.saved_model import Saved
 from train.tokenizer import DOCUMENT_START, VOCAB_SIZE, FileTokenizer, Tokenizer, encode
@@ -203,6 +204,23 @@ def text_of(tokenizer: Tokenizer) -> Text:
     return FileText(tokenizer) if isinstance(tokenizer, FileTokenizer) else ByteText()
 
 
+def tokenizer_beside(directory: Path, saved: Saved) -> Path | None:
+    """The tokenizer's file of a run, or of a conversion, if there is one.
+
+    Raises:
+      RunError: not the one that the checkpoint was written with.
+    """
+    path = directory / TOKENIZER_FILE
+    if saved.tokenizer is not None:
+        got = file_digest(path)
+        if got != saved.tokenizer:
+            raise RunError(
+                f"tokenizer: expected the {TOKENIZER_FILE} of the checkpoint in {path} (SHA-256 "
+                f"{saved.tokenizer[:12]}), got {'none' if got is None else f'another ({got[:12]})'}"
+            )
+    return path if path.exists() else None
+
+
 def load_text(choice: Path | Literal["bytes"] | None, directory: Path, saved: Saved) -> Text:
     """The tokens of a checkpoint.
 
@@ -216,9 +234,8 @@ def load_text(choice: Path | Literal["bytes"] | None, directory: Path, saved: Sa
       RunError: a file that cannot be used, or of another vocabulary than the checkpoint's, or no
         way to tell what the tokens are.
     """
-    beside = directory / TOKENIZER_FILE
-    if choice is None and beside.exists():
-        choice = beside
+    if choice is None:
+        choice = tokenizer_beside(directory, saved)
     size = saved.model.vocab_size
     if choice is not None and str(choice) != "bytes":
         end = json.loads(dict(saved.model.extras).get("eos_token_id", "null"))

@@ -19,9 +19,11 @@ from train.cli.evaluate import main as evaluate
 from train.cli.generate import main as generate
 from train.config import from_dict
 from train.data.packing import PackedRows
+from train.digest import file_digest
 from train.errors import RunError
 from train.loop import train
 from train.metrics import read_metrics
+from train.saved_model import find_checkpoint
 from train.sections import OptimizerConfig
 from train.trainer import Trainer
 
@@ -89,7 +91,12 @@ def test_resuming_shards_and_streams_is_identical_to_never_stopping(tmp_path, ki
     halved = dataclasses.replace(config, output_dir=str(tmp_path / "halved"), resume=True)
     shutil.copytree(config.directory, halved.directory)
     shutil.rmtree(halved.directory / "checkpoints" / "6")
+    tokenizer = halved.directory / "tokenizer.json"
+    text = tokenizer.read_text()
+    assert find_checkpoint(halved.directory).tokenizer == file_digest(tokenizer)
+    tokenizer.write_text(f"{text} ")  # not as it was: it comes again
     actual = train(halved)
+    assert tokenizer.read_text() == text
     assert_identical(actual.state, expected.state)
     assert actual.held_out_loss == expected.held_out_loss
     assert actual.unit == "nats/token"

@@ -1,5 +1,6 @@
 """Text to tokens and back."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -113,6 +114,23 @@ def test_which_tokens_a_checkpoint_has(file, tmp_path):
         load_text(None, elsewhere, saved(200, "float32"))
     with pytest.raises(RunError, match=r"tokenizer: expected a tokenizer.json for the 300 tokens"):
         load_text(None, elsewhere, saved(300, None))
+
+
+def test_the_tokenizer_of_a_checkpoint_is_the_one_it_was_written_with(file, tmp_path):
+    copy = tmp_path / "run" / "tokenizer.json"
+    copy.parent.mkdir()
+    data = file.read_bytes()
+    copy.write_bytes(data)
+    known = saved(300, "float32")._replace(tokenizer=hashlib.sha256(data).hexdigest())
+    assert isinstance(load_text(None, copy.parent, known), FileText)
+    copy.write_bytes(data.replace(b'"y!"', b'"x!"'))  # still a tokenizer
+    words = rf"^tokenizer: expected the tokenizer.json of the checkpoint in {copy} .*, got "
+    with pytest.raises(RunError, match=words + r"another \("):
+        load_text(None, copy.parent, known)
+    assert isinstance(load_text(file, copy.parent, known), FileText)
+    copy.unlink()  # and no text of bytes in its place
+    with pytest.raises(RunError, match=words + "none"):
+        load_text(None, copy.parent, known)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):

@@ -14,7 +14,8 @@ import tyro
 from mdn_jax.interop import folder_parameters, new_directory, read_folder, write_folder
 from train.cli.common import parse_command, run
 from train.saved_model import find_checkpoint, iterate_params, save_model
-from train.tokenizer import TOKENIZER_FILE
+from train.text import tokenizer_beside
+from train.vocabulary import TOKENIZER_FILE
 
 PROGRAM = "mdn-convert"
 
@@ -75,8 +76,8 @@ def _import(config: ImportConfig) -> int:
             for part in path[:-1]:
                 inner = inner.setdefault(part, {})
             inner[path[-1]] = jax.device_put(x)
+        _copy_tokenizer(config.folder / TOKENIZER_FILE, directory)
         save_model(directory, folder.config, params)
-        _copy_tokenizer(config.folder, directory)
     _report(config.output, params)
     return 0
 
@@ -84,11 +85,12 @@ def _import(config: ImportConfig) -> int:
 def _export(config: ExportConfig) -> int:
     """Checkpoint of ours to a published folder."""
     saved = find_checkpoint(config.checkpoint, config.step)
+    tokenizer = tokenizer_beside(config.checkpoint, saved)
     with new_directory(config.output) as directory:
         params = iterate_params(saved)
         limit = round(config.shard_gb * 1e9)
         write_folder(directory, saved.model, _converted(params, config.dtype), shard_bytes=limit)
-        _copy_tokenizer(config.checkpoint, directory)
+        _copy_tokenizer(tokenizer, directory)
     files = sorted(path.name for path in config.output.iterdir())
     print(f"{config.output}: {', '.join(files)}")
     return 0
@@ -101,9 +103,9 @@ def _converted(
         yield path, x if dtype is None else x.astype(jnp.dtype(dtype))
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    if (source / TOKENIZER_FILE).exists():
-        shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)
+def _copy_tokenizer(source: Path | None, target: Path) -> None:
+    if source is not None and source.exists():
+        shutil.copyfile(source, target / TOKENIZER_FILE)
 
 
 def _report(output: Path, params: Any) -> None:

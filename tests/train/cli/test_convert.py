@@ -53,6 +53,11 @@ def test_there_and_back_is_exact(tmp_path, capsys, dtype):
     model = load_model(find_checkpoint(tmp_path / "ours"))
     assert model.dtype == np.dtype(dtype).name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "ours", "out"]
+    (tmp_path / "ours" / "tokenizer.json").write_text("[]")
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "again")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mdn-convert: error: tokenizer: expected the tokenizer.json of the ")
+    assert not (tmp_path / "again").exists()
 
 
 def test_types_can_be_converted(tmp_path):

@@ -2,11 +2,17 @@
 
 import gzip
 import json
-import os
 
 import pytest
 
-from tests.train.data.helpers import TEXTS, data_of, write_bpe, write_jsonl, write_parquet
+from tests.train.data.helpers import (
+    TEXTS,
+    data_of,
+    write_bpe,
+    write_hostile,
+    write_jsonl,
+    write_parquet,
+)
 from train.cli import documents, evaluate, inspect_checkpoint, tokenize
 from train.cli.documents import TextConfig, open_documents
 from train.data.corpus import load_corpus
@@ -68,34 +74,8 @@ def test_bytes_that_are_no_utf8_are_for_models_of_bytes(tmp_path, opened):
         opened(tmp_path / "*.txt", text=other)
 
 
-def hostile(directory):
-    """Files that nobody can read, by what is wrong with them."""
-    files = {
-        "zip.txt": b"PK\x03\x04 and more",
-        "npz.npz": b"PK\x03\x04 and more",
-        "zero.bin": b"abc\0def",
-        "utf16.txt": "text".encode("utf-16"),
-        "empty.txt": b"",
-        "cut.jsonl": b'{"text": "a"}\n{"text": "cut',
-        "deep.jsonl": b'{"text": "a"}\n' + b"[" * 99_999,
-        "null.jsonl": b'{"text": null}',
-        "number.jsonl": b'{"text": 7}',
-        "half.jsonl": b'{"text": "\\udc12"}',
-        "other.jsonl": b'{"body": "a"}',
-        "text.parquet": b"no Parquet",
-        "text.gz": b"not compressed",
-    }
-    directory.mkdir()
-    for name, data in files.items():
-        (directory / name).write_bytes(data)
-    write_parquet(directory / "null.parquet", ["a", None])
-    (directory / "gone.txt").symlink_to("nowhere")
-    os.mkfifo(directory / "pipe.jsonl")
-    return [*sorted(directory.iterdir()), directory / "none*"]
-
-
 def test_what_cannot_be_read_is_the_same_line_everywhere(tmp_path, capsys):
-    paths = hostile(tmp_path / "data")
+    paths = write_hostile(tmp_path / "data")
     assert len(paths) == 17
     for path in paths:
         with pytest.raises(RunError) as error:

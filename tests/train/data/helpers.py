@@ -1,6 +1,7 @@
 """Documents in every form that training reads, and a tokenizer of merged bytes."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -64,6 +65,32 @@ def data_of(kind: str, directory: Path, **changes) -> DataConfig:
     )
     write_shards(source, directory / "shards", shard_bytes=800, processes=1)
     return DataConfig(files=(str(directory / "shards"),), **changes)
+
+
+def write_hostile(directory: Path) -> list[Path]:
+    """Files that nobody can read, by what is wrong with them."""
+    files = {
+        "zip.txt": b"PK\x03\x04 and more",
+        "npz.npz": b"PK\x03\x04 and more",
+        "zero.bin": b"abc\0def",
+        "utf16.txt": "text".encode("utf-16"),
+        "empty.txt": b"",
+        "cut.jsonl": b'{"text": "a"}\n{"text": "cut',
+        "deep.jsonl": b'{"text": "a"}\n' + b"[" * 99_999,
+        "null.jsonl": b'{"text": null}',
+        "number.jsonl": b'{"text": 7}',
+        "half.jsonl": b'{"text": "\\udc12"}',
+        "other.jsonl": b'{"body": "a"}',
+        "text.parquet": b"no Parquet",
+        "text.gz": b"not compressed",
+    }
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    write_parquet(directory / "null.parquet", ["a", None])
+    (directory / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(directory / "pipe.jsonl")
+    return [*sorted(directory.iterdir()), directory / "none*"]
 
 
 def texts_of(batches):
