@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 L2_EPSILON = 1e-6
+_LONG = 16  # exponent of the largest element
 _FULL_PRECISION = ("highest", "float32")
 
 
@@ -30,12 +31,12 @@ class RuleInputs(NamedTuple):
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     """`x / sqrt(sum(x^2) + 1e-6)` over the last axis (the training form: epsilon in the root).
 
-    Of any finite `x`: rows whose squares would overflow are first made shorter, by a power of two.
+    Of any finite `x`: long rows are first made shorter, by a power of two, so that neither squares
+    nor, in gradients, the third power of a norm leave the range.
     """
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    exponents = jnp.finfo(x.dtype).maxexp
-    by = jnp.where(largest > 2.0 ** (exponents * 7 // 16), 2.0 ** -(exponents * 5 // 8), 1)
-    by = by.astype(x.dtype)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    _, exponent = jnp.frexp(largest)
+    by = jnp.ldexp(jnp.ones_like(largest), -jnp.maximum(exponent - _LONG, 0))
     x = x * by
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON * by * by)
 
