@@ -110,15 +110,15 @@ class _Evaluation:
         return low + (end - low - 1) // step * step if self._last else low
 
     def _step_of_while(self, loop: Any, number: int) -> np.ndarray:
-        """Of a counter up to a limit that the loop carries with it, or of what it only carries."""
+        """Of a counter up to a limit, or of what the loop only carries along."""
         before, after = (list(region.blocks[0]) for region in loop.regions)
-        compare, condition = (op.operation for op in before)
-        counter, limit = (operand.arg_number for operand in compare.operands)
+        *_, compare, condition = (op.operation for op in before)
+        assert (compare.name, condition.name) == ("arith.cmpi", "scf.condition")
+        counter, end = compare.operands
         carried = list(condition.operands)[1:]
         assert [y.arg_number for y in carried] == list(range(len(carried)))
-        if number == counter:
-            low, end = self.value(loop.operands[counter]), self.value(loop.operands[limit])
-            return end - 1 if self._last else low
+        if number == counter.arg_number:
+            return self.value(end) - 1 if self._last else self.value(loop.operands[number])
         kept = after[-1].operation.operands[number]
         assert isinstance(kept, ir.BlockArgument), "an address that a loop carries"
         assert kept.arg_number == number
