@@ -253,15 +253,18 @@ def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
     config, directory = trainer.config, trainer.config.directory
     text = None
     if config.sample_tokens:
-        text = on_mesh(trainer.mesh, sample)(
-            trainer.model,
-            result.state.params,
-            prompt=config.sample_prompt,
-            length=config.sample_tokens,
-            temperature=config.sample_temperature,
-            seed=config.seed,
-            text=text_of(trainer.data.tokenizer),
-        )
+        try:
+            text = on_mesh(trainer.mesh, sample)(
+                trainer.model,
+                result.state.params,
+                prompt=config.sample_prompt,
+                length=config.sample_tokens,
+                temperature=config.sample_temperature,
+                seed=config.seed,
+                text=text_of(trainer.data.tokenizer),
+            )
+        except RunError as error:  # of a model that diverged; the run itself is done
+            print(f"no sample: {error}", flush=True)
     if not is_first():  # all of them had to compute
         return
     plot_losses(

@@ -12,7 +12,7 @@ from tests.layers.helpers import call
 from tests.train.helpers import TINY_MODEL, byte_documents
 from train.data.packing import IGNORED, held_out_batches
 from train.errors import RunError
-from train.evaluate import make_evaluate, packed_rows, strided_rows, token_losses
+from train.evaluate import packed_rows, strided_rows, token_losses
 from train.tokenizer import encode
 
 
@@ -36,11 +36,9 @@ DOCUMENTS = [encode(text).tolist() for text in (b"one two three", b"x", b"four f
 
 
 def test_held_out_documents_without_a_target_are_refused():
-    batches = held_out_batches(
-        byte_documents([b"", b""]), batch_size=2, sequence_length=8, max_rows=2
-    )
-    with pytest.raises(RunError, match=r"^data.held_out_fraction: .* documents of two tokens"):
-        make_evaluate(lambda params, batch: batch["tokens"].sum(), batches)
+    documents = byte_documents([b"", b""])
+    with pytest.raises(RunError, match=r"^data.held_out_fraction: .* of more than one token"):
+        held_out_batches(documents, batch_size=2, sequence_length=8, max_rows=2)
 
 
 def test_losses_of_packed_documents(model):
