@@ -77,7 +77,8 @@ def momentum_delta_rule(
         document (but for one that starts within the same chunk: docs/algorithm.md). The returned
         state is that of the last document.
       normalize_qk: l2-normalise `q` and `k` inside: `x / sqrt(sum(x^2) + 1e-6)`, of any finite
-        length (on the chunk kernels up to 1e19, with gradients up to 1e17; longer rows give nan).
+        length. Kernels: up to 1e19, the decode kernels up to 1e25; longer rows give nan. (Gradients
+        on the chunk kernels are tested up to 1e15.)
       chunk_size: steps in a chunk ("scan": steps between kept states); None: chosen for the
         implementation.
       implementation: "scan" (the definition, slow), "xla" (chunkwise, everywhere),
