@@ -92,7 +92,7 @@ def half_and_half(config, devices=None):
 def second_half(trainer, saved):
     """Losses of the steps after a checkpoint of another run."""
     with Checkpoints(saved) as checkpoints:
-        state, _ = checkpoints.restore(trainer.like, corpus="", begin=trainer.begin)
+        state, *_ = checkpoints.restore(trainer.like, corpus="", begin=trainer.begin)
     lies_right = jax.tree.map(lambda x, y: x.sharding == y.sharding, state, trainer.like)
     assert all(jax.tree.leaves(lies_right))
     return take_steps(trainer, state, range(HALF, STEPS))[1]
