@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 train: $(READY)  ## train a small Momentum DeltaNet on this machine (ARGS="--resume", ...)
-	@$(BIN)/mdn-train smoke $(ARGS)
+	@$(BIN)/python -m train smoke $(ARGS)
 
 test: $(READY)  ## all tests
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
@@ -46,7 +46,7 @@ $(SMOKE): OPTIONS :=
 smoke-language: OPTIONS := --ablations no-momentum no-output-correction no-beta-bound no-alpha-bound no-mu-clamp
 $(SMOKE): smoke-%: $(READY)  # compiling is most of it
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	  XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/mdn-bench $* --smoke $(OPTIONS) --output "$$out"
+	  XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m benchmarks $* --smoke $(OPTIONS) --output "$$out"
 
 lint: $(READY)  ## ruff: rules and formatting
 	@$(BIN)/ruff check .
@@ -60,7 +60,7 @@ format: $(READY)  ## rewrite in the project's format
 	@$(BIN)/ruff format .
 
 bench: $(READY)  ## the operator's implementations side by side
-	@$(BIN)/mdn-bench kernels $(ARGS)
+	@$(BIN)/python -m benchmarks kernels $(ARGS)
 
 clean:  ## remove what the targets made (never runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

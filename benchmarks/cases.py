@@ -1,4 +1,4 @@
-"""The calls that `mdn-bench check` makes: every tile choice once, every feature several times."""
+"""The calls of `python -m benchmarks check`: every tile choice once, every feature often."""
 
 import random
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""`mdn-bench decode`: a few steps of the operator with states in place, in a compiled loop."""
+"""`python -m benchmarks decode`: a few steps with states in place, in a compiled loop."""
 
 import json
 import statistics

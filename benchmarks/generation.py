@@ -1,4 +1,4 @@
-"""`mdn-bench generation`: tokens a second and memory of decoding, early and late in a text."""
+"""`python -m benchmarks generation`: speed and memory of decoding, early and late in a text."""
 
 import json
 import statistics
@@ -29,7 +29,7 @@ class GenerationConfig:
     """Decodes with random weights after prompts of several lengths."""
 
     model: str = "mdn_400m"
-    """Name of a configuration, as for `mdn-train`."""
+    """Name of a configuration, as for `python -m train`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of parameters and computation."""
     implementation: Implementation | None = None

@@ -1,4 +1,4 @@
-"""What the guard on gates and states (`train.stability`) costs beside a training step."""
+"""What the guard on gates and states (`train.metrics.stability`) costs beside a training step."""
 
 import statistics
 import time
@@ -27,11 +27,11 @@ def guard(config: Annotated[GuardConfig, tyro.conf.arg(name="")]) -> None:
     """Prints the guard's share of the steps' time; fails above the limit."""
     # not in the extra `benchmarks`: packages that only training needs
     from configs import CONFIGS
-    from train.trainer import Trainer
+    from train.run import Run
 
     if config.name not in CONFIGS:
         raise SystemExit(f"name: expected one of {', '.join(CONFIGS)}, got {config.name}")
-    trainer = Trainer(CONFIGS[config.name]().resolved())
+    trainer = Run(CONFIGS[config.name]().resolved())
     state = trainer.initial_state()
     steps, guards = [], []
     with trainer.data.batches(trainer.share) as batches:

@@ -1,4 +1,4 @@
-"""`mdn-bench language`: every mixer, and MDN without its parts, on the same real text."""
+"""`python -m benchmarks language`: every mixer, and MDN without its parts, on real text."""
 
 import dataclasses
 import math
@@ -131,7 +131,7 @@ class Outcome(NamedTuple):
 
 def language(config: Annotated[LanguageConfig, tyro.conf.arg(name="")]) -> None:
     """Writes results as they come, then the table and the curves."""
-    from train.errors import RunError
+    from mdn_jax.errors import RunError
 
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
@@ -169,7 +169,7 @@ def _recipe(config: LanguageConfig) -> dict[str, Any]:
 
 def _models(config: LanguageConfig) -> dict[str, MDNConfig]:
     """The models by their names in the table."""
-    from train.tokenizer import VOCAB_SIZE
+    from mdn_jax.text.tokenizer import VOCAB_SIZE
 
     def make(mixer: Mixer) -> MDNConfig:
         return model_config(
@@ -190,13 +190,13 @@ def _models(config: LanguageConfig) -> dict[str, MDNConfig]:
 
 def _run(config: LanguageConfig, name: str, model: MDNConfig, seed: int) -> Outcome:
     # not in the extra `benchmarks`: packages that only training needs
-    from train.checkpoint import has_checkpoint
+    from train.checkpointing.checkpoints import has_checkpoint
+    from train.checkpointing.run_directory import METRICS_FILE
     from train.config import TrainConfig
-    from train.errors import DivergedError
+    from train.config_sections import DataConfig, OptimizerConfig
+    from train.guard import DivergedError
     from train.loop import train
-    from train.metrics import read_metrics
-    from train.run_directory import METRICS_FILE
-    from train.sections import DataConfig, OptimizerConfig
+    from train.metrics.log import read_metrics
 
     slug = name.lower().replace(", ", "-").replace(" ", "-")
     directory = config.output / f"{slug}-{seed}"

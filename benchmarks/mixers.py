@@ -1,4 +1,4 @@
-"""`mdn-bench mixers`: fast paths of the other mixers on this device, against the definitions."""
+"""`python -m benchmarks mixers`: the other mixers' fast paths against their definitions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The figure of `mdn-bench numerics`."""
+"""The figure of `python -m benchmarks numerics`."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,9 +11,9 @@ import tyro
 
 from mdn_jax import MDNConfig
 from mdn_jax.ops.api import Implementation
+from mdn_jax.text.tokenizer import VOCAB_SIZE
 from train.config import TrainConfig
-from train.sections import OptimizerConfig
-from train.tokenizer import VOCAB_SIZE
+from train.config_sections import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def parity(config: Annotated[ParityConfig, tyro.conf.arg(name="")]) -> None:
 def _losses(config: ParityConfig, implementation: Implementation) -> np.ndarray:
     """The loss of every step."""
     # not in the extra `benchmarks`: packages that only training needs
+    from train.checkpointing.run_directory import METRICS_FILE
     from train.loop import train
-    from train.metrics import read_metrics
-    from train.run_directory import METRICS_FILE
+    from train.metrics.log import read_metrics
 
     with tempfile.TemporaryDirectory() as directory:
         result = train(_run(config, implementation, directory))

@@ -13,9 +13,9 @@ from mdn_jax import MDNConfig
 from mdn_jax.layers.momentum_deltanet import MomentumDeltaNet
 from mdn_jax.layers.sharding import sharded_momentum_delta_rule
 from mdn_jax.models.causal_lm import Block
+from mdn_jax.models.loss import summed_loss
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.state import MDNState
-from train.loss import summed_loss
 
 
 @dataclass(frozen=True)

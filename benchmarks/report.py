@@ -1,4 +1,4 @@
-"""Rows of the table of `mdn-bench kernels`, and of its JSON."""
+"""Rows of the table of `python -m benchmarks kernels`, and of its JSON."""
 
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""`mdn-bench scaling`: memory and traffic of training on many GPUs, worked out on paper.
+"""`python -m benchmarks scaling`: memory and traffic of training on many GPUs, worked out on paper.
 
 No GPU is needed and nothing is measured: docs/scaling.md has the formulas and these tables.
 """
@@ -57,7 +57,7 @@ class Size(NamedTuple):
 @cache
 def size(name: str) -> Size:
     """Parameters, counted from the model itself."""
-    from train.flops import projection_sizes
+    from train.metrics.flops import projection_sizes
     from train.step import split_model
 
     config = models()[name]

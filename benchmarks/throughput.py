@@ -1,4 +1,4 @@
-"""`mdn-bench throughput`: tokens a second of training, at lengths with equal tokens a step."""
+"""`python -m benchmarks throughput`: training speed at lengths with equal tokens a step."""
 
 import dataclasses
 import statistics
@@ -34,7 +34,7 @@ class ThroughputConfig:
         "mamba2_400m",
         "transformer_400m",
     )
-    """Names of configurations, as for `mdn-train`."""
+    """Names of configurations, as for `python -m train`."""
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     """Tokens in a row."""
     tokens: int = 32768
@@ -42,7 +42,7 @@ class ThroughputConfig:
     repeats: int = 10
     """Steps to time, after two that are not."""
     remat: Remat = "dots"
-    """What is kept of a block for the backward pass, for all models; as for `mdn-train`."""
+    """What is kept of a block for the backward pass, for all models; as for `python -m train`."""
     implementation: Implementation | None = None
     """Of the momentum delta rule; "scan" and "xla" of the other rules too; None: the best ones."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -1,4 +1,4 @@
-"""`mdn-bench training`: the whole training step, and its parts by themselves beside it."""
+"""`python -m benchmarks training`: the whole training step, and its parts by themselves."""
 
 import dataclasses
 import json
@@ -28,10 +28,10 @@ TRACED_STEPS = 3
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Times training steps on random tokens; parameters, optimizer and step are `mdn-train`'s."""
+    """Times training steps on random tokens; parameters, optimizer and step are those of a run."""
 
     model: str = "mdn_400m"
-    """Name of a configuration, as for `mdn-train`."""
+    """Name of a configuration, as for `python -m train`."""
     rows: int | None = None
     """Rows of a micro-batch on each device; None: the configuration's."""
     accumulation: int = 1
@@ -76,7 +76,7 @@ class Whole(NamedTuple):
         system does not tell.
       peak: most bytes in use on the first device; None where it does not count.
       planned: bytes of arguments and temporaries as the compiler plans them; 0 where it does not.
-      flops: that the model asks for in a step, see `train.flops`.
+      flops: that the model asks for in a step, see `train.metrics.flops`.
       parameters: of the model.
       loss: of the last step, nats.
     """
@@ -99,7 +99,7 @@ def training(config: Annotated[TrainingConfig, tyro.conf.arg(name="")]) -> None:
     """Times the whole step of a configuration, and its parts by themselves."""
     # the default leaves a quarter of the device unused; read when jax first asks for devices
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    from train.flops import utilisation
+    from train.metrics.flops import utilisation
 
     devices = jax.devices()
     kind = devices[0].device_kind
@@ -175,7 +175,7 @@ class _Run:
         """The whole step, and seconds of the optimizer's part of it by itself."""
         # not in the extra `benchmarks`: packages that only training needs
         from benchmarks.whole_step import WholeStep
-        from train.flops import flops_per_token
+        from train.metrics.flops import flops_per_token
         from train.step import make_update, rounded
 
         base, dtype = self.base, jnp.dtype(self.base.dtype)

@@ -1,4 +1,4 @@
-"""The training step of a configuration as `mdn-train` builds it, on random tokens."""
+"""The training step of a configuration as `python -m train` builds it, on random tokens."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.config import TrainConfig
-from train.program import Program
-from train.sharding import from_global, on_mesh
+from train.parallel.sharding import from_global, on_mesh
+from train.run import ModelAndStep
 from train.step import TrainState
 
 
-class WholeStep(Program):
+class WholeStep(ModelAndStep):
     """The step and a batch for it, of a configuration's rows and tokens.
 
     Attributes:

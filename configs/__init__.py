@@ -1,4 +1,4 @@
-"""Named configurations of `mdn-train`: files with a function `config`, and `baselines`."""
+"""Named configurations of `python -m train`: files with a function `config`, and `baselines`."""
 
 import inspect
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """A model small enough for two CPU cores."""
 
 from mdn_jax import MDNConfig
+from mdn_jax.text.tokenizer import VOCAB_SIZE
 from train.config import TrainConfig
-from train.sections import OptimizerConfig
-from train.tokenizer import VOCAB_SIZE
+from train.config_sections import OptimizerConfig
 
 
 def config() -> TrainConfig:

@@ -1,5 +1,6 @@
 """Momentum DeltaNet in JAX."""
 
+from mdn_jax._version import __version__
 from mdn_jax.layers import MomentumDeltaNet
 from mdn_jax.models import MDNConfig, MDNForCausalLM, Sampling, generate
 from mdn_jax.ops import MDNState, momentum_delta_rule
@@ -10,6 +11,7 @@ __all__ = [
     "MDNState",
     "MomentumDeltaNet",
     "Sampling",
+    "__version__",
     "generate",
     "momentum_delta_rule",
 ]

@@ -1,5 +1,7 @@
 import os
+import random
 from collections.abc import Iterator
+from pathlib import Path
 
 # tests compile much and compute little; read when jax starts its backend
 os.environ["XLA_FLAGS"] = " ".join(
@@ -27,3 +29,14 @@ def x64() -> Iterator[None]:
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of eight small text files."""
+    directory = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for i in range(8):
+        lines = [f"x{rng.randrange(99)} = {rng.randrange(99)}" for _ in range(20)]
+        (directory / f"{i}.txt").write_text("\n".join(lines))
+    return directory

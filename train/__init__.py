@@ -1,1 +1,4 @@
-"""Training of Momentum DeltaNet language models: the `mdn-train` command."""
+"""Training of Momentum DeltaNet language models: `python -m train`, from a clone."""
+
+PROGRAM = "python -m train"
+"""Its name in messages."""

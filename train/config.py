@@ -1,4 +1,4 @@
-"""The configuration of a training run: one frozen dataclass, every field a flag of `mdn-train`."""
+"""The configuration of a training run: one frozen dataclass, every field a flag."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mdn_jax.models.config import MDNConfig
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
-from train.sections import (
+from train.config_sections import (
     DataConfig,
     DistributedConfig,
     GuardConfig,

@@ -6,8 +6,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from train.errors import DivergedError
-from train.sections import GuardConfig
+from mdn_jax.errors import RunError
+from train.config_sections import GuardConfig
+
+
+class DivergedError(RunError):
+    """A run that the guard ended.
+
+    Attributes:
+      step: the last one computed.
+    """
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Guard(NamedTuple):

@@ -14,7 +14,7 @@ from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models import Mixer
 from mdn_jax.models.causal_lm import Block
 from train.optimizer import Params
-from train.sharding import with_shardings
+from train.parallel.sharding import with_shardings
 from train.step import TrainState, init_state
 
 

@@ -10,20 +10,15 @@ from functools import partial
 
 import jax
 
+from mdn_jax.cli.interrupt import Interrupt
+from mdn_jax.errors import RunError
 from mdn_jax.new_file import write_text
-from train.checkpoint import Checkpoints, has_checkpoint
-from train.config import TrainConfig, to_dict
-from train.data.batches import Batches
-from train.digest import file_digest
-from train.distributed import Agreement, check_configuration, is_first, together
-from train.errors import DivergedError, RunError
-from train.guard import raise_refused
-from train.interrupt import Interrupt
-from train.metrics import MetricsLog, Progress
-from train.monitor import Monitor
-from train.plot import plot_losses
-from train.resume import flatten
-from train.run_directory import (
+from mdn_jax.saved.digest import file_digest
+from mdn_jax.text.text import text_of
+from mdn_jax.text.vocabulary import TOKENIZER_FILE
+from train.checkpointing.checkpoints import Checkpoints, has_checkpoint
+from train.checkpointing.resume import flatten
+from train.checkpointing.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
     PLOT_FILE,
@@ -33,13 +28,18 @@ from train.run_directory import (
     read_config,
     way_on,
 )
-from train.sample import sample
-from train.sharding import on_mesh
+from train.config import TrainConfig, to_dict
+from train.data.batches import Batches
+from train.evaluation.sample import sample
+from train.guard import DivergedError, raise_refused
+from train.metrics.log import MetricsLog, Progress
+from train.metrics.loss_curve import plot_losses
+from train.metrics.utilization import Monitor
+from train.metrics.writers import check_packages, make_writers
+from train.parallel.distributed import Agreement, check_configuration, is_first, together
+from train.parallel.sharding import on_mesh
+from train.run import Run
 from train.step import StepMetrics, TrainState, scalars
-from train.text import text_of
-from train.trainer import Trainer
-from train.vocabulary import TOKENIZER_FILE
-from train.writers import check_packages, make_writers
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     check_configuration(config)
     directory = config.directory
     print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
-    trainer = Trainer(config, devices=devices)
+    trainer = Run(config, devices=devices)
     trainer.check_alike()
     print(trainer.describe(), flush=True)
     with Checkpoints(config) as checkpoints, together():
@@ -153,7 +153,7 @@ def _with_saved_schedule(config: TrainConfig) -> TrainConfig:
 
 
 def _save(
-    trainer: Trainer,
+    trainer: Run,
     batches: Batches,
     checkpoints: Checkpoints,
     state: TrainState,
@@ -168,7 +168,7 @@ def _save(
 
 
 def _run_steps(
-    trainer: Trainer,
+    trainer: Run,
     state: TrainState,
     batches: Batches,
     checkpoints: Checkpoints,
@@ -248,7 +248,7 @@ def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None
     )
 
 
-def _finish(trainer: Trainer, result: Result, log: MetricsLog) -> None:
+def _finish(trainer: Run, result: Result, log: MetricsLog) -> None:
     """Draws the curve, writes and prints the sample."""
     config, directory = trainer.config, trainer.config.directory
     text = None

@@ -6,9 +6,8 @@ import jax
 import optax
 from jaxtyping import Array, Float
 
-from train.sections import OptimizerConfig
-
-Params = Any  # nested dictionaries of arrays, by the names of the model's parameters
+from mdn_jax.saved.model import Params
+from train.config_sections import OptimizerConfig
 
 # Every parameter's own name is in one of the two sets, so that a new one needs a decision.
 DECAYED = frozenset({"kernel", "embeddings", "lm_head", "a_proj", "b_proj", "m_proj", "e_proj"})

@@ -11,11 +11,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax import MDNForCausalLM
-from train.data.packing import IGNORED, Batch
+from mdn_jax.models.loss import IGNORED, summed_loss
+from train.config_sections import GuardConfig
+from train.data.packing import Batch
 from train.guard import Guard, init_guard, judge
-from train.loss import summed_loss
 from train.optimizer import Params, group_norms
-from train.sections import GuardConfig
 
 # (parameters, batch) -> loss summed over the batch's targets, nats
 Loss = Callable[[Params, Batch], Float[Array, ""]]

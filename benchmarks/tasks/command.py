@@ -1,4 +1,4 @@
-"""`mdn-bench tasks`: trains and scores mixers on generated tasks."""
+"""`python -m benchmarks tasks`: trains and scores mixers on generated tasks."""
 
 import dataclasses
 import time

@@ -1,4 +1,4 @@
-"""Results of `mdn-bench tasks`: a table, a figure."""
+"""Results of `python -m benchmarks tasks`: a table, a figure."""
 
 import dataclasses
 import statistics

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from benchmarks.tasks.task import IGNORED, Examples, Task
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.ops.api import Implementation
+from train.config_sections import OptimizerConfig
 from train.optimizer import make_optimizer, make_schedule
-from train.sections import OptimizerConfig
 
 PUBLISHED_FACTOR = 4.0
 """MDN's factors start uniform in (0, 4)."""

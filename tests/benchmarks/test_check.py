@@ -1,4 +1,4 @@
-"""`mdn-bench check` covers what ships and catches kernels that are wrong."""
+"""`python -m benchmarks check` covers what ships and catches kernels that are wrong."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`mdn-bench decode` at a tiny size: right implementations are timed, others are not."""
+"""`python -m benchmarks decode` at a tiny size: right implementations are timed, others are not."""
 
 import json
 

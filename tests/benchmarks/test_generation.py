@@ -1,4 +1,4 @@
-"""`mdn-bench generation` with a tiny model: memory and time early and late."""
+"""`python -m benchmarks generation` with a tiny model: memory and time early and late."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`mdn-bench kernels` checks before it times, and says what it did not time."""
+"""`python -m benchmarks kernels` checks before it times, and says what it did not time."""
 
 import importlib.metadata
 import json

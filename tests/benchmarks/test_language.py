@@ -1,4 +1,4 @@
-"""`mdn-bench language`: models, a small run that goes on, the table."""
+"""`python -m benchmarks language`: models, a small run that goes on, the table."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.equal_models import model_size
 from benchmarks.language import _SMOKE, LanguageConfig, Outcome, _models, language, table
-from train.errors import DivergedError
+from train.guard import DivergedError
 
 
 def test_models_of_equal_parameters_and_ablations():

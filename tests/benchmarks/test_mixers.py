@@ -1,4 +1,4 @@
-"""`mdn-bench mixers`: sees what is wrong, on the paths that run anywhere."""
+"""`python -m benchmarks mixers`: sees what is wrong, on the paths that run anywhere."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""`mdn-bench parity` compares each implementation with the first."""
+"""`python -m benchmarks parity` compares each implementation with the first."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""`mdn-bench stages` in the interpreter: the chain is right, or is not timed."""
+"""`python -m benchmarks stages` in the interpreter: the chain is right, or is not timed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`mdn-bench training` with a tiny model: the step, its parts, and what is counted."""
+"""`python -m benchmarks training` with a tiny model: the step, its parts, and what is counted."""
 
 import dataclasses
 import json

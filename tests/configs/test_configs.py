@@ -8,8 +8,8 @@ from configs import CONFIGS, describe
 from mdn_jax import MDNForCausalLM
 from mdn_jax.layers import AttentionCache
 from train.config import from_dict, to_dict
+from train.config_sections import OptimizerConfig
 from train.optimizer import decay_mask
-from train.sections import OptimizerConfig
 
 PUBLISHED = [name for name in CONFIGS if name != "smoke"]
 

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tests.train.data.helpers import write_bpe
-from tests.train.processes import start, tiny_flags
+from tests.train.parallel.processes import start, tiny_flags
 
 STEPS, MORE_STEPS = 8, 9
 _LIMIT = 120  # seconds for a command on a busy machine
@@ -77,7 +77,7 @@ class Place:
         return Path(tempfile.mkdtemp(dir=self.root))
 
     def train(self, output: Path, **changes: Any) -> list[str]:
-        """Arguments of `mdn-train` for the run of this campaign in another directory."""
+        """Arguments of `python -m train` for the run of this campaign in another directory."""
         changes = {"steps": STEPS, "checkpoint_every": 1, "keep_checkpoints": 1} | changes
         files = str(self.corpus / "*.txt")
         arguments = tiny_flags(files, output, **changes)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mdn_jax.cli import convert, evaluate, generate, inspect_checkpoint
 from tests.faults.common import (
     MORE_STEPS,
     Answer,
@@ -19,9 +20,9 @@ from tests.faults.common import (
     last_state,
     wrong_words,
 )
-from tests.train.processes import compile_once
-from train.cli import convert, evaluate, generate, inspect_checkpoint, plot
-from train.main import main as train
+from tests.train.parallel.processes import compile_once
+from train.cli import plot
+from train.cli.train import main as train
 
 BIT, CUT, EMPTY = _KINDS = (
     "a bit of a run's file flipped",
@@ -55,7 +56,7 @@ def attack(place: Place, rng: random.Random, *, part: int, quick: bool) -> Itera
         damage()
         before = files_of(run)
         answer, result = readers[name](run, out)
-        resumes = name == "mdn-train --resume" and answer.status == 0
+        resumes = name == "train --resume" and answer.status == 0
         lost = None if resumes or files_of(run) == before else "it changed the run's files"
         return answer, result, lost
 
@@ -131,6 +132,6 @@ def _readers(place: Place) -> dict[str, Reader]:
         "mdn-eval perplexity": evaluated,
         "mdn-convert export": exported,
         "mdn-inspect": inspected,
-        "mdn-plot": plotted,
-        "mdn-train --resume": resumed,
+        "train plot": plotted,
+        "train --resume": resumed,
     }

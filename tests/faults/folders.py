@@ -8,11 +8,12 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mdn_jax.cli import evaluate, inspect_checkpoint
 from tests.faults.common import Attempt, Place, call, wrong_words
 from tests.train.data.helpers import TEXTS, write_hostile, write_jsonl, write_parquet
-from tests.train.processes import compile_once
-from train.cli import evaluate, inspect_checkpoint, tokenize
-from train.main import main as train
+from tests.train.parallel.processes import compile_once
+from train.cli import tokenize
+from train.cli.train import main as train
 
 UNREADABLE, ODD = "a folder with what nobody can read", "a folder with odd names, links, loops"
 _LIMIT = 30  # seconds for a command; a pipe would keep it for ever
@@ -128,11 +129,11 @@ def _commands(place: Place) -> dict[str, Command]:
     short = ["--row", "16", "--tokens", "32", "--window", "4", "--output-dir"]
     bpe = ["--tokenizer", str(place.root / "bpe"), "--processes", "1", "--files"]
     return {
-        "mdn-train": lambda files, out: (
+        "train": lambda files, out: (
             train,
             [*place.train(out, steps=1), "--data.files", str(files)],
         ),
-        "mdn-tokenize": lambda files, out: (tokenize.main, [str(out), *bpe, str(files)]),
+        "train tokenize": lambda files, out: (tokenize.main, [str(out), *bpe, str(files)]),
         "mdn-eval perplexity": lambda files, out: (
             evaluate.main,
             ["perplexity", run, "--window", "16", "--files", str(files)],

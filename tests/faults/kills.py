@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.common import Attempt, Place, difference, last_state
-from tests.train.processes import start
+from tests.train.parallel.processes import start
 
 BEFORE, WHEN, COMMAND = (
     "kill -9 before a change of the run's directory",

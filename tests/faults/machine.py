@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.common import Attempt, NotTriedError, Place, difference, last_state, wrong_words
-from tests.train.processes import Pair, start
-from train.trainer import Trainer
+from tests.train.parallel.processes import Pair, start
+from train.run import Run
 
 HOSTS, DISK, TWO = "hosts that differ", "a full disk", "two runs at once in one directory"
 _PATIENCE = 300.0
@@ -43,7 +43,7 @@ def hosts(place: Place, rng: random.Random, *, quick: bool) -> Iterator[Attempt]
                 statuses, lines = pair.ends()
             except AssertionError as error:
                 statuses, lines = [], [str(error)]
-            words = "mdn-train: error: data.files: expected the same documents"
+            words = "python -m train: error: data.files: expected the same documents"
             right = statuses == [1, 1] and all(line.startswith(words) for line in lines)
             failure = None if right else f"{statuses} {lines}"
             if pair.metrics.exists():
@@ -122,7 +122,7 @@ def small_disk(directory: Path, megabytes: int) -> Iterator[None]:
 
 def fill_when_measured(disk: Path, free: int) -> None:
     """Has this process find its disk full, but for some bytes, at the next held-out loss."""
-    initialise = Trainer.__init__
+    initialise = Run.__init__
 
     def filling(self, *arguments, **options):  # type: ignore[no-untyped-def]
         initialise(self, *arguments, **options)
@@ -139,4 +139,4 @@ def fill_when_measured(disk: Path, free: int) -> None:
 
         self.evaluate = measured
 
-    Trainer.__init__ = filling  # type: ignore[method-assign]
+    Run.__init__ = filling  # type: ignore[method-assign]

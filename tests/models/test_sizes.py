@@ -10,11 +10,11 @@ from flax import nnx
 
 from configs import CONFIGS
 from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.errors import RunError
 from mdn_jax.models import AttentionConfig, sizes
 from mdn_jax.models.sizes import check_fits, parameter_count
 from tests.layers.helpers import TINY
-from train.errors import RunError
-from train.program import Program
+from train.run import ModelAndStep
 
 MODELS = [
     TINY,
@@ -85,4 +85,4 @@ def test_the_memory_is_that_of_the_device_and_of_the_container(monkeypatch, tmp_
 def test_a_run_is_refused_before_anything_is_built():
     config = dataclasses.replace(CONFIGS["smoke"](), model=HUGE)
     with pytest.raises(RunError, match=r"model: expected at most .* with 12 bytes each"):
-        Program(config)
+        ModelAndStep(config)

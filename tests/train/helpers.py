@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.text.tokenizer import ByteTokenizer
 from train.config import TrainConfig
+from train.config_sections import DataConfig, OptimizerConfig
 from train.data import Batch
 from train.data.documents import Documents, tokenize
-from train.sections import DataConfig, OptimizerConfig
-from train.tokenizer import ByteTokenizer
 
 TINY_MODEL = {
     "vocab_size": 257,

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
+from mdn_jax.errors import RunError
 from tests.train.helpers import assert_identical, tiny_config
-from train.errors import RunError
 from train.loop import train
 
 

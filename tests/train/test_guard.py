@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdn_jax.errors import RunError
+from mdn_jax.models.loss import summed_loss
 from tests.train.helpers import assert_identical, random_batch, tiny_config
-from train import program
-from train.errors import DivergedError, RunError
-from train.guard import init_guard, judge, raise_refused
+from train import run as program
+from train.config_sections import GuardConfig, OptimizerConfig
+from train.guard import DivergedError, init_guard, judge, raise_refused
 from train.loop import train
-from train.loss import summed_loss
 from train.optimizer import make_optimizer, make_schedule
-from train.sections import GuardConfig, OptimizerConfig
 from train.step import init_state, make_train_step
 
 

@@ -6,9 +6,9 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM
 from tests.models.test_mixers import THREE
+from train.config_sections import MeshConfig
 from train.initialize import initial_params
-from train.sections import MeshConfig
-from train.sharding import make_mesh, with_shardings
+from train.parallel.sharding import make_mesh, with_shardings
 
 
 def test_a_hybrid_of_three_mixers():

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 
 from mdn_jax import MDNConfig
+from mdn_jax.cli.evaluate import main as evaluate
+from mdn_jax.cli.generate import main as generate
+from mdn_jax.errors import RunError
+from mdn_jax.saved.digest import file_digest
+from mdn_jax.saved.model import find_checkpoint
 from tests.train.data.helpers import data_of, write_bpe
 from tests.train.helpers import TINY_MODEL, assert_identical, tiny_config
-from train.cli.evaluate import main as evaluate
-from train.cli.generate import main as generate
 from train.config import from_dict
+from train.config_sections import OptimizerConfig
 from train.data.packing import PackedRows
-from train.digest import file_digest
-from train.errors import RunError
 from train.loop import train
-from train.metrics import read_metrics
-from train.saved_model import find_checkpoint
-from train.sections import OptimizerConfig
-from train.trainer import Trainer
+from train.metrics.log import read_metrics
+from train.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_what_a_run_leaves_behind(straight):
 
 def test_losses_are_those_of_the_held_out_bytes(straight):
     config, result = straight
-    trainer = Trainer(config)
+    trainer = Run(config)
     assert result.unigram_entropy == trainer.unigram
     assert trainer.evaluate(result.state.params) == result.held_out_loss
 
@@ -247,7 +247,7 @@ def test_a_damaged_configuration_is_named_on_resume(straight, tmp_path, content)
 def test_a_signal_saves_a_checkpoint_and_stops(corpus, tmp_path, monkeypatch, straight, number):
     _, expected = straight
     config = tiny_config(corpus, tmp_path / "run")
-    place, placed = Trainer.place, []
+    place, placed = Run.place, []
 
     def interrupted(self, batch):
         placed.append(batch)
@@ -256,7 +256,7 @@ def test_a_signal_saves_a_checkpoint_and_stops(corpus, tmp_path, monkeypatch, st
         return place(self, batch)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(Trainer, "place", interrupted)
+    monkeypatch.setattr(Run, "place", interrupted)
     result = train(config)
     monkeypatch.undo()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -6,13 +6,12 @@ import pytest
 from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.models.loss import IGNORED, summed_loss
 from tests.train.helpers import TINY_MODEL, assert_identical, random_batch
+from train.config_sections import OptimizerConfig
 from train.data import Batch
-from train.data.packing import IGNORED
-from train.evaluate import make_evaluate
-from train.loss import summed_loss
+from train.evaluation.held_out import make_evaluate
 from train.optimizer import make_optimizer, make_schedule
-from train.sections import OptimizerConfig
 from train.step import init_state, make_train_step, rounded, split_model
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=100)

@@ -5,9 +5,9 @@ import pytest
 
 from mdn_jax import MDNConfig
 from mdn_jax.models import AttentionConfig
+from train.checkpointing.resume import CHANGEABLE_ON_RESUME, flatten, resume_conflicts
 from train.config import TrainConfig, from_dict, to_dict
-from train.resume import CHANGEABLE_ON_RESUME, flatten, resume_conflicts
-from train.sections import DataConfig, OptimizerConfig
+from train.config_sections import DataConfig, OptimizerConfig
 
 
 def test_json_round_trip():

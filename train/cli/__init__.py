@@ -1,1 +1,6 @@
-"""Commands beside `mdn-train`: `mdn-tokenize` before it, the others for its checkpoints."""
+"""The commands of `python -m train`: training itself, `tokenize` before it, `plot` after it."""
+
+COMMANDS = {
+    "tokenize": "files to shards of tokens, which training maps instead of reading",
+    "plot": "the curves of one or several runs in one picture",
+}

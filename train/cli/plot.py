@@ -1,4 +1,4 @@
-"""`mdn-plot`: draws the curves of one or several runs."""
+"""`python -m train plot`: draws the curves of one or several runs."""
 
 import sys
 from collections.abc import Sequence
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import tyro
 
-from train.cli.common import parse, run
-from train.curves import Abscissa, Curve, plot_curves
-from train.errors import RunError
-from train.metrics import scan_metrics
-from train.run_directory import METRICS_FILE, config_int, read_config
+from mdn_jax.cli.common import parse, run
+from mdn_jax.errors import RunError
+from train import PROGRAM as TRAIN
+from train.checkpointing.run_directory import METRICS_FILE, config_int, read_config
+from train.metrics.curves import Abscissa, Curve, plot_curves
+from train.metrics.log import scan_metrics
 
-PROGRAM = "mdn-plot"
+PROGRAM = f"{TRAIN} plot"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class PlotConfig:
     """Training and held-out loss, gradient norm and speed of runs, in one picture."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Output directories of mdn-train, finished or not."""
+    """Output directories of runs, finished or not."""
 
     output: Path = Path("curves.png")
     """PNG file to write."""
@@ -87,7 +88,3 @@ def _read(directory: Path, name: str) -> Curve:
     saved = read_config(directory)
     rows, length = (config_int(directory, saved, x) for x in ("batch_size", "sequence_length"))
     return Curve(name, records, rows * length)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,6 @@
-"""`mdn-tokenize`: files to shards of tokens, which mdn-train maps instead of reading."""
+"""`python -m train tokenize`: files to shards of tokens, which training maps instead of reading."""
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +8,14 @@ from pathlib import Path
 
 import tyro
 
-from train.cli.common import parse, run
-from train.cli.documents import FilesConfig
-from train.data.files import shown
+from mdn_jax.cli.common import parse, run
+from mdn_jax.cli.documents import FilesConfig
+from mdn_jax.text.files import shown
+from train import PROGRAM as TRAIN
+from train.config_sections import DataConfig
 from train.data.tokenizing import write_shards
-from train.sections import DataConfig
 
-PROGRAM = "mdn-tokenize"
+PROGRAM = f"{TRAIN} tokenize"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class TokenizeConfig(FilesConfig):
     """Tokenises files into shards; the same command goes on after an interruption."""
 
     output: tyro.conf.Positional[Path]
-    """Directory for the shards; mdn-train takes it as --data.files."""
+    """Directory for the shards; training takes it as --data.files."""
 
     tokenizer: str = "bytes"
     """A tokenizer.json, a directory with one or with GPT-2's vocab.json and merges.txt, or
@@ -76,7 +76,3 @@ def _tokenize(config: TokenizeConfig) -> int:
         f"{time.perf_counter() - began:.1f} s"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

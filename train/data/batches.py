@@ -10,18 +10,11 @@ from typing import Any, Self
 import grain
 from grain.experimental import ThreadPrefetchIterDataset
 
-from train.config import TrainConfig
-from train.data.corpus import load_corpus
-from train.data.documents import Documents, tokenize
-from train.data.files import find_files
-from train.data.packing import Batch, PackedRows, held_out_batches
-from train.data.shards import open_shards, read_header
-from train.data.stream import from_json, held_out_of_stream, open_stream, packed_stream
-from train.distributed import from_all
-from train.errors import RunError
-from train.sharding import Share
-from train.text import text_of
-from train.tokenizer import (
+from mdn_jax.errors import RunError
+from mdn_jax.text.corpus import load_corpus
+from mdn_jax.text.files import find_files
+from mdn_jax.text.text import text_of
+from mdn_jax.text.tokenizer import (
     BYTES,
     TOKENIZER_FILE,
     ByteTokenizer,
@@ -29,6 +22,13 @@ from train.tokenizer import (
     Tokenizer,
     make_tokenizer,
 )
+from train.config import TrainConfig
+from train.data.documents import Documents, tokenize
+from train.data.packing import Batch, PackedRows, held_out_batches
+from train.data.shards import open_shards, read_header
+from train.data.stream import from_json, held_out_of_stream, open_stream, packed_stream
+from train.parallel.distributed import from_all
+from train.parallel.sharding import Share
 
 _THREADS = 2  # that cut rows
 _STEPS = 1 << 40  # more than anyone takes

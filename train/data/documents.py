@@ -7,7 +7,7 @@ from itertools import batched
 import numpy as np
 from numpy.typing import NDArray
 
-from train.tokenizer import Tokenizer
+from mdn_jax.text.tokenizer import Tokenizer
 
 _TOGETHER = 1024  # documents tokenised in one call, in as many threads as the library has
 

@@ -6,10 +6,9 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from mdn_jax.errors import RunError
+from mdn_jax.models.loss import IGNORED
 from train.data.documents import Documents
-from train.errors import RunError
-
-IGNORED = -100
 
 
 class Batch(TypedDict):

@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from train.data.corpus import digest_of, held_out_of
+from mdn_jax.errors import RunError
+from mdn_jax.text.corpus import digest_of, held_out_of
+from mdn_jax.text.files import SHARD_SUFFIX, reason_of, shown
+from mdn_jax.text.tokenizer import Tokenizer
 from train.data.documents import Documents, bytes_of_targets
-from train.data.files import SHARD_SUFFIX, reason_of, shown
-from train.errors import RunError
-from train.tokenizer import Tokenizer
 
 _MAGIC = b"MDNTOK01"
 _HEADER = 4096
 _DTYPES = ("uint16", "uint32")
-_AGAIN = "delete it and run mdn-tokenize again"
+_AGAIN = "delete it and run `python -m train tokenize` again"
 _BLOCK = 1 << 24
 _NAME = re.compile(rf"(?P<index>\d+)-of-(?P<count>\d+)\{SHARD_SUFFIX}")
 _UNFINISHED = re.compile(r"\d+-of-\d+\.\d+\.tmp")
@@ -174,9 +174,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             start = file.read(_HEADER)
     if not start.startswith(_MAGIC):
-        raise RunError(
-            f"data.files: expected a shard of mdn-tokenize, got {shown(path)}, which is none"
-        )
+        raise RunError(f"data.files: expected a shard of tokens, got {shown(path)}, which is none")
     try:
         header = Header(**json.loads(start[len(_MAGIC) :]))
     except (ValueError, TypeError, RecursionError) as error:
@@ -327,5 +325,5 @@ def _check_complete(paths: Sequence[Path]) -> None:
         if len(counts) > 1 or len(found) != count or max(found, default=-1) >= count:
             raise RunError(
                 f"data.files: expected all of the {count} shards of {shown(directory)}, got "
-                f"{len(found)}; run mdn-tokenize again to make those that are missing"
+                f"{len(found)}; run `python -m train tokenize` again to make those that are missing"
             )

@@ -15,13 +15,14 @@ from grain.experimental import (
 )
 from numpy.typing import NDArray
 
-from train.data.corpus import digest_of, place
+from mdn_jax.errors import RunError
+from mdn_jax.models.loss import IGNORED
+from mdn_jax.text.corpus import digest_of, place
+from mdn_jax.text.files import reason_of
+from mdn_jax.text.tokenizer import Tokenizer
+from train.config_sections import DataConfig
 from train.data.documents import Documents, tokenize
-from train.data.files import reason_of
-from train.data.packing import IGNORED, Batch
-from train.errors import RunError
-from train.sections import DataConfig
-from train.tokenizer import Tokenizer
+from train.data.packing import Batch
 
 _TOKENS, _TARGETS = "tokens", "targets"
 _TOGETHER = 32  # documents tokenised in one call

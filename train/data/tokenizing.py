@@ -19,9 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mdn_jax.errors import RunError
+from mdn_jax.text.files import SHARD_SUFFIX, find_files, reason_of, refuse_shards, shown
+from mdn_jax.text.reading import Piece, cut_files, read_documents, reading
+from mdn_jax.text.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
+from train.config_sections import DataConfig
 from train.data.documents import tokens_of
-from train.data.files import SHARD_SUFFIX, find_files, reason_of, refuse_shards, shown
-from train.data.reading import Piece, cut_files, read_documents, reading
 from train.data.shards import (
     Header,
     read_header,
@@ -29,9 +32,6 @@ from train.data.shards import (
     unfinished_shards,
     write_shard,
 )
-from train.errors import RunError
-from train.sections import DataConfig
-from train.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
 
 _TOGETHER = 256  # documents tokenised in one call
 _SECONDS = 0.2  # between looks at how far the processes are

@@ -1,4 +1,4 @@
-"""mdn-plot as a user meets it."""
+"""`python -m train plot` as a user meets it."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from train.cli.plot import main
-from train.curves import _running_mean
+from train.metrics.curves import _running_mean
 
 
 def write_run(directory, *, steps=60, seed=0, scale=1.0):
@@ -77,7 +77,8 @@ def test_damage_is_said_and_left_out(tmp_path, capsys):
     assert main([str(run), "--output", str(tmp_path / "out.png")]) == 0
     error = capsys.readouterr().err
     assert error == (
-        f"mdn-plot: left out of {metrics}: 1 line(s) that are no record, the first is line 2\n"
+        f"python -m train plot: left out of {metrics}: 1 line(s) that are no record, "
+        "the first is line 2\n"
     )
 
 
@@ -93,7 +94,7 @@ def test_a_damaged_configuration_is_named(tmp_path, capsys, content, words):
     (run / "config.json").write_text(content)
     assert main([str(run), "--output", str(tmp_path / "out.png")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"mdn-plot: error: {words} {run}")
+    assert error.startswith(f"python -m train plot: error: {words} {run}")
     assert len(error.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""`mdn-tokenize`, whole, interrupted and with bad input."""
+"""`python -m train tokenize`, whole, interrupted and with bad input."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 
+from mdn_jax.text.files import find_files
+from mdn_jax.text.tokenizer import FileTokenizer
 from tests.train.data.helpers import TEXTS, write_bpe, write_jsonl, write_parquet
 from train.cli.tokenize import main
-from train.data.files import find_files
+from train.config_sections import DataConfig
 from train.data.shards import open_shards, read_header
-from train.sections import DataConfig
-from train.tokenizer import FileTokenizer
 
 
 def arguments(directory, *files, shard=800, **flags):
@@ -87,7 +87,7 @@ def test_a_killed_command_goes_on(tmp_path, capsys, kind):
     output, whole = tmp_path / "out", tmp_path / "whole"
     bpe = write_bpe(tmp_path / "bpe")
     flags = {"tokenizer": bpe, "shard": 100_000}
-    command = [sys.executable, "-m", "train.cli.tokenize"]
+    command = [sys.executable, "-m", "train", "tokenize"]
     command += arguments(output, path, **flags | {"processes": 2})
     # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -123,7 +123,9 @@ def test_a_directory_of_another_command_is_left_alone(tmp_path, capsys):
     ):
         assert main(changed) == 1
         message = capsys.readouterr().err
-        assert message.startswith("mdn-tokenize: error: output: expected a new directory, or one")
+        assert message.startswith(
+            "python -m train tokenize: error: output: expected a new directory, or one"
+        )
     path.write_text(path.read_text().replace("word1", "word2"))  # the input changed
     os.utime(path, ns=(0, 0))
     assert main(arguments(output, path)) == 1
@@ -139,7 +141,7 @@ def test_a_corrupt_record_is_named_and_leaves_what_is_done(tmp_path, capsys, pro
     output = tmp_path / "out"
     assert main(arguments(output, path, processes=processes)) == 1
     message = capsys.readouterr().err
-    assert f"mdn-tokenize: error: {path}:41: expected a line of JSON" in message
+    assert f"python -m train tokenize: error: {path}:41: expected a line of JSON" in message
     assert "Traceback" not in message
     done = sorted(output.glob("*.tokens"))
     assert all(read_header(shard) for shard in done)

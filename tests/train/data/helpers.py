@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import ByteLevelBPETokenizer
 
+from train.config_sections import DataConfig
 from train.data.tokenizing import write_shards
-from train.sections import DataConfig
 
 TEXTS = [
     f"{i}: " + " ".join(f"word{random.Random(i * 99 + j).randrange(50)}" for j in range(i % 9 + 1))

@@ -16,17 +16,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mdn_jax import MDNConfig
+from mdn_jax.errors import RunError
+from mdn_jax.text.corpus import digest_of, place
+from mdn_jax.text.tokenizer import FileTokenizer
 from tests.train.data import helpers
 from tests.train.data.helpers import TEXTS, data_of, write_bpe
 from tests.train.helpers import TINY_MODEL, TINY_RUN, assert_identical
 from train.config import TrainConfig
+from train.config_sections import DataConfig, OptimizerConfig
 from train.data.batches import load_data
-from train.data.corpus import digest_of, place
 from train.data.packing import PackedRows
-from train.errors import RunError
-from train.sections import DataConfig, OptimizerConfig
-from train.sharding import Share
-from train.tokenizer import FileTokenizer
+from train.parallel.sharding import Share
 
 KINDS = ["text", "jsonl", "parquet", "tokens", "stream"]
 ALONE = Share(0, 1)

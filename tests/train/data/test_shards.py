@@ -9,17 +9,17 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from mdn_jax.errors import RunError
+from mdn_jax.text.corpus import load_corpus
+from mdn_jax.text.files import find_files
+from mdn_jax.text.tokenizer import ByteTokenizer, make_tokenizer
 from tests.train.data.helpers import TEXTS, write_bpe, write_jsonl
+from train.config_sections import DataConfig
 from train.data import shards
-from train.data.corpus import load_corpus
 from train.data.documents import tokenize, tokens_of
-from train.data.files import find_files
 from train.data.packing import PackedRows
 from train.data.shards import open_shards, read_header, shard_name, write_shard
 from train.data.tokenizing import write_shards
-from train.errors import RunError
-from train.sections import DataConfig
-from train.tokenizer import ByteTokenizer, make_tokenizer
 
 
 def make(directory, texts, count=3, tokenizer=None):
@@ -140,7 +140,7 @@ def test_what_is_no_shard_is_named(tmp_path):
     paths = make(tmp_path, TEXTS)
     data = paths[0].read_bytes()
     paths[0].write_bytes(b"something else")
-    with pytest.raises(RunError, match=r"expected a shard of mdn-tokenize, got .*00000.*is none"):
+    with pytest.raises(RunError, match=r"expected a shard of tokens, got .*00000.*is none"):
         opened(paths)
     paths[0].write_bytes(data[:20] + b"{" + data[21:])
     with pytest.raises(RunError, match=r"got .*00000.*: its header is damaged"):

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from datasets.distributed import split_dataset_by_node
 
+from mdn_jax.errors import RunError
+from mdn_jax.models.loss import IGNORED
+from mdn_jax.text.corpus import digest_of, place
+from mdn_jax.text.tokenizer import DOCUMENT_START, ByteTokenizer, make_tokenizer
 from tests.train.data.helpers import TEXTS, data_of, texts_of, write_bpe, write_jsonl, write_parquet
 from tests.train.helpers import assert_identical
-from train.data.corpus import digest_of, place
-from train.data.packing import IGNORED
+from train.config_sections import DataConfig
 from train.data.stream import (
     _texts,
     _TextStream,
@@ -19,9 +22,6 @@ from train.data.stream import (
     open_stream,
     packed_stream,
 )
-from train.errors import RunError
-from train.sections import DataConfig
-from train.tokenizer import DOCUMENT_START, ByteTokenizer, make_tokenizer
 
 FRACTION = 0.1
 HELD_OUT = [t for t in TEXTS if place(digest_of(t.encode())) < FRACTION]

@@ -1,0 +1,1 @@
+"""The commands of the wheel: mdn-generate, mdn-eval, mdn-convert, mdn-inspect."""

@@ -1,0 +1,5 @@
+"""Errors that the command line shows as one line."""
+
+
+class RunError(Exception):
+    """Something the user can put right: a message that names what was expected and what came."""

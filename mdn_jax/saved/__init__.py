@@ -1,0 +1,1 @@
+"""Models in checkpoints: read, checked by their digests, and written."""

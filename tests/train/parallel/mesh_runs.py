@@ -1,0 +1,129 @@
+"""The same steps on several meshes or in several processes; prints what came of them as JSON.
+
+A program of its own, for the number of devices is fixed when JAX starts:
+
+    python -m tests.train.mesh_runs CORPUS OUTPUT              eight simulated devices
+    python -m tests.train.mesh_runs CORPUS OUTPUT PORT INDEX   one of two processes, a device each
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    count = 8 if len(sys.argv) == 3 else 1
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={count}"
+    )
+
+import jax
+import numpy as np
+
+from mdn_jax import MDNConfig
+from tests.train.helpers import TINY_MODEL, random_batch, tiny_config
+from train.checkpointing.checkpoints import Checkpoints
+from train.config import TrainConfig
+from train.config_sections import DistributedConfig, MeshConfig
+from train.parallel.distributed import several
+from train.parallel.sharding import from_local
+from train.run import Run
+
+STEPS, HALF = 20, 10
+MESHES = {"1x1x1": 1, "8x1x1": 8, "1x8x1": 8, "2x2x2": 8, "1x1x2": 2}
+MOVES = ("8x1x1", "2x2x2"), ("2x2x2", "1x1x2"), ("1x1x2", "1x8x1"), ("1x8x1", "1x1x1")
+# rows for eight devices in two micro-batches, two heads for the axis `tensor`
+SHAPE = {"batch_size": 16, "accumulation": 2, "steps": STEPS}
+
+
+def on_mesh(mesh: str, corpus: Path, output: Path) -> TrainConfig:
+    data, fsdp, tensor = map(int, mesh.split("x"))
+    model = MDNConfig(**TINY_MODEL | {"num_heads": 2})
+    sizes = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    config = tiny_config(corpus, output, mesh=sizes, **SHAPE)
+    return dataclasses.replace(config, model=model)
+
+
+def batch(trainer, seed, **changes):
+    """A batch on the devices, from the rows that this process brings."""
+    config = trainer.config
+    rows = trainer.share.rows(config.batch_size)
+    values = random_batch(seed, config.batch_size, config.sequence_length)
+    for name, value in changes.items():
+        values[name][3, 5] = value
+    return from_local(trainer.mesh, {name: x[rows] for name, x in values.items()})
+
+
+def take_steps(trainer, state, steps):
+    losses = []
+    for step in steps:
+        state, metrics = trainer.train_step(state, batch(trainer, step % 4))
+        losses.append(float(metrics.loss))
+    return state, losses
+
+
+def parts(tree):
+    """What every device holds of every array."""
+    return [[np.asarray(s.data) for s in x.addressable_shards] for x in jax.tree.leaves(tree)]
+
+
+def refused_everywhere(trainer, state):
+    """Whether a row that is not finite, on one device, leaves every device's part as it was."""
+    before = parts((state.params, state.opt_state))
+    bad = batch(trainer, 9, tokens=999)  # outside of the vocabulary: nan
+    state, metrics = trainer.train_step(state, bad)
+    counts = {int(np.asarray(s.data)) for s in state.skipped.addressable_shards}
+    after = parts((state.params, state.opt_state))
+    same = jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    return same and counts == {1} and not np.isfinite(metrics.loss)
+
+
+def half_and_half(config, devices=None):
+    """A trainer, its losses and whether it refuses; leaves a checkpoint after half of the steps."""
+    trainer = Run(config, devices=devices)
+    state, first = take_steps(trainer, trainer.initial_state(), range(HALF))
+    with Checkpoints(config) as checkpoints:
+        checkpoints.save(state, data={"step": HALF}, corpus="", held_out_loss=None)
+    state, second = take_steps(trainer, state, range(HALF, STEPS))
+    return trainer, first + second, refused_everywhere(trainer, state)
+
+
+def second_half(trainer, saved):
+    """Losses of the steps after a checkpoint of another run."""
+    with Checkpoints(saved) as checkpoints:
+        state, *_ = checkpoints.restore(trainer.like, corpus="", begin=trainer.begin)
+    lies_right = jax.tree.map(lambda x, y: x.sharding == y.sharding, state, trainer.like)
+    assert all(jax.tree.leaves(lies_right))
+    return take_steps(trainer, state, range(HALF, STEPS))[1]
+
+
+def on_meshes(corpus: Path, output: Path) -> dict:
+    report = {"losses": {}, "moved": {}, "refused": {}}
+    trainers = {}
+    for mesh, count in MESHES.items():
+        config = on_mesh(mesh, corpus, output / mesh)
+        devices = jax.devices()[:count]
+        trainers[mesh], losses, report["refused"][mesh] = half_and_half(config, devices)
+        report["losses"][mesh] = losses
+    for old, new in MOVES:
+        losses = second_half(trainers[new], trainers[old].config)
+        report["moved"][f"{old} to {new}"] = losses
+    return report
+
+
+def in_processes(corpus: Path, output: Path, port: str, index: str) -> dict:
+    address = f"localhost:{port}"
+    with several(DistributedConfig(coordinator=address, processes=2, index=int(index))):
+        trainer, losses, refused = half_and_half(on_mesh("2x1x1", corpus, output / "processes"))
+        moved = second_half(trainer, on_mesh("8x1x1", corpus, output / "8x1x1"))
+    return {"losses": losses, "moved": moved, "refused": refused}
+
+
+def main(corpus: str, output: str, *process: str) -> None:
+    run = in_processes if process else on_meshes
+    print(json.dumps(run(Path(corpus), Path(output), *process)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""Training on many devices is training on one; a checkpoint moves between meshes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.train.parallel.mesh_runs import MESHES, MOVES, STEPS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("meshes")
+
+
+def launch(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.train.parallel.mesh_runs", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def result(process):
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report(corpus, output):
+    return result(launch(corpus, output))
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "1x1x1"])
+def test_losses_are_those_of_one_device(report, mesh):
+    losses, expected = report["losses"][mesh], report["losses"]["1x1x1"]
+    assert len(losses) == STEPS
+    assert expected[-1] < expected[0] - 0.1  # something was learned
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("move", [f"{old} to {new}" for old, new in MOVES])
+def test_a_checkpoint_goes_on_on_another_mesh(report, move):
+    expected = report["losses"]["1x1x1"][STEPS // 2 :]
+    np.testing.assert_allclose(report["moved"][move], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_that_is_not_finite_is_refused_by_every_device(report, mesh):
+    assert report["refused"][mesh]
+
+
+def test_two_processes(report, corpus, output):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [launch(corpus, output, port, index) for index in range(2)]
+    expected = report["losses"]["1x1x1"]
+    for values in map(result, processes):
+        np.testing.assert_allclose(values["losses"], expected, rtol=1e-5)
+        np.testing.assert_allclose(values["moved"], expected[STEPS // 2 :], rtol=1e-5)
+        assert values["refused"]

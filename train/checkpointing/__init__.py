@@ -1,0 +1,1 @@
+"""Checkpoints of a run, its directory, and what may change when it resumes."""

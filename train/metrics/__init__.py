@@ -1,0 +1,1 @@
+"""What a run says of itself: lines of metrics, curves, speed, stability."""

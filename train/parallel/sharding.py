@@ -1,0 +1,209 @@
+"""Where the arrays of a run lie: the mesh, and the axes over which each parameter is cut."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from mdn_jax.errors import RunError
+from mdn_jax.layers.sharding import AXES, DATA, FSDP, ROWS, TENSOR
+from train.config import TrainConfig
+from train.config_sections import MeshConfig
+
+_REPLICATED, _PER_HEAD = PartitionSpec(), PartitionSpec(TENSOR)
+_TO_HEADS, _FROM_HEADS = PartitionSpec(FSDP, TENSOR), PartitionSpec(TENSOR, FSDP)
+
+# Heads and MLP over `tensor`, the width of the residual stream over `fsdp`. The vocabulary, which
+# needs not be divisible by anything, is not cut: the width is, over both.
+PARTITION = {
+    "embeddings": PartitionSpec(None, (FSDP, TENSOR)),
+    "lm_head": PartitionSpec((FSDP, TENSOR), None),
+    "scale": _REPLICATED,
+    **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj"), _TO_HEADS),
+    **dict.fromkeys(("a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log"), _PER_HEAD),
+    **dict.fromkeys(("decay", "d"), _PER_HEAD),
+    **dict.fromkeys((f"{name}_proj.kernel" for name in ("q", "k", "v", "g")), _TO_HEADS),
+    **dict.fromkeys((f"{name}_proj.bias" for name in ("q", "k", "v")), _PER_HEAD),
+    **dict.fromkeys((f"{x}_conv1d.kernel" for x in "qkv"), PartitionSpec(None, TENSOR)),
+    **dict.fromkeys((f"{x}_conv1d.bias" for x in "qkv"), _PER_HEAD),
+    **dict.fromkeys(("g_proj.0.kernel", "f_proj.0.kernel"), PartitionSpec(FSDP, None)),
+    **dict.fromkeys(("g_proj.1.kernel", "f_proj.1.kernel"), PartitionSpec(None, TENSOR)),
+    "g_proj.1.bias": _PER_HEAD,
+    "o_proj.kernel": _FROM_HEADS,
+    **dict.fromkeys(("gate_proj.kernel", "up_proj.kernel"), _TO_HEADS),
+    "down_proj.kernel": _FROM_HEADS,
+}
+
+
+def partition(path: tuple[Any, ...], x: Any) -> PartitionSpec:
+    """How an array of the training state is cut, by the end of its path in the state.
+
+    The moments of the optimizer have the names of their parameters and are cut as they are;
+    scalars are on every device.
+
+    Raises:
+      KeyError: a parameter that `PARTITION` does not name.
+    """
+    if x.ndim == 0:
+        return _REPLICATED
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    words = [word for word in name.split(".") if word != "layers"]
+    for count in (3, 2, 1):
+        spec = PARTITION.get(".".join(words[-count:]))
+        if spec is not None:
+            return spec
+    raise KeyError(f"{name}: expected a parameter named in train.sharding's PARTITION")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run.
+
+    Args:
+      config: sizes of its axes.
+      devices: to use; None: all of all processes.
+
+    Raises:
+      RunError: sizes that do not fit the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    wanted = " * ".join(f"mesh.{name}" for name in AXES)
+    got = " x ".join(map(str, sizes))
+    if -1 in sizes and len(devices) % known:
+        raise RunError(
+            f"{wanted}: expected a divisor of the {len(devices)} devices beside -1, got {got}"
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise RunError(
+            f"{wanted}: expected the number of devices, {len(devices)}, got {got} = "
+            f"{math.prod(sizes)} (-1 in one of them stands for the rest)"
+        )
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_divisible(config: TrainConfig, mesh: Mesh, params: Any) -> None:
+    """Raises unless the mesh divides the batch, the heads and every parameter.
+
+    Args:
+      config: of the run.
+      mesh: its mesh.
+      params: parameters or their shapes.
+
+    Raises:
+      RunError: names the axis and what it does not divide.
+    """
+    rows = config.batch_size // config.accumulation
+    _check_divisor(mesh, ROWS, f"batch_size / accumulation = {rows}", rows)
+    model = config.model
+    tensor = {"mlp_width": model.mlp_width}
+    if set(model.mixers) != {"attention"}:
+        # groups of one are shared by all heads
+        many = model.num_heads > 1 or model.value_heads == 1
+        tensor |= {"num_heads": model.num_heads} if many else {"num_v_heads": model.value_heads}
+    if "attention" in model.mixers:
+        kv_heads = model.attention.num_kv_heads or model.attention.num_heads
+        tensor |= {"attn.num_kv_heads": kv_heads}  # the query heads are a multiple
+    for name, size in tensor.items():
+        _check_divisor(mesh, (TENSOR,), f"model.{name} = {size}", size)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        for axes, size in zip(partition(path, x), x.shape, strict=False):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            _check_divisor(mesh, names, f"{size}, a dimension of {where} {list(x.shape)}", size)
+
+
+def _check_divisor(mesh: Mesh, axes: Sequence[str], what: str, size: int) -> None:
+    parts = math.prod(mesh.shape[name] for name in axes)
+    if size % parts:
+        names = " * ".join(f"mesh.{name}" for name in axes)
+        raise RunError(f"{names}: expected a divisor of {what}, got {parts}")
+
+
+def with_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shapes and dtypes of a training state, or a part of one, with where each array lies."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, partition(path, x))
+        ),
+        tree,
+    )
+
+
+def on_mesh[**P, R](mesh: Mesh, function: Callable[P, R]) -> Callable[P, R]:
+    """The function with the mesh as the ambient one, which the layers ask for."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.set_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, _REPLICATED)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+class Share(NamedTuple):
+    """The part of every batch that a process has to bring.
+
+    Attributes:
+      part: its index.
+      parts: number of equal parts that the rows are cut into. Below the number of processes where
+        `tensor` spans several of them: these bring the same rows.
+    """
+
+    part: int
+    parts: int
+
+    def rows(self, batch_size: int) -> slice:
+        """Its rows of a batch."""
+        size = batch_size // self.parts
+        return slice(self.part * size, (self.part + 1) * size)
+
+
+def process_share(mesh: Mesh, process: int | None = None) -> Share:
+    """Which rows a process holds (None: this one).
+
+    Raises:
+      RunError: devices in an order that gives the processes unequal parts.
+    """
+    process = jax.process_index() if process is None else process
+    groups = mesh.devices.reshape(mesh.shape[DATA] * mesh.shape[FSDP], -1)
+    ours = [i for i, group in enumerate(groups) if any(d.process_index == process for d in group)]
+    count, left = divmod(len(groups), len(ours))
+    if left or ours[0] % len(ours) or ours[-1] - ours[0] != len(ours) - 1:
+        raise RunError(
+            "mesh: expected axes that give every process an equal, contiguous part of the rows, "
+            f"got {dict(mesh.shape)}, where process {process} holds parts {ours} of {len(groups)}"
+        )
+    return Share(ours[0] // len(ours), count)
+
+
+def from_local[T](mesh: Mesh, batch: T) -> T:
+    """A global batch from each process's own rows, `[rows of its share, ...]`."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def from_global[T](mesh: Mesh, batch: T) -> T:
+    """A global batch from all of its rows, which every process has."""
+    sharding = batch_sharding(mesh)
+
+    def place(x: NDArray[Any]) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(lambda x: place(np.asarray(x)), batch)
