@@ -337,7 +337,7 @@ def _why_no_triton(config: CheckConfig) -> str | None:
     if config.interpret:
         return "it has no interpreter here"
     if importlib.util.find_spec("jax_triton") is None:
-        return 'jax-triton is not installed (pip install "mdn-jax[triton]")'
+        return "jax-triton is not installed (mdn-jax's extra 'triton')"
     return None
 
 

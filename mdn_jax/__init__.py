@@ -4,6 +4,7 @@ from mdn_jax._version import __version__
 from mdn_jax.layers import MomentumDeltaNet
 from mdn_jax.models import MDNConfig, MDNForCausalLM, Sampling, generate
 from mdn_jax.ops import MDNState, momentum_delta_rule
+from mdn_jax.saved.load import load
 
 __all__ = [
     "MDNConfig",
@@ -13,5 +14,6 @@ __all__ = [
     "Sampling",
     "__version__",
     "generate",
+    "load",
     "momentum_delta_rule",
 ]

@@ -276,7 +276,7 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> KernelReport:
     except ImportError as error:
         raise ImportError(
             "compiling kernels without a GPU needs Triton (x86-64 Linux): "
-            'pip install "mdn-jax[triton]"'
+            "install mdn-jax with the extra 'triton'"
         ) from error
     major, minor = capability
     arch = 10 * major + minor

@@ -18,7 +18,8 @@ from mdn_jax.errors import RunError
 from mdn_jax.models import MDNForCausalLM
 from mdn_jax.ops.api import Implementation
 from mdn_jax.saved.model import find_checkpoint, load_model
-from mdn_jax.text.text import Text, load_text
+from mdn_jax.saved.tokens import load_text
+from mdn_jax.text.text import Text
 
 
 @dataclass(frozen=True, kw_only=True)

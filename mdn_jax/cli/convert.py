@@ -14,7 +14,7 @@ import tyro
 from mdn_jax.cli.common import parse_command, run
 from mdn_jax.interop import folder_parameters, new_directory, read_folder, write_folder
 from mdn_jax.saved.model import find_checkpoint, iterate_params, save_model
-from mdn_jax.text.text import tokenizer_beside
+from mdn_jax.saved.tokens import tokenizer_beside
 from mdn_jax.text.vocabulary import TOKENIZER_FILE
 
 PROGRAM = "mdn-convert"

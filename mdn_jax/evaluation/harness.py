@@ -1,4 +1,4 @@
-"""The interface of lm-evaluation-harness for a model (`pip install 'mdn-jax[harness]'`).
+"""The interface of lm-evaluation-harness for a model (the extra `harness`).
 
 from lm_eval import simple_evaluate
 from mdn_jax.evaluation.harness import harness_model
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mdn_jax.errors import RunError
 from mdn_jax.evaluation.token_losses import Row, row_after, strided_rows, token_losses, width_of
+from mdn_jax.extras import install
 from mdn_jax.models import MDNForCausalLM, Sampling, generate
 from mdn_jax.models.loss import IGNORED
 from mdn_jax.text.text import Text
@@ -175,7 +176,7 @@ def harness_model(model: MDNForCausalLM, text: Text, **options: Any) -> Any:
         from lm_eval.api.model import LM
     except ImportError as error:
         raise ImportError(
-            f"lm_eval: expected lm-evaluation-harness (pip install 'mdn-jax[harness]'), got {error}"
+            f"lm_eval: expected lm-evaluation-harness, got {error}: {install('harness')}"
         ) from None
     kind = type("HarnessModel", (Harness, LM), {})
     return kind(model, text, **options)

@@ -1,6 +1,6 @@
 """Published checkpoint folders: `config.json` and safetensors files, one tensor at a time.
 
-Needs the safetensors library (`pip install 'mdn-jax[huggingface]'`).
+Needs the safetensors library (the extra `huggingface`).
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import DTypeLike, NDArray
 
+from mdn_jax.extras import install
 from mdn_jax.interop.official import (
     check_tensors,
     model_from_official,
@@ -306,5 +307,5 @@ def _safetensors(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise ImportError(
-            "published folders need the safetensors library: pip install 'mdn-jax[huggingface]'"
+            f"published folders need the safetensors library: {install('huggingface')}"
         ) from None

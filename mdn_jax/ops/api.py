@@ -205,7 +205,7 @@ def kernels_lack(
         if q.shape[1] > MAX_STEPS:
             return f"at most {MAX_STEPS} steps, got T = {q.shape[1]}"
         if importlib.util.find_spec("jax_triton") is None:
-            return 'jax-triton, which is not installed (pip install "mdn-jax[triton]")'
+            return "jax-triton, which is not installed (mdn-jax's extra 'triton')"
     return unsupported(
         q.shape[-1],
         v.shape[-1],

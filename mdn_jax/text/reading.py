@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mdn_jax.errors import RunError
+from mdn_jax.extras import install
 from mdn_jax.text.files import Format, is_compressed, reason_of, shown
 
 # How files begin that are no text, whatever their names say; others have a zero byte somewhere.
@@ -198,9 +199,7 @@ def _open_parquet(path: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise RunError(
-            "data.files: Parquet needs pyarrow: pip install 'mdn-jax[huggingface]'"
-        ) from None
+        raise RunError(f"data.files: Parquet needs pyarrow: {install('huggingface')}") from None
     with reading(path, (Exception,)), pyarrow.parquet.ParquetFile(path) as file:
         yield file
 

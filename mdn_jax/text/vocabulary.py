@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mdn_jax.errors import RunError
+from mdn_jax.extras import install
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -181,7 +182,7 @@ def _read(path: Path) -> Any:
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
     except ImportError:
         raise RunError(
-            f"tokenizer: {path} needs the tokenizers library: pip install 'mdn-jax[huggingface]'"
+            f"tokenizer: {path} needs the tokenizers library: {install('huggingface')}"
         ) from None
     try:
         gpt2 = [path / name for name in _GPT2_FILES]

@@ -134,7 +134,7 @@ def test_text_that_is_not_utf8_is_named_where_it_has_to_be(tmp_path):
 def test_parquet_without_its_library(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(RunError, match=r"needs pyarrow: pip install 'mdn-jax\[huggingface\]'"):
+    with pytest.raises(RunError, match=r"needs pyarrow: install .* the extra 'huggingface'"):
         read(path)
 
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mdn_jax import MDNConfig
 from mdn_jax.errors import RunError
 from mdn_jax.saved.model import Saved
-from mdn_jax.text.text import ByteText, FileText, load_text
+from mdn_jax.saved.tokens import load_text
+from mdn_jax.text.text import ByteText, FileText
 
 
 def merging(path, words, merges=(), **parts):
@@ -158,5 +159,5 @@ def test_a_bad_tokenizer_file(tmp_path, monkeypatch):
         with pytest.raises(RunError, match=r"tokenizer: expected a tokenizer.json, or .*, got .*"):
             FileText(file)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(RunError, match="needs the tokenizers library: pip install"):
+    with pytest.raises(RunError, match="needs the tokenizers library: install mdn-jax with"):
         FileText(file)

@@ -145,5 +145,5 @@ def test_files_that_cannot_be_used_are_named(bpe, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"expected a tokenizer\.json.*got .*: \w+"):
         FileTokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(RunError, match="needs the tokenizers library: pip install"):
+    with pytest.raises(RunError, match="needs the tokenizers library: install mdn-jax with"):
         FileTokenizer(bpe)

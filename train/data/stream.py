@@ -16,6 +16,7 @@ from grain.experimental import (
 from numpy.typing import NDArray
 
 from mdn_jax.errors import RunError
+from mdn_jax.extras import install
 from mdn_jax.models.loss import IGNORED
 from mdn_jax.text.corpus import digest_of, place
 from mdn_jax.text.files import reason_of
@@ -38,7 +39,7 @@ def open_stream(config: DataConfig) -> Any:
         import datasets
     except ImportError:
         raise RunError(
-            "data.dataset: needs the datasets library: pip install 'mdn-jax[huggingface]'"
+            f"data.dataset: needs the datasets library: {install('huggingface')}"
         ) from None
     try:
         stream = datasets.load_dataset(

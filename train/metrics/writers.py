@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from mdn_jax.errors import RunError
+from mdn_jax.extras import install
 from mdn_jax.new_file import write_text
 from train.checkpointing.resume import flatten
 from train.config import TrainConfig, to_dict
@@ -111,5 +112,5 @@ def _import(package: str, field: str, extra: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise RunError(
-            f'{field}: expected the package {package}, got {error}; pip install "mdn-jax[{extra}]"'
+            f"{field}: expected the package {package}, got {error}: {install(extra)}"
         ) from None

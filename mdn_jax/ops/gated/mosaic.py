@@ -1,6 +1,6 @@
 """The kernels of jax-linear-attention behind the gated rules, where they are installed.
 
-They are written for NVIDIA Hopper (`pip install 'mdn-jax[mosaic]'`). Whether they can run a call is
+They are written for NVIDIA Hopper (the extra `mosaic`). Whether they can run a call is
 asked of them; what they cannot run goes to another implementation.
 """
 
@@ -53,7 +53,7 @@ def lacking(kind: Kind, call: Call, explicit_p: bool, chunk_size: int | None) ->
     if api._capability() != (9, 0):
         return "a Hopper GPU (compute capability 9.0) as the default device, got none"
     if importlib.util.find_spec("jla") is None:
-        return 'jax-linear-attention, which is not installed (pip install "mdn-jax[mosaic]")'
+        return "jax-linear-attention, which is not installed (mdn-jax's extra 'mosaic')"
     if explicit_p:
         return "p = None, got an erase key"
     if chunk_size not in (None, 64):
