@@ -1,4 +1,4 @@
-"""The direction of imports: kernels <- library <- training; nothing imports tests or benchmarks."""
+"""The tree: directions of imports, no circles, no long files, no long functions."""
 
 import ast
 import subprocess
@@ -12,8 +12,10 @@ ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
     "mdn_jax": {"mdn_jax", "pallas_kernels"},
     "configs": {"configs", "train", "mdn_jax"},
-    "train": {"train", "configs", "mdn_jax"},
+    "train": {"train", "mdn_jax"},
 }
+# the command line of training offers the configurations by name
+READ_CONFIGS = {ROOT / "train" / "cli" / "train.py"}
 OURS = {*ALLOWED, "tests", "benchmarks", "examples"}
 
 
@@ -31,7 +33,75 @@ def test_imports_follow_the_direction(package):
     for path in (ROOT / package).rglob("*.py"):
         for module in imports(path):
             top = module.split(".")[0]
-            assert top not in OURS or top in ALLOWED[package], f"{path} imports {module}"
+            allowed = ALLOWED[package] | ({"configs"} if path in READ_CONFIGS else set())
+            assert top not in OURS or top in allowed, f"{path} imports {module}"
+
+
+def modules():
+    """Every module of ours but the tests, by its name, with its file."""
+    for package in (*ALLOWED, "benchmarks", "examples"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def needs(path, known):
+    """The modules of ours that one imports, wherever in it: `from a import b` may be module a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else node.module for name in inside]
+        else:
+            continue
+        yield from (name for name in names if name in known)
+
+
+def circle(graph):
+    """Some modules of which each imports the next, and the last the first; [] if there are none."""
+    done = set()
+
+    def search(name, trail):
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        found = next((c for x in graph[name] if (c := search(x, [*trail, name]))), [])
+        done.add(name)
+        return found
+
+    return next((c for name in graph if (c := search(name, []))), [])
+
+
+def test_a_circle_is_found():
+    assert circle({"a": ["b"], "b": ["c"], "c": []}) == []
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+
+
+def test_no_circle_of_imports():
+    known = dict(modules())
+    assert len(known) > 100
+    assert circle({name: sorted(set(needs(path, known))) for name, path in known.items()}) == []
+
+
+def bodies(path):
+    """Every function of a file with the lines of its body, without its docstring."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def test_no_long_file_and_no_long_function():
+    files = [
+        path for package in ("mdn_jax", "pallas_kernels") for path in (ROOT / package).rglob("*.py")
+    ]
+    long = {str(path): n for path in files if (n := len(path.read_text().splitlines())) > 400}
+    assert long == {}
+    long = {f"{path}:{name}": n for _, path in modules() for name, n in bodies(path) if n > 100}
+    assert long == {}
 
 
 def test_layers_never_import_kernels():
