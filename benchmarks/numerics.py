@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from tabulate import tabulate
 
 from benchmarks.closed_form import chunk_rule, closed_form, without_cancellation
 from benchmarks.gate_draws import REGIMES, Gates, published_gates
+from benchmarks.numerics_errors import Errors
 from mdn_jax import MDNState, momentum_delta_rule
 
 CHUNK = 64
@@ -46,24 +47,6 @@ class NumericsConfig:
     """Of everything."""
     output_dir: Path = Path("runs/numerics")
     """Directory of numerics.json and numerics.png."""
-
-
-class Errors(NamedTuple):
-    """Relative errors of every head (Frobenius norm), nan where something is not finite.
-
-    Attributes:
-      regime: of the gates.
-      dtype: of q, k and v.
-      form: of the coefficients.
-      nats: largest sum of log alpha - log mu over a chunk, of every head.
-      errors: by quantity.
-    """
-
-    regime: str
-    dtype: str
-    form: str
-    nats: NDArray[np.float64]
-    errors: dict[str, NDArray[np.float64]]
 
 
 def numerics(config: Annotated[NumericsConfig, tyro.conf.arg(name="")]) -> None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from benchmarks.numerics import Errors
+from benchmarks.numerics_errors import Errors
 
 _LOOKS = {
     "closed form": ("#d94801", "o", "published closed form"),
@@ -18,7 +16,7 @@ _LOOKS = {
 _OVERFLOW = 88.7  # log of the largest float32
 
 
-def draw(rows: Sequence["Errors"], path: Path) -> None:
+def draw(rows: Sequence[Errors], path: Path) -> None:
     """Error of every head's outputs against the nats by which its momentum decays faster.
 
     Args:
