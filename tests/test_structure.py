@@ -111,7 +111,21 @@ def test_layers_never_import_kernels():
 
 def test_importing_the_library_needs_no_gpu_package():
     code = (
-        "import sys, mdn_jax; print({'triton', 'jax_triton', 'pallas_kernels'} & set(sys.modules))"
+        "import sys; from mdn_jax import *; "
+        "print({'triton', 'jax_triton', 'pallas_kernels'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()", out.stdout
+
+
+def test_the_names_of_the_library_are_imported_at_first_use():
+    code = "\n".join(
+        [
+            "import sys, mdn_jax, mdn_jax.cli.commands",
+            "assert 'jax' not in sys.modules",  # so that a command answers Ctrl-C from the start
+            "assert set(mdn_jax.__all__) <= set(dir(mdn_jax))",
+            "assert mdn_jax.models.MDNConfig is mdn_jax.MDNConfig",
+            "assert not hasattr(mdn_jax, 'nothing')",
+        ]
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -63,10 +63,16 @@ def parse[C](
         help.
     """
     try:
-        return at_home(tyro.cli(kind, prog=program, description=description, args=arguments))
+        return at_home(
+            tyro.cli(kind, prog=program, description=_about(description), args=arguments)
+        )
     except ValueError as error:  # of a field that is not under a prefix
         print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _about(description: str | None) -> str:
+    return f"{description or ''}\n\n--version alone prints the version.".strip()
 
 
 def at_home[T](value: T) -> T:
@@ -116,7 +122,7 @@ def parse_command(
         chosen: Callable[[], int] = tyro.extras.subcommand_cli_from_dict(
             {name: bind(command) for name, command in commands.items()},
             prog=program,
-            description=description,
+            description=_about(description),
             args=arguments,
         )
         return chosen
