@@ -19,6 +19,11 @@ from train.loop import Result, train
 from train.run_directory import METRICS_FILE, PLOT_FILE, SAMPLE_FILE
 
 PROGRAM = "mdn-train"
+# A section whose name alone is a flag.
+_SHORT = {
+    "--distributed": "--distributed.enabled",
+    "--no-distributed": "--distributed.no-enabled",
+}
 _ATTENTION = '{"layers": [3, 7], "num_heads": 8}'
 
 
@@ -80,7 +85,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         prog=f"{PROGRAM} {chosen.configuration}",
         description=describe(chosen.configuration),
         default=CONFIGS[chosen.configuration](),
-        args=chosen.flags,
+        args=[_SHORT.get(flag, flag) for flag in chosen.flags],
         registry=_registry(),
     )
 
