@@ -80,7 +80,7 @@ def option_of(name: str, declared: Mapping[str, Option]) -> Option | None:
     return declared.get(name)
 
 
-def build[C](kind: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
+def build[C](kind: type[C], values: Any, prefix: str = "") -> C:
     """A configuration from JSON values, section by section; what is not there has its default.
 
     A section that has a `from_dict` of its own is built by that.

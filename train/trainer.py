@@ -6,14 +6,18 @@ from functools import partial
 import jax
 
 from train.config import TrainConfig
-from train.data.batches import load_data
+from train.data.batches import find_source, load_data
 from train.data.packing import Batch, unigram_entropy
 from train.distributed import check_alike
+from train.errors import RunError
 from train.evaluate import make_evaluate
 from train.program import Program
+from train.run_directory import CONFIG_FILE
 from train.saved_model import DIRECTORY, complete_steps
 from train.sharding import from_global, from_local, on_mesh, process_share
 from train.stability import make_stability
+from train.text import text_of
+from train.tokenizer import BYTES, TOKENIZER_FILE, FileTokenizer, Tokenizer
 
 
 class Trainer(Program):
@@ -27,10 +31,13 @@ class Trainer(Program):
           devices: to run on; None: all of all processes.
 
         Raises:
-          RunError: a corpus that cannot be used, or a mesh that does not fit.
+          RunError: a corpus that cannot be used, a tokenizer that does not fit the run, or a mesh
+            that does not fit.
         """
         super().__init__(config, devices=devices)  # what cannot run is said before data is read
-        self.data = load_data(config)
+        source = find_source(config.data)
+        check_tokenizer(config, source.tokenizer)
+        self.data = load_data(config, source)
         self.unigram = unigram_entropy(self.data.held_out)
         self.share = process_share(self.mesh)
         evaluate = make_evaluate(
@@ -69,4 +76,41 @@ class Trainer(Program):
             f"{parameters:,} parameters, {self.data.size}, "
             f"{self.config.tokens_per_step:,} tokens a step, on {devices.size} x "
             f"{devices.flat[0].device_kind} in {jax.process_count()} process(es)"
+        )
+
+
+def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises unless the model, the sample and the run to resume can have these tokens.
+
+    Args:
+      config: resolved configuration.
+      tokenizer: of its documents.
+
+    Raises:
+      RunError: names what does not fit.
+    """
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise RunError(
+            f"model.vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {config.model.vocab_size}"
+        )
+    if config.sample_tokens and not text_of(tokenizer).encode(config.sample_prompt):
+        raise RunError(
+            "sample_prompt: expected text, as no token of the tokenizer opens a document "
+            f"(data.start_token names one), got {config.sample_prompt!r}"
+        )
+    saved = config.directory / TOKENIZER_FILE
+    if not config.resume:
+        return
+    if saved.exists():
+        expected = FileTokenizer(saved).fingerprint
+    elif (config.directory / CONFIG_FILE).exists():
+        expected = BYTES
+    else:
+        return  # a converted model that nothing is known of
+    if tokenizer.fingerprint != expected:
+        raise RunError(
+            f"data.tokenizer: expected that of the run in {config.directory} "
+            f"({'bytes' if expected == BYTES else saved}), got "
+            f"{config.data.tokenizer or 'bytes'}, which gives other tokens"
         )

@@ -1,13 +1,14 @@
 """Documents in memory, and which of them are held out."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.files import find_files, refuse_shards
+from train.data.files import Format, find_files, refuse_shards
 from train.data.reading import cut_files, read_documents
 from train.errors import RunError
 from train.sections import DataConfig
@@ -27,7 +28,12 @@ class Corpus(NamedTuple):
     fingerprint: str
 
 
-def load_corpus(config: DataConfig, *, utf8: bool = False) -> Corpus:
+def load_corpus(
+    config: DataConfig,
+    *,
+    files: Sequence[tuple[Path, Format]] | None = None,
+    utf8: bool = False,
+) -> Corpus:
     """Reads the documents and splits them into train and held-out.
 
     A document is a file of text, a line of JSONL or a row of Parquet. Its own content decides its
@@ -37,6 +43,7 @@ def load_corpus(config: DataConfig, *, utf8: bool = False) -> Corpus:
 
     Args:
       config: which files, and the fraction to hold out.
+      files: those of the configuration, from `find_files`; None: to be found here.
       utf8: refuse plain text that is not UTF-8.
 
     Returns:
@@ -45,22 +52,29 @@ def load_corpus(config: DataConfig, *, utf8: bool = False) -> Corpus:
     Raises:
       RunError: files that cannot be read, a record that does not fit, or no text at all.
     """
-    documents = {digest_of(text): text for text in read_texts(config, utf8=utf8)}
+    documents = {digest_of(text): text for text in read_texts(config, files=files, utf8=utf8)}
     train, held_out = _split(documents, config.held_out_fraction)
     return Corpus(train, held_out, _fingerprint(train, held_out))
 
 
-def read_texts(config: DataConfig, *, utf8: bool = False) -> Iterator[bytes]:
+def read_texts(
+    config: DataConfig,
+    *,
+    files: Sequence[tuple[Path, Format]] | None = None,
+    utf8: bool = False,
+) -> Iterator[bytes]:
     """The documents of files of text, JSONL and Parquet that are not empty, with every copy.
 
     Args:
       config: which files.
+      files: those of the configuration, from `find_files`; None: to be found here.
       utf8: refuse text that is not UTF-8.
 
     Raises:
       RunError: files that cannot be read, a record that does not fit, or no text at all.
     """
-    files = find_files(config)
+    if files is None:
+        files = find_files(config)
     refuse_shards(files)
     empty = True
     for piece in cut_files(files, size=1 << 62):
