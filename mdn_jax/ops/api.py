@@ -16,6 +16,7 @@ from mdn_jax.ops.arguments import (
     check_values,
 )
 from mdn_jax.ops.chunkwise import chunkwise_rule
+from mdn_jax.ops.fallback import warn_without_backend
 from mdn_jax.ops.inputs import RuleInputs, document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
@@ -108,6 +109,7 @@ def momentum_delta_rule(
     if implementation is None:
         lacking = kernels_lack("pallas_triton", q, v, p, scale, chunk_size)
         implementation = "xla" if lacking else "pallas_triton"
+        warn_without_backend(lacking)
     elif implementation in _KERNELS:
         lacking = kernels_lack(implementation, q, v, p, scale, chunk_size)
         if lacking:
@@ -192,6 +194,7 @@ def kernels_lack(
     capability = _capability()
     if capability is None:
         return "a CUDA GPU as the default device, got none"
+    from pallas_kernels.backends import triton_lacks
     from pallas_kernels.momentum_delta import CHUNK, MAX_STEPS
     from pallas_kernels.tiling import unsupported
 
@@ -206,13 +209,16 @@ def kernels_lack(
             return f"at most {MAX_STEPS} steps, got T = {q.shape[1]}"
         if importlib.util.find_spec("jax_triton") is None:
             return 'jax-triton, which is not installed (pip install "mdn-jax[triton]")'
-    return unsupported(
+    lacking = unsupported(
         q.shape[-1],
         v.shape[-1],
         capability,
         itemsize=_kernel_dtype(q.dtype).itemsize,
         explicit_p=p is not None,
     )
+    if lacking is None and implementation == "pallas_triton":
+        return triton_lacks()
+    return lacking
 
 
 def _on_kernels(
