@@ -1,6 +1,11 @@
-"""Which backends of Pallas the installed JAX has: the one place that asks (docs/backends.md)."""
+"""Which backends of Pallas the installed JAX has, and whether jax-triton fits it.
+
+The one place that asks (docs/backends.md).
+"""
 
 import importlib
+import importlib.metadata
+import importlib.util
 from typing import Any
 
 import jax
@@ -36,3 +41,17 @@ def triton_parameters(*, warps: int, stages: int) -> Any:
     if lacking := triton_lacks():
         raise ValueError(f"jax: the kernels expect {lacking}")
     return importlib.import_module(_TRITON).CompilerParams(num_warps=warps, num_stages=stages)
+
+
+def jax_triton_lacks() -> str | None:
+    """What `decode_triton` would need that is not installed; None if it can run."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return 'jax-triton, which is not installed (pip install "mdn-jax[triton]")'
+    try:
+        version = importlib.metadata.version("jax-triton")
+    except importlib.metadata.PackageNotFoundError:  # from a folder
+        return None
+    # 0.4 counts results that take an operand's memory anew, and JAX 0.12 cannot lower its calls
+    if tuple(map(int, version.split(".")[:2])) > (0, 3):
+        return f'jax-triton below 0.4 (pip install "jax-triton<0.4"), got {version}'
+    return None

@@ -1,6 +1,5 @@
 """`momentum_delta_rule`: checks its arguments and picks the implementation."""
 
-import importlib.util
 from typing import Any, Literal, get_args
 
 import jax
@@ -194,7 +193,7 @@ def kernels_lack(
     capability = _capability()
     if capability is None:
         return "a CUDA GPU as the default device, got none"
-    from pallas_kernels.backends import triton_lacks
+    from pallas_kernels.backends import jax_triton_lacks, triton_lacks
     from pallas_kernels.momentum_delta import CHUNK, MAX_STEPS
     from pallas_kernels.tiling import unsupported
 
@@ -207,8 +206,8 @@ def kernels_lack(
     if implementation == "triton":
         if q.shape[1] > MAX_STEPS:
             return f"at most {MAX_STEPS} steps, got T = {q.shape[1]}"
-        if importlib.util.find_spec("jax_triton") is None:
-            return 'jax-triton, which is not installed (pip install "mdn-jax[triton]")'
+        if missing := jax_triton_lacks():
+            return missing
     lacking = unsupported(
         q.shape[-1],
         v.shape[-1],

@@ -1,9 +1,12 @@
 """The day on which JAX drops the Triton backend of Pallas, simulated."""
 
+import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import warnings
 from functools import partial
+from importlib.machinery import ModuleSpec
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +141,25 @@ def test_the_kernels_can_be_imported_without_it():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == backends.WITHOUT_TRITON
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (None, "is not installed"),
+        ("0.4.1", r"below 0\.4 .*, got 0\.4\.1"),
+        ("0.10.0", "below 0"),
+        ("0.3.1", None),
+    ],
+)
+def test_which_jax_triton_fits(monkeypatch, version, words):
+    found = None if version is None else ModuleSpec("jax_triton", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    if words is None:
+        assert backends.jax_triton_lacks() is None
+        return
+    monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+    inputs = random_inputs(seed=1, length=2)
+    with pytest.raises(ValueError, match=f'implementation: "triton" expects jax-triton.*{words}'):
+        momentum_delta_rule(**inputs, implementation="triton")
