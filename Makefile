@@ -2,12 +2,14 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NEWEST := .venv-newest
+LIBRARIES := jax flax optax orbax-checkpoint
 PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$p; break; fi; done)
 
 SMOKE := smoke-tasks smoke-language smoke-throughput
 
-.PHONY: help setup train test test-fast faults faults-quick smoke $(SMOKE) lint types format bench clean
+.PHONY: help setup train test test-fast test-newest faults faults-quick smoke $(SMOKE) lint types format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +35,16 @@ test: $(READY)  ## all tests
 
 test-fast: $(READY)  ## the tests that take seconds
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+
+# the second installation goes beyond the bounds of pyproject.toml, which pip says and allows
+test-newest: $(READY)  ## tests on the newest jax, flax, optax, orbax in .venv-newest (ARGS="tests/ops", ...)
+	@[ -x $(NEWEST)/bin/python ] || $(BIN)/python -m venv $(NEWEST)
+	@echo "Installing the newest $(LIBRARIES) into $(NEWEST) (minutes)"
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(LIBRARIES)
+	@$(NEWEST)/bin/python -c 'import sys; from importlib.metadata import version; \
+	  print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")' jaxlib $(LIBRARIES)
+	@$(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 faults: $(READY)  ## kill runs, damage files, fill disks; a table (ARGS="--seed 1", ...), ten minutes at most
 	@timeout 600 $(BIN)/python -m tests.faults $(ARGS)
@@ -63,4 +75,4 @@ bench: $(READY)  ## the operator's implementations side by side
 	@$(BIN)/python -m benchmarks kernels $(ARGS)
 
 clean:  ## remove what the targets made (never runs/)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,5 @@
 """The kernels with every tile choice that ships, on the present device, against the scan."""
 
-import importlib.util
 import json
 import os
 import re
@@ -45,6 +44,7 @@ from mdn_jax.testing import (
     random_cotangents,
     relative_errors,
 )
+from pallas_kernels.backends import jax_triton_lacks
 
 
 @dataclass(frozen=True)
@@ -336,9 +336,8 @@ def _same_bits(first: Results, again: Results) -> bool:
 def _why_no_triton(config: CheckConfig) -> str | None:
     if config.interpret:
         return "it has no interpreter here"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed (mdn-jax's extra 'triton')"
-    return None
+    missing = jax_triton_lacks()
+    return f"it needs {missing}" if missing else None
 
 
 def interpreted_rule(*, implementation: Implementation, **arrays: Any) -> tuple[Array, MDNState]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pl_triton
+
+from pallas_kernels.backends import triton_parameters
 
 PARTS: Literal["parts"] = "parts"
 """float32 operands as two bfloat16 numbers each, in three products."""
@@ -98,7 +99,7 @@ def kernel_call(
             out_specs=[out_specs],
             out_shape=[out_shape],
             input_output_aliases=dict(aliases),
-            compiler_params=pl_triton.CompilerParams(num_warps=warps, num_stages=stages),
+            compiler_params=None if interpret else triton_parameters(warps=warps, stages=stages),
             interpret=interpret,
             name=name,
         )(*operands)

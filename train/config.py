@@ -21,26 +21,27 @@ from train.config_sections import (
     ReportConfig,
     check,
 )
+from train.options import build, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
-    name: str = "run"
+    name: str = option("run", resume="may change")
     """Name of the run."""
 
-    output_dir: str | None = None
+    output_dir: str | None = option(None, resume="may change")
     """Directory of checkpoints, metrics, plot and sample, the same for all processes; None:
     runs/<name>."""
 
-    resume: bool = False
+    resume: bool = option(False, resume="may change")
     """Continue from the last checkpoint in the output directory."""
 
-    resume_step: int | None = None
+    resume_step: int | None = option(None, resume="may change")
     """With `resume`: continue from the checkpoint of this step; later ones are set aside."""
 
-    model: MDNConfig = field(default_factory=MDNConfig)
+    model: MDNConfig = option(factory=MDNConfig, resume="fixed")
     """The model."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -61,62 +62,62 @@ class TrainConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     """Where the metrics go."""
 
-    profile: bool = False
+    profile: bool = option(False, resume="may change")
     """Write a trace of a few steps, for TensorBoard or XProf, into the run's directory."""
 
-    steps: int = 30_720
+    steps: int = option(30_720, resume="may change")
     """Optimizer steps."""
 
-    batch_size: int = 128
+    batch_size: int = option(128, resume="fixed")
     """Rows in one step, over all its micro-batches."""
 
-    sequence_length: int = 4096
+    sequence_length: int = option(4096, resume="fixed")
     """Tokens in a row."""
 
-    accumulation: int = 1
+    accumulation: int = option(1, resume="fixed")
     """Micro-batches that a step's batch is computed in; the gradient is that of the whole batch."""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", resume="fixed")
     """Type of activations; parameters, moments and loss are float32."""
 
-    implementation: Implementation | None = None
+    implementation: Implementation | None = option(None, resume="may change")
     """Implementation of the momentum delta rule; None: the best that supports the call."""
 
-    remat: Remat = "none"
+    remat: Remat = option("none", resume="may change")
     """Activations of each block that are computed again in the backward pass instead of kept: none;
     the states of the rule ("states"); all but outputs of projections and of the rule ("dots"); all
     but those of the rule ("kernel"); all ("block"). Later ones need less memory and more time."""
 
-    seed: int = 42
+    seed: int = option(42, resume="fixed")
     """Seed of the initial parameters, the data order and the sample."""
 
-    log_every: int = 10
+    log_every: int = option(10, resume="may change")
     """Steps between lines of metrics."""
 
-    stability_every: int = 0
+    stability_every: int = option(0, resume="may change")
     """Steps between measurements, in every layer, of the share of heads whose gates leave the
     stable region or whose states grow, and of the states' norms (docs/stability.md); 0: none."""
 
-    eval_every: int = 500
+    eval_every: int = option(500, resume="may change")
     """Steps between measurements of the held-out loss."""
 
-    eval_rows: int = 256
+    eval_rows: int = option(256, resume="fixed")
     """Most held-out rows to measure on, always the same; out of more rows, at even distances."""
 
-    checkpoint_every: int = 1000
+    checkpoint_every: int = option(1000, resume="may change")
     """Steps between checkpoints; one is always written at the end. Those at a multiple of
     `eval_every` as well have a held-out loss to be the best by."""
 
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = option(3, resume="may change")
     """Latest checkpoints to keep; that with the lowest held-out loss is kept besides."""
 
-    sample_tokens: int = 256
+    sample_tokens: int = option(256, resume="may change")
     """Tokens to generate at the end; 0: no sample."""
 
-    sample_prompt: str = ""
+    sample_prompt: str = option("", resume="may change")
     """Text that the generated sample continues; empty: the start of a document."""
 
-    sample_temperature: float = 0.8
+    sample_temperature: float = option(0.8, resume="may change")
     """Temperature of the sample; 0: always the likeliest token."""
 
     def __post_init__(self) -> None:
@@ -194,23 +195,4 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
       ValueError: an unknown key, or a value that does not fit, by its name.
     """
-    parts = dict(values)
-    parts["model"] = MDNConfig.from_dict(parts["model"])
-    parts["data"] = _build(DataConfig, parts["data"], "data.")
-    parts["guard"] = _build(GuardConfig, parts.get("guard", {}), "guard.")
-    parts["report"] = _build(ReportConfig, parts.get("report", {}), "report.")
-    parts["mesh"] = _build(MeshConfig, parts["mesh"], "mesh.")
-    parts["distributed"] = _build(DistributedConfig, parts["distributed"], "distributed.")
-    parts["optimizer"] = _build(OptimizerConfig, parts["optimizer"], "optimizer.")
-    return _build(TrainConfig, parts, "")
-
-
-def _build[C](cls: type[C], values: Mapping[str, Any], prefix: str) -> C:
-    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            raise ValueError(
-                f"{prefix}{name}: expected one of {sorted(fields)}, got an unknown key"
-            )
-    # JSON has no tuples
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return build(TrainConfig, values)

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from train.options import option
 
 
 def check(name: str, value: object, expected: str, holds: bool) -> None:
@@ -17,49 +17,49 @@ def check(name: str, value: object, expected: str, holds: bool) -> None:
 class DataConfig:
     """Which documents, what tokens they become, and how much of them is held out."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = option((), resume="may change", processes="own")
     """Files or globs ('**' crosses directories): text, JSONL, Parquet or shards of tokens, by
     their suffix; or directories of shards, or of Parquet files as Hugging Face lays them out. None:
     the standard library's source text."""
 
-    format: Literal["text", "jsonl", "parquet", "tokens"] | None = None
+    format: Literal["text", "jsonl", "parquet", "tokens"] | None = option(None, resume="fixed")
     """What the files are; None: .jsonl, .ndjson (or .gz of them), .parquet and .tokens say so by
     their suffix, and any other file is a document of text."""
 
-    field: str = "text"
+    field: str = option("text", resume="fixed")
     """Field of JSONL, or column of Parquet and of a data set, that holds the text."""
 
-    dataset: str | None = None
+    dataset: str | None = option(None, resume="fixed")
     """Hugging Face data set to stream, by name or local directory; `files` are then data files
     within it, and "json" or "parquet" with `files` streams local files."""
 
-    subset: str | None = None
+    subset: str | None = option(None, resume="fixed")
     """Configuration of the data set."""
 
-    split: str = "train"
+    split: str = option("train", resume="fixed")
     """Split of the data set, or of a directory of Parquet files."""
 
-    revision: str | None = None
+    revision: str | None = option(None, resume="fixed")
     """Branch, tag or commit of the data set; a commit never changes."""
 
-    shuffle_buffer: int = 10_000
+    shuffle_buffer: int = option(10_000, resume="fixed")
     """Documents of a stream that are shuffled together; files are shuffled as a whole."""
 
-    tokenizer: str | None = None
+    tokenizer: str | None = option(None, resume="may change", processes="own")
     """A tokenizer.json, a directory with one or with GPT-2's vocab.json and merges.txt, or "bytes".
     None: that of the shards, and bytes for everything else."""
 
-    start_token: str | None = None
+    start_token: str | None = option(None, resume="fixed")
     """Token that opens every document; None: what the tokenizer adds by itself, or <|endoftext|>
     if it adds nothing and has that token."""
 
-    held_out_fraction: float = 0.05
+    held_out_fraction: float = option(0.05, resume="fixed")
     """Share of the documents never trained on; each document's content decides its side."""
 
-    prefetch: int = 4
+    prefetch: int = option(4, resume="may change", processes="own")
     """Batches prepared ahead of the step."""
 
-    verify: bool = True
+    verify: bool = option(True, resume="may change", processes="own")
     """Check the digest of every shard at the start, which reads all of it."""
 
     def __post_init__(self) -> None:
@@ -81,31 +81,31 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up, cosine decay and clipping. The defaults are the published recipe."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = option(3e-4, resume="fixed")
     """Peak learning rate, reached at the end of the warm-up."""
 
-    final_fraction: float = 0.1
+    final_fraction: float = option(0.1, resume="fixed")
     """Learning rate at the end of the decay and after it, as a fraction of the peak."""
 
-    warmup_steps: int = 1024
+    warmup_steps: int = option(1024, resume="fixed")
     """Updates over which the learning rate rises linearly from 0."""
 
-    decay_steps: int | None = None
+    decay_steps: int | None = option(None, resume="fixed")
     """Updates after which the cosine ends, warm-up included; None: `steps` of the first start."""
 
-    beta1: float = 0.9
+    beta1: float = option(0.9, resume="fixed")
     """Decay of the first moment."""
 
-    beta2: float = 0.95
+    beta2: float = option(0.95, resume="fixed")
     """Decay of the second moment."""
 
-    epsilon: float = 1e-15
+    epsilon: float = option(1e-15, resume="fixed")
     """Added to the root of the second moment."""
 
-    weight_decay: float = 0.1
+    weight_decay: float = option(0.1, resume="fixed")
     """Decoupled weight decay of matrices; gate parameters, norms and biases have none."""
 
-    clip_norm: float = 1.0
+    clip_norm: float = option(1.0, resume="fixed")
     """Largest global norm of the gradient."""
 
     def __post_init__(self) -> None:
@@ -128,20 +128,20 @@ class GuardConfig:
     A step whose loss or gradient is not finite always is.
     """
 
-    action: Literal["off", "skip", "stop"] = "off"
+    action: Literal["off", "skip", "stop"] = option("off", resume="may change")
     """After a spike, a finite loss or gradient far above those before: nothing; refuse the step;
     end the run with an error."""
 
-    loss_deviations: float = 6.0
+    loss_deviations: float = option(6.0, resume="may change")
     """A loss is a spike above the running mean plus so many running standard deviations."""
 
-    grad_norm_factor: float = 10.0
+    grad_norm_factor: float = option(10.0, resume="may change")
     """A gradient norm is a spike above so many times its running mean."""
 
-    window: int = 128
+    window: int = option(128, resume="may change")
     """Steps that the running statistics reach back; nothing is a spike before as many."""
 
-    patience: int = 50
+    patience: int = option(50, resume="may change")
     """Refused steps in a row that end the run with an error, whatever the action."""
 
     def __post_init__(self) -> None:
@@ -158,13 +158,13 @@ class GuardConfig:
 class ReportConfig:
     """Where metrics go beside the run's metrics.jsonl."""
 
-    tensorboard: bool = False
+    tensorboard: bool = option(False, resume="may change")
     """Event files in the run's directory, for `tensorboard --logdir`; the extra `tensorboard`."""
 
-    wandb: Literal["off", "online", "offline"] = "off"
+    wandb: Literal["off", "online", "offline"] = option("off", resume="may change")
     """Weights & Biases (the extra `wandb`); offline: in the run's directory, for `wandb sync`."""
 
-    wandb_project: str = "mdn-jax"
+    wandb_project: str = option("mdn-jax", resume="may change")
     """Project of Weights & Biases."""
 
 
@@ -172,13 +172,13 @@ class ReportConfig:
 class MeshConfig:
     """How the devices share the work; one of the sizes may be -1, the rest of the devices."""
 
-    data: int = -1
+    data: int = option(-1, resume="may change")
     """Copies of the parameters; each takes its rows of the batch."""
 
-    fsdp: int = 1
+    fsdp: int = option(1, resume="may change")
     """Devices that share parameters, gradients and moments, and take rows of the batch."""
 
-    tensor: int = 1
+    tensor: int = option(1, resume="may change")
     """Devices that share the heads and the MLP of the same rows."""
 
     def __post_init__(self) -> None:
@@ -192,16 +192,17 @@ class MeshConfig:
 class DistributedConfig:
     """Several processes as one run, started with the same flags (but `index`) on every host."""
 
-    enabled: Annotated[bool, tyro.conf.arg(name="")] = False
-    """Meet the other processes, found from the environment (Slurm, Open MPI, Kubernetes, TPU)."""
+    enabled: bool = option(False, resume="may change")
+    """Meet the other processes, found from the environment (Slurm, Open MPI, Kubernetes, TPU). The
+    flag is --distributed for short."""
 
-    coordinator: str | None = None
+    coordinator: str | None = option(None, resume="may change", processes="own")
     """HOST:PORT of the process with index 0; with it no environment is needed."""
 
-    processes: int | None = None
+    processes: int | None = option(None, resume="may change")
     """Number of processes; with `coordinator`."""
 
-    index: int | None = None
+    index: int | None = option(None, resume="may change", processes="own")
     """This process's number, from 0; with `coordinator`."""
 
     def __post_init__(self) -> None:

@@ -13,8 +13,11 @@ from mdn_jax.errors import RunError
 from mdn_jax.layers.sharding import FSDP, TENSOR
 from mdn_jax.models.sizes import check_fits
 from mdn_jax.saved.model import DIRECTORY, complete_steps
+from mdn_jax.text.text import text_of
+from mdn_jax.text.tokenizer import BYTES, TOKENIZER_FILE, FileTokenizer, Tokenizer
+from train.checkpointing.run_directory import CONFIG_FILE
 from train.config import TrainConfig
-from train.data.batches import load_data
+from train.data.batches import find_source, load_data
 from train.data.packing import Batch, unigram_entropy
 from train.evaluation.held_out import make_evaluate
 from train.initialize import abstract_state, initial_params, place_state
@@ -111,10 +114,13 @@ class Run(ModelAndStep):
           devices: to run on; None: all of all processes.
 
         Raises:
-          RunError: a corpus that cannot be used, or a mesh that does not fit.
+          RunError: a corpus that cannot be used, a tokenizer that does not fit the run, or a mesh
+            that does not fit.
         """
         super().__init__(config, devices=devices)  # what cannot run is said before data is read
-        self.data = load_data(config)
+        source = find_source(config.data)
+        check_tokenizer(config, source.tokenizer)
+        self.data = load_data(config, source)
         self.unigram = unigram_entropy(self.data.held_out)
         self.share = process_share(self.mesh)
         evaluate = make_evaluate(
@@ -153,6 +159,43 @@ class Run(ModelAndStep):
             f"{parameters:,} parameters, {self.data.size}, "
             f"{self.config.tokens_per_step:,} tokens a step, on {devices.size} x "
             f"{devices.flat[0].device_kind} in {jax.process_count()} process(es)"
+        )
+
+
+def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises unless the model, the sample and the run to resume can have these tokens.
+
+    Args:
+      config: resolved configuration.
+      tokenizer: of its documents.
+
+    Raises:
+      RunError: names what does not fit.
+    """
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise RunError(
+            f"model.vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {config.model.vocab_size}"
+        )
+    if config.sample_tokens and not text_of(tokenizer).encode(config.sample_prompt):
+        raise RunError(
+            "sample_prompt: expected text, as no token of the tokenizer opens a document "
+            f"(data.start_token names one), got {config.sample_prompt!r}"
+        )
+    saved = config.directory / TOKENIZER_FILE
+    if not config.resume:
+        return
+    if saved.exists():
+        expected = FileTokenizer(saved).fingerprint
+    elif (config.directory / CONFIG_FILE).exists():
+        expected = BYTES
+    else:
+        return  # a converted model that nothing is known of
+    if tokenizer.fingerprint != expected:
+        raise RunError(
+            f"data.tokenizer: expected that of the run in {config.directory} "
+            f"({'bytes' if expected == BYTES else saved}), got "
+            f"{config.data.tokenizer or 'bytes'}, which gives other tokens"
         )
 
 

@@ -1,11 +1,13 @@
 """The momentum delta rule, and the rules it is compared with, as pure functions."""
 
 from mdn_jax.ops.api import momentum_delta_rule
+from mdn_jax.ops.fallback import MissingBackendWarning
 from mdn_jax.ops.gated import gated_delta_rule, gated_linear_attention, kimi_delta_rule
 from mdn_jax.ops.state import MDNState
 
 __all__ = [
     "MDNState",
+    "MissingBackendWarning",
     "gated_delta_rule",
     "gated_linear_attention",
     "kimi_delta_rule",

@@ -1,6 +1,5 @@
 """`momentum_delta_rule`: checks its arguments and picks the implementation."""
 
-import importlib.util
 from typing import Any, Literal, get_args
 
 import jax
@@ -16,6 +15,7 @@ from mdn_jax.ops.arguments import (
     check_values,
 )
 from mdn_jax.ops.chunkwise import chunkwise_rule
+from mdn_jax.ops.fallback import warn_without_backend
 from mdn_jax.ops.inputs import RuleInputs, document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
@@ -108,6 +108,7 @@ def momentum_delta_rule(
     if implementation is None:
         lacking = kernels_lack("pallas_triton", q, v, p, scale, chunk_size)
         implementation = "xla" if lacking else "pallas_triton"
+        warn_without_backend(lacking)
     elif implementation in _KERNELS:
         lacking = kernels_lack(implementation, q, v, p, scale, chunk_size)
         if lacking:
@@ -192,6 +193,7 @@ def kernels_lack(
     capability = _capability()
     if capability is None:
         return "a CUDA GPU as the default device, got none"
+    from pallas_kernels.backends import jax_triton_lacks, triton_lacks
     from pallas_kernels.momentum_delta import CHUNK, MAX_STEPS
     from pallas_kernels.tiling import unsupported
 
@@ -204,15 +206,18 @@ def kernels_lack(
     if implementation == "triton":
         if q.shape[1] > MAX_STEPS:
             return f"at most {MAX_STEPS} steps, got T = {q.shape[1]}"
-        if importlib.util.find_spec("jax_triton") is None:
-            return "jax-triton, which is not installed (mdn-jax's extra 'triton')"
-    return unsupported(
+        if missing := jax_triton_lacks():
+            return missing
+    lacking = unsupported(
         q.shape[-1],
         v.shape[-1],
         capability,
         itemsize=_kernel_dtype(q.dtype).itemsize,
         explicit_p=p is not None,
     )
+    if lacking is None and implementation == "pallas_triton":
+        return triton_lacks()
+    return lacking
 
 
 def _on_kernels(

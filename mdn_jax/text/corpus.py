@@ -1,14 +1,15 @@
 """Documents in memory, and which of them are held out."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdn_jax.errors import RunError
-from mdn_jax.text.files import TextSource, find_files, refuse_shards
+from mdn_jax.text.files import Format, TextSource, find_files, refuse_shards
 from mdn_jax.text.reading import cut_files, read_documents
 
 
@@ -26,7 +27,12 @@ class Corpus(NamedTuple):
     fingerprint: str
 
 
-def load_corpus(source: TextSource, *, utf8: bool = False) -> Corpus:
+def load_corpus(
+    source: TextSource,
+    *,
+    files: Sequence[tuple[Path, Format]] | None = None,
+    utf8: bool = False,
+) -> Corpus:
     """Reads the documents and splits them into train and held-out.
 
     A document is a file of text, a line of JSONL or a row of Parquet. Its own content decides its
@@ -36,6 +42,7 @@ def load_corpus(source: TextSource, *, utf8: bool = False) -> Corpus:
 
     Args:
       source: which files, and the fraction to hold out.
+      files: those of the source, from `find_files`; None: to be found here.
       utf8: refuse plain text that is not UTF-8.
 
     Returns:
@@ -44,22 +51,29 @@ def load_corpus(source: TextSource, *, utf8: bool = False) -> Corpus:
     Raises:
       RunError: files that cannot be read, a record that does not fit, or no text at all.
     """
-    documents = {digest_of(text): text for text in read_texts(source, utf8=utf8)}
+    documents = {digest_of(text): text for text in read_texts(source, files=files, utf8=utf8)}
     train, held_out = _split(documents, source.held_out_fraction)
     return Corpus(train, held_out, _fingerprint(train, held_out))
 
 
-def read_texts(source: TextSource, *, utf8: bool = False) -> Iterator[bytes]:
+def read_texts(
+    source: TextSource,
+    *,
+    files: Sequence[tuple[Path, Format]] | None = None,
+    utf8: bool = False,
+) -> Iterator[bytes]:
     """The documents of files of text, JSONL and Parquet that are not empty, with every copy.
 
     Args:
       source: which files.
+      files: those of the source, from `find_files`; None: to be found here.
       utf8: refuse text that is not UTF-8.
 
     Raises:
       RunError: files that cannot be read, a record that does not fit, or no text at all.
     """
-    files = find_files(source)
+    if files is None:
+        files = find_files(source)
     refuse_shards(files)
     empty = True
     for piece in cut_files(files, size=1 << 62):

@@ -1,13 +1,18 @@
 import dataclasses
 import json
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import pytest
 
 from mdn_jax import MDNConfig
 from mdn_jax.models import AttentionConfig
-from train.checkpointing.resume import CHANGEABLE_ON_RESUME, flatten, resume_conflicts
+from train.checkpointing.resume import flatten, resume_conflicts
+from train.cli.train import parse
 from train.config import TrainConfig, from_dict, to_dict
-from train.config_sections import DataConfig, OptimizerConfig
+from train.config_sections import DataConfig, DistributedConfig, OptimizerConfig
+from train.options import Option, option, option_of, options
 
 
 def test_json_round_trip():
@@ -104,5 +109,86 @@ def test_more_steps_without_the_old_schedule_are_a_conflict():
     ]
 
 
-def test_changeable_fields_exist():
-    assert flatten(to_dict(TrainConfig())).keys() >= CHANGEABLE_ON_RESUME
+CHANGEABLE = {
+    *("name", "output_dir", "resume", "resume_step", "profile", "steps", "implementation", "remat"),
+    *("guard.action", "guard.loss_deviations", "guard.grad_norm_factor"),
+    *("guard.window", "guard.patience"),
+    *("report.tensorboard", "report.wandb", "report.wandb_project"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("distributed.enabled", "distributed.coordinator"),
+    *("distributed.processes", "distributed.index"),
+    *("data.files", "data.tokenizer", "data.prefetch", "data.verify"),
+    *("log_every", "stability_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
+    *("sample_tokens", "sample_prompt", "sample_temperature"),
+}
+OF_A_PROCESS = {
+    *("distributed.coordinator", "distributed.index"),
+    *("data.files", "data.tokenizer", "data.prefetch", "data.verify"),
+}
+FLAGS = flatten(to_dict(TrainConfig()))
+
+
+def test_every_flag_says_what_a_resumed_run_and_a_process_may():
+    declared = options(TrainConfig)
+    assert {name for name in FLAGS if option_of(name, declared) is None} == set()
+    assert {name for name, x in declared.items() if x.resume == "may change"} == CHANGEABLE
+    assert {name for name, x in declared.items() if x.processes == "own"} == OF_A_PROCESS
+    assert declared["model"] == Option("fixed")
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_resume_does_what_the_field_says(name):
+    changed = json.loads(json.dumps(to_dict(TrainConfig())))
+    *sections, last = name.split(".")
+    part = changed
+    for section in sections:
+        part = part[section]
+    part[last] = "another"
+    conflicts = resume_conflicts(to_dict(TrainConfig()), changed)
+    expected = [] if name in CHANGEABLE else [name]
+    assert [conflict.partition(":")[0] for conflict in conflicts] == expected
+
+
+def test_what_a_checkpoint_has_and_no_field_is_a_conflict():
+    saved = to_dict(TrainConfig())
+    conflicts = resume_conflicts(saved | {"gone": {"a": 1}}, saved)
+    assert conflicts == ["gone.a: the checkpoint has 1, this run None"]
+
+
+def test_a_field_without_metadata_is_named():
+    @dataclass(frozen=True)
+    class Bare:
+        width: int = 3
+
+    @dataclass(frozen=True)
+    class Whole:
+        steps: int = option(1, resume="fixed")
+        bare: Bare = dataclasses.field(default_factory=Bare)
+
+    with pytest.raises(TypeError, match=r"bare\.width: expected a field made by option\(\)"):
+        options(Whole)
+
+
+def test_a_section_that_is_not_there_has_its_defaults():
+    values = to_dict(TrainConfig(steps=2000))
+    for section in ("guard", "report", "mesh", "distributed"):
+        del values[section]
+    assert from_dict(values) == TrainConfig(steps=2000)
+    with pytest.raises(ValueError, match="data: expected a JSON object, got 3"):
+        from_dict(values | {"data": 3})
+
+
+def test_the_configuration_needs_no_command_line():
+    code = "import sys, train.config; print(*{'tyro', 'tqdm'} & sys.modules.keys())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert found.split() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "enabled"),
+    [([], False), (["--distributed"], True), (["--no-distributed"], False)],
+)
+def test_the_name_of_the_section_is_the_flag_of_several_processes(flags, enabled):
+    assert parse(["smoke", *flags]).distributed == DistributedConfig(enabled=enabled)

@@ -4,51 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.config import TrainConfig, to_dict
-
-# What a run may change when it resumes: nothing that the parameters or the data order depend on,
-# but `guard`, which is there to get a run past a place where it failed.
-# `data.files` and `data.tokenizer` may, because the checkpoint knows the documents by their digest
-# and the run's directory has its tokenizer. `steps` may, because the learning rate follows
-# `optimizer.decay_steps`.
-CHANGEABLE_ON_RESUME = frozenset(
-    {
-        "name",
-        "output_dir",
-        "resume",
-        "resume_step",
-        "guard.action",
-        "guard.loss_deviations",
-        "guard.grad_norm_factor",
-        "guard.window",
-        "guard.patience",
-        "report.tensorboard",
-        "report.wandb",
-        "report.wandb_project",
-        "profile",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.tensor",
-        "distributed.enabled",
-        "distributed.coordinator",
-        "distributed.processes",
-        "distributed.index",
-        "steps",
-        "data.files",
-        "data.tokenizer",
-        "data.prefetch",
-        "data.verify",
-        "implementation",
-        "remat",
-        "log_every",
-        "stability_every",
-        "eval_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "sample_tokens",
-        "sample_prompt",
-        "sample_temperature",
-    }
-)
+from train.options import option_of, options
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -65,12 +21,23 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def resume_conflicts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """What differs between two configurations (`to_dict`) and may not; one line a field.
 
-    A field that there was none of when the first was saved had its default.
+    What may is metadata of the field (`option`): nothing that the parameters or the data order
+    depend on, but `guard`, which is there to get a run past a place where it failed. `data.files`
+    and `data.tokenizer` may, because the checkpoint knows the documents by their digest and the
+    run's directory has its tokenizer. `steps` may, because the learning rate follows
+    `optimizer.decay_steps`. A field that there was none of when the first was saved had its
+    default.
     """
+    declared = options(TrainConfig)
+
+    def may_change(name: str) -> bool:
+        found = option_of(name, declared)
+        return found is not None and found.resume == "may change"
+
     old, new = flatten(saved), flatten(current)
     old = {name: x for name, x in flatten(to_dict(TrainConfig())).items() if name in new} | old
     return [
         f"{name}: the checkpoint has {old.get(name)!r}, this run {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if name not in CHANGEABLE_ON_RESUME and old.get(name) != new.get(name)
+        if not may_change(name) and old.get(name) != new.get(name)
     ]

@@ -20,6 +20,11 @@ from train.config import TrainConfig
 from train.loop import Result, train
 from train.parallel.distributed import leave, only_first_prints, several
 
+# A section whose name alone is a flag.
+_SHORT = {
+    "--distributed": "--distributed.enabled",
+    "--no-distributed": "--distributed.no-enabled",
+}
 _ATTENTION = '{"layers": [3, 7], "num_heads": 8}'
 
 
@@ -84,7 +89,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         prog=f"{PROGRAM} {chosen.configuration}",
         description=describe(chosen.configuration),
         default=CONFIGS[chosen.configuration](),
-        args=chosen.flags,
+        args=[_SHORT.get(flag, flag) for flag in chosen.flags],
         registry=_registry(),
     )
 

@@ -12,17 +12,16 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from mdn_jax.errors import RunError
 from mdn_jax.text.corpus import load_corpus
-from mdn_jax.text.files import find_files
-from mdn_jax.text.text import text_of
+from mdn_jax.text.files import Format, find_files
 from mdn_jax.text.tokenizer import (
     BYTES,
     TOKENIZER_FILE,
     ByteTokenizer,
-    FileTokenizer,
     Tokenizer,
     make_tokenizer,
 )
 from train.config import TrainConfig
+from train.config_sections import DataConfig
 from train.data.documents import Documents, tokenize
 from train.data.packing import Batch, PackedRows, held_out_batches
 from train.data.shards import open_shards, read_header
@@ -132,30 +131,64 @@ class Batches:
         self._iterator.close()
 
 
-def load_data(config: TrainConfig) -> TrainingData:
-    """Opens what a configuration names.
+@dataclass(frozen=True)
+class Source:
+    """What a configuration names, found and not read yet.
+
+    Attributes:
+      files: from `find_files`; none of a stream.
+      tokenizer: of the documents.
+    """
+
+    files: list[tuple[Path, Format]]
+    tokenizer: Tokenizer
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files where they are shards of tokens; else none."""
+        return [path for path, format in self.files if format == "tokens"]
+
+
+def find_source(config: DataConfig) -> Source:
+    """The files that a configuration names, and its tokenizer: that of shards is beside them.
 
     Raises:
-      RunError: data that cannot be used, or a tokenizer that does not fit it, the model or the run
-        to resume.
+      RunError: names that match no file, or a tokenizer that cannot be used.
     """
+    files = [] if config.dataset is not None else find_files(config)
+    choice = config.tokenizer
+    if files and files[0][1] == "tokens":
+        path, _ = files[0]
+        header = read_header(path)
+        if choice is None and header.tokenizer != BYTES:
+            choice = str(path.parent / TOKENIZER_FILE)
+    return Source(files, make_tokenizer(choice, config.start_token))
+
+
+def load_data(config: TrainConfig, source: Source | None = None) -> TrainingData:
+    """Opens what a configuration names.
+
+    Args:
+      config: of the run.
+      source: from `find_source`; None: to be found here.
+
+    Raises:
+      RunError: data that cannot be used, or shards of another tokenizer.
+    """
+    source = source or find_source(config.data)
+    tokenizer = source.tokenizer
     if config.data.dataset is not None:
-        return _streamed(config)
-    files = find_files(config.data)
-    if files[0][1] == "tokens":
-        paths = [path for path, _ in files]
-        tokenizer = _tokenizer_of_shard(config, paths[0])
-        _check_tokenizer(config, tokenizer)
+        return _streamed(config, tokenizer)
+    if source.shards:
         train, held_out, fingerprint = open_shards(
-            paths,
+            source.shards,
             tokenizer,
             held_out_fraction=config.data.held_out_fraction,
             verify=config.data.verify,
         )
     else:
-        tokenizer = make_tokenizer(config.data.tokenizer, config.data.start_token)
-        _check_tokenizer(config, tokenizer)
-        corpus = load_corpus(config.data, utf8=not isinstance(tokenizer, ByteTokenizer))
+        utf8 = not isinstance(tokenizer, ByteTokenizer)
+        corpus = load_corpus(config.data, files=source.files, utf8=utf8)
         train, held_out = (tokenize(texts, tokenizer) for texts in (corpus.train, corpus.held_out))
         fingerprint = corpus.fingerprint
     rows = PackedRows(
@@ -197,9 +230,7 @@ class _Steps:
         return self._rows.batch(step, self._mine)
 
 
-def _streamed(config: TrainConfig) -> TrainingData:
-    tokenizer = make_tokenizer(config.data.tokenizer, config.data.start_token)
-    _check_tokenizer(config, tokenizer)
+def _streamed(config: TrainConfig, tokenizer: Tokenizer) -> TrainingData:
     stream = open_stream(config.data)
     tokens = config.eval_rows * config.sequence_length + 1
     held_out, fingerprint = held_out_of_stream(stream, config.data, tokenizer, tokens=tokens)
@@ -235,40 +266,3 @@ def _held_out(config: TrainConfig, documents: Documents) -> list[Batch]:
         sequence_length=config.sequence_length,
         max_rows=config.eval_rows,
     )
-
-
-def _tokenizer_of_shard(config: TrainConfig, path: Path) -> Tokenizer:
-    """The one that is named, or that of a shard: bytes, or the tokenizer.json beside it."""
-    choice, header = config.data.tokenizer, read_header(path)
-    if choice is None and header.tokenizer != BYTES:
-        choice = str(path.parent / TOKENIZER_FILE)
-    return make_tokenizer(choice, config.data.start_token)
-
-
-def _check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raises unless the model, the sample and the run to resume can have these tokens."""
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise RunError(
-            f"model.vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, "
-            f"got {config.model.vocab_size}"
-        )
-    if config.sample_tokens and not text_of(tokenizer).encode(config.sample_prompt):
-        raise RunError(
-            "sample_prompt: expected text, as no token of the tokenizer opens a document "
-            f"(data.start_token names one), got {config.sample_prompt!r}"
-        )
-    saved = config.directory / TOKENIZER_FILE
-    if not config.resume:
-        return
-    if saved.exists():
-        expected = FileTokenizer(saved).fingerprint
-    elif (config.directory / "config.json").exists():
-        expected = BYTES
-    else:
-        return  # a converted model that nothing is known of
-    if tokenizer.fingerprint != expected:
-        raise RunError(
-            f"data.tokenizer: expected that of the run in {config.directory} "
-            f"({'bytes' if expected == BYTES else saved}), got "
-            f"{config.data.tokenizer or 'bytes'}, which gives other tokens"
-        )

@@ -17,6 +17,7 @@ from mdn_jax.errors import RunError
 from train.checkpointing.resume import flatten
 from train.config import TrainConfig, to_dict
 from train.config_sections import DistributedConfig
+from train.options import options
 from train.parallel.lifeline import Lifeline, leave_now
 from train.parallel.meeting import WAIT, Hub, Spoke
 from train.parallel.relay import open_relay
@@ -24,17 +25,6 @@ from train.parallel.relay import open_relay
 _HEARTBEATS = 3600  # seconds that JAX may miss one: the lifeline sees the dead, and says so
 
 _PROXIES = {"grpc_proxy", "https_proxy", "http_proxy"}  # that JAX's connections would take
-# What a process may have as its own; documents and tokenizer are compared by their digests.
-_OF_A_PROCESS = frozenset(
-    {
-        "distributed.coordinator",
-        "distributed.index",
-        "data.files",
-        "data.tokenizer",
-        "data.prefetch",
-        "data.verify",
-    }
-)
 
 _lifeline: Lifeline | None = None
 
@@ -210,14 +200,18 @@ def check_alike(what: str, values: Mapping[str, Any]) -> None:
 def check_configuration(config: TrainConfig) -> None:
     """Raises, in every process, unless all have the same flags and devices.
 
+    But for the flags that a process may have as its own, which is metadata of the field.
+
     Args:
       config: resolved configuration.
 
     Raises:
       RunError: names what differs first, and where.
     """
+    # documents and tokenizer are compared by their digests
+    own = {name for name, option in options(TrainConfig).items() if option.processes == "own"}
     flags = flatten(to_dict(config))
-    check_alike("flags", {name: x for name, x in flags.items() if name not in _OF_A_PROCESS})
+    check_alike("flags", {name: x for name, x in flags.items() if name not in own})
     kinds = sorted(device.device_kind for device in jax.local_devices())
     check_alike("devices", {"devices": ", ".join(kinds)})
 

@@ -16,6 +16,7 @@ from mdn_jax.ops.arguments import (
     check_segment_ids,
     check_values,
 )
+from mdn_jax.ops.fallback import warn_without_backend
 from mdn_jax.ops.gated import mosaic
 from mdn_jax.ops.gated.chunkwise import chunkwise_gated
 from mdn_jax.ops.gated.inputs import GatedInputs
@@ -199,6 +200,8 @@ def _run(
         if length <= mosaic.SHORT:  # one kernel that updates the states in place, if there is
             order = ("pallas_triton", "xla")
         implementation = next(name for name in order if lacks(name) is None)
+        if implementation == "xla":
+            warn_without_backend(lacks("pallas_triton"))
     elif missing := lacks(implementation):
         raise ValueError(
             f'implementation: "{implementation}" expects {missing}; '

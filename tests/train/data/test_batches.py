@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from mdn_jax import MDNConfig
 from mdn_jax.errors import RunError
+from mdn_jax.text import corpus, files
 from mdn_jax.text.corpus import digest_of, place
 from mdn_jax.text.tokenizer import FileTokenizer
 from tests.train.data import helpers
@@ -24,9 +25,10 @@ from tests.train.data.helpers import TEXTS, data_of, write_bpe
 from tests.train.helpers import TINY_MODEL, TINY_RUN, assert_identical
 from train.config import TrainConfig
 from train.config_sections import DataConfig, OptimizerConfig
-from train.data.batches import load_data
+from train.data.batches import find_source, load_data
 from train.data.packing import PackedRows
 from train.parallel.sharding import Share
+from train.run import check_tokenizer
 
 KINDS = ["text", "jsonl", "parquet", "tokens", "stream"]
 ALONE = Share(0, 1)
@@ -208,12 +210,38 @@ def test_held_out_loss_per_byte_counts_the_bytes(tmp_path):
     assert load_data(run_of(data_of("text", tmp_path / "b"), tmp_path / "run")).unit == "nats/byte"
 
 
-@pytest.mark.parametrize("kind", ["text", "tokens"])
+@pytest.mark.parametrize("kind", ["text", "parquet", "tokens"])
+def test_a_run_looks_for_its_files_once(tmp_path, monkeypatch, kind):
+    run = run_of(data_of(kind, tmp_path / "data"), tmp_path / "run").resolved()
+    looks = []
+
+    def recorded(pattern, *rest):
+        looks.append(pattern)
+        return files_of(pattern, *rest)
+
+    files_of = files._files_of
+    monkeypatch.setattr(files, "_files_of", recorded)
+    Run(run)
+    assert looks == list(run.data.files)
+
+
+def test_what_does_not_fit_the_run_is_said_before_the_documents_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "read_documents", None)
+    data = data_of("text", tmp_path / "data", tokenizer=str(write_bpe(tmp_path / "bpe")))
+    with pytest.raises(RunError, match=r"model\.vocab_size: .* got 299"):
+        Run(run_of(data, tmp_path / "run", vocab_size=299).resolved())
+
+
+def check(run):
+    check_tokenizer(run, find_source(run.data).tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_tokenizer_has_to_fit_the_model(tmp_path, kind):
     bpe = str(write_bpe(tmp_path / "bpe"))
     data = data_of(kind, tmp_path / "data", tokenizer=bpe)
     with pytest.raises(RunError, match=r"model\.vocab_size: .* tokenizer's 300, got 299"):
-        load_data(run_of(data, tmp_path / "run", vocab_size=299))
+        check(run_of(data, tmp_path / "run", vocab_size=299))
 
 
 def test_shards_bring_their_tokenizer(tmp_path):
@@ -235,14 +263,14 @@ def test_a_run_is_resumed_with_its_own_tokenizer(tmp_path):
     directory.mkdir()
     (directory / "config.json").write_text("{}")
     data = data_of("text", tmp_path / "data")
-    load_data(run_of(data, directory, resume=True))
+    check(run_of(data, directory, resume=True))
     with_file = dataclasses.replace(data, tokenizer=bpe)
     with pytest.raises(RunError, match=r"data\.tokenizer: expected that of the run .*\(bytes\)"):
-        load_data(run_of(with_file, directory, resume=True))
+        check(run_of(with_file, directory, resume=True))
     FileTokenizer(tmp_path / "bpe").save(directory)
-    load_data(run_of(with_file, directory, resume=True))
+    check(run_of(with_file, directory, resume=True))
     with pytest.raises(RunError, match=r"data\.tokenizer: .*tokenizer\.json\), got bytes"):
-        load_data(run_of(data, directory, resume=True))
+        check(run_of(data, directory, resume=True))
 
 
 def test_a_sample_needs_something_to_go_on_from(tmp_path):
@@ -252,11 +280,11 @@ def test_a_sample_needs_something_to_go_on_from(tmp_path):
     (path / "vocab.json").write_text(json.dumps(values))
     data = data_of("text", tmp_path / "data", tokenizer=str(path))
     with pytest.raises(RunError, match=r"sample_prompt: expected text, .* got ''"):
-        load_data(run_of(data, tmp_path / "run"))
-    load_data(run_of(data, tmp_path / "run", sample_prompt="word"))
-    load_data(run_of(data, tmp_path / "run", sample_tokens=0))
+        check(run_of(data, tmp_path / "run"))
+    check(run_of(data, tmp_path / "run", sample_prompt="word"))
+    check(run_of(data, tmp_path / "run", sample_tokens=0))
     opened = dataclasses.replace(data, start_token="<|start|>")
-    load_data(run_of(opened, tmp_path / "run"))
+    check(run_of(opened, tmp_path / "run"))
 
 
 def out(text):
