@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.momentum_delta.layout import CHUNK, FACTORS, HALF, ROW_GRADIENTS, Sizes
+from pallas_kernels.momentum_delta.rows import GRADIENT_ROWS, FactorRow
+from pallas_kernels.momentum_delta.types import CHUNK, HALF, Sizes
 from pallas_kernels.tiling import Tiles
 
 # of float32 gates, row factors and the states at a row's ends
@@ -145,11 +146,11 @@ def stage_costs(
     v, per_head = tokens * value_dim * size, tokens * key_dim * size
     error = tokens * value_dim * stored  # or a gradient
     gate, matrix = tokens * _WIDE, chunks * CHUNK * CHUNK * stored
-    factors = chunks * FACTORS * CHUNK * _WIDE
+    factors = chunks * len(FactorRow) * CHUNK * _WIDE
     kept = 2 * chunks * key_dim * value_dim * stored
     ends = 2 * b * value_heads * key_dim * value_dim * _WIDE
     blocks = key_dim // min(tiles.states_block_k, key_dim)
-    rows = chunks * blocks * ROW_GRADIENTS * CHUNK * _WIDE
+    rows = chunks * blocks * GRADIENT_ROWS * CHUNK * _WIDE
     d_keys = (3 if explicit_p else 2) * per_head
     # float16's: k and p once more, a number for each column of V and kind of sum
     keys, units = (k + p, chunks * value_dim * _WIDE) if stored == 2 else (0, 0)

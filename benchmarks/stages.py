@@ -23,9 +23,10 @@ from mdn_jax.testing import LIMITS, Inputs, random_cotangents, random_inputs
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output
 from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens, Values
+from pallas_kernels.momentum_delta.numerics import Numerics, can_be_precise
 from pallas_kernels.momentum_delta.prepare import prepare
 from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
+from pallas_kernels.momentum_delta.types import CHUNK, Memory, Options, Tokens, Values
 from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
 
@@ -84,7 +85,7 @@ def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
         config.dtype,
         options.tiles,
         explicit_p=config.explicit_p,
-        storage=options.storage(x.q.dtype),
+        storage=options.numerics.storage,
     )
     timings = {stage.name: _measure(stage, config.runs) for stage in chain}
     device = jax.devices()[0].device_kind
@@ -135,7 +136,7 @@ def _options(config: StagesConfig) -> Options:
             f"{padded}, got {config.shape}"
         )
     capability = (9, 0) if config.interpret else api._capability()
-    if config.precise and (config.dtype != "bfloat16" or (capability or (9, 0)) < (9, 0)):
+    if config.precise and not can_be_precise(config.dtype, capability or (9, 0)):
         raise SystemExit(
             f"precise: expected bfloat16 and compute capability 9.0, got {config.dtype} and "
             f"{capability}"
@@ -155,7 +156,8 @@ def _options(config: StagesConfig) -> Options:
         precise=config.precise,
         heads=batch * heads,
     )
-    return Options(key_dim**-0.5, True, tiles, config.precise, config.interpret)
+    numerics = Numerics(jnp.dtype(config.dtype), config.precise, config.interpret)
+    return Options(key_dim**-0.5, True, tiles, numerics)
 
 
 def _inputs(config: StagesConfig) -> Inputs:

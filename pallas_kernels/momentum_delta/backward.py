@@ -12,12 +12,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import dot, kernel_call
-from pallas_kernels.momentum_delta import layout
+from pallas_kernels.momentum_delta.block_specs import ChunkSpecs, WalkSpecs
+from pallas_kernels.momentum_delta.coefficients import lanes
 from pallas_kernels.momentum_delta.fragments import Fragments, join, split
 from pallas_kernels.momentum_delta.isolation import clean, finite, keeps_nothing, times, unless
-from pallas_kernels.momentum_delta.layout import (
+from pallas_kernels.momentum_delta.launches import launches
+from pallas_kernels.momentum_delta.rows import (
+    GRADIENT_ROWS,
+    STATE_ROWS,
+    STATE_SCALARS,
+    ChunkScalar,
+    FactorRow,
+)
+from pallas_kernels.momentum_delta.types import (
     CHUNK,
-    ChunkSpecs,
     Leaf,
     Memory,
     Options,
@@ -25,8 +33,6 @@ from pallas_kernels.momentum_delta.layout import (
     States,
     Tokens,
     Values,
-    WalkSpecs,
-    launches,
 )
 from pallas_kernels.momentum_delta.units import (
     KEEP,
@@ -83,11 +89,11 @@ def local_gradient(x: Tokens, prepared: Prepared, d_o: jax.Array, options: Optio
     block = options.tiles.output_block_v
     specs = ChunkSpecs(z, z.value_dim // block)
     values = specs.tokens(block, z.value_heads, blocked=True)
-    storage = options.storage(x.q.dtype)
+    storage = options.numerics.storage
     unit = z.units(block, storage)
     unit_spec = None if unit is None else specs.unit()
     return kernel_call(
-        partial(_local_gradient, precision=options.products),
+        partial(_local_gradient, precision=options.numerics.products),
         prepared.attention,
         d_o,
         name="mdn_local_gradient",
@@ -128,7 +134,7 @@ def retreat(
     written.
     """
     z = x.sizes
-    block, storage = options.tiles.retreat_block_v, options.storage(x.q.dtype)
+    block, storage = options.tiles.retreat_block_v, options.numerics.storage
     done: Any = None
     d_error, walk_keys = local.d_error.data, prepared.walk_keys(x)
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.retreat_resident):
@@ -159,7 +165,7 @@ def retreat(
                 specs=specs,
                 warps=options.tiles.retreat_warps,
                 storage=storage,
-                precision=options.products,
+                precision=options.numerics.products,
             ),
             tokens,
             d_final,
@@ -193,11 +199,10 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
     first, end = specs.stretch(back=True)
 
     def ahead(c: jax.Array) -> tuple[jax.Array, ...]:
-        keeps = (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
         return (
             values.load(local_ref, CHUNK, first=c * CHUNK),
-            *(factor_ref[c, row, :] for row in range(layout.QUERY_N + 1)),
-            *(factor_ref[c, layout.KEEP, i] for i in keeps),
+            *(factor_ref[c, row, :] for row in STATE_ROWS),
+            *(factor_ref[c, FactorRow.SCALARS, i] for i in STATE_SCALARS),
         )
 
     def step(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -219,7 +224,7 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
         d_o = values.load(do_ref, CHUNK, first=start).astype(jnp.float32)
         mixing_unit = None
         if units is not None:
-            mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
+            mixing_unit = factor_ref[c, FactorRow.SCALARS, ChunkScalar.INVERSE_SCALE]
             unit_s, unit_n = (clean(unit.size, starts) for unit in units)
             write_s, write_n = write_s * unit_s, write_n * unit_n
 
@@ -238,11 +243,11 @@ def _retreat(tokens, d_final, _, prepared, out, *, specs, warps, storage, precis
             out.d_v.unit[c] = in_unit.unit
             outputs = most(output_unit[c])
             reach_s, reach_n = (
-                factor_ref[c, layout.KEEP, by_query] * outputs
-                + factor_ref[c, layout.KEEP, by_read] * in_unit.largest
+                factor_ref[c, FactorRow.SCALARS, by_query] * outputs
+                + factor_ref[c, FactorRow.SCALARS, by_read] * in_unit.largest
                 for by_query, by_read in (
-                    (layout.REACH_QUERY_S, layout.REACH_READ_S),
-                    (layout.REACH_QUERY_N, layout.REACH_READ_N),
+                    (ChunkScalar.REACH_QUERY_S, ChunkScalar.REACH_READ_S),
+                    (ChunkScalar.REACH_QUERY_N, ChunkScalar.REACH_READ_N),
                 )
             )
             entering = Bounds(
@@ -329,14 +334,14 @@ def state_gradients(
         specs.tokens(block, z.value_heads, blocked=True),
         z.per_head(z.key_dim, x.q.dtype),
     )
-    rows = z.per_chunk(blocks, layout.ROW_GRADIENTS, CHUNK, dtype=jnp.float32)
+    rows = z.per_chunk(blocks, GRADIENT_ROWS, CHUNK, dtype=jnp.float32)
     return kernel_call(
         partial(
             _state_gradients,
             value_dim=z.value_dim,
             block_v=min(options.tiles.states_block_v, z.value_dim),
             warps=options.tiles.states_warps,
-            precision=options.products,
+            precision=options.numerics.products,
         ),
         (x.q, x.k, x.p),
         values,
@@ -423,20 +428,20 @@ def _state_gradients(
     carry = ((square,) * 6, (jnp.zeros(threads, jnp.float32),) * 3)
     products, keeps = lax.fori_loop(0, value_dim // block_v, step, carry)
     # all loads before the first is used: one wait
-    row_factors = [factors[row, :] for row in range(layout.QUERY_N + 1)]
+    row_factors = [factors[row, :] for row in STATE_ROWS]
     if units is not None:
-        power_k, power_p = factors[layout.POWER_K, :], factors[layout.POWER_P, :]
+        power_k, power_p = factors[FactorRow.POWER_K, :], factors[FactorRow.POWER_P, :]
         for row, power in enumerate((power_p, power_p, power_k, power_k)):
             row_factors[row] *= power
     q, k, p = early or load_keys()
 
     keep = jnp.zeros((CHUNK,), jnp.float32)
-    for index, gradient in enumerate(keeps):
-        keep = jnp.where(layout.lanes() == index, jnp.sum(gradient), keep)
+    for place, gradient in zip(STATE_SCALARS, keeps, strict=True):
+        keep = jnp.where(lanes() == int(place), jnp.sum(gradient), keep)
     if units is not None:
         keep *= units.unit[KEEP]
-    three = (factors[layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN))
-    out.rows[layout.KEEP, :] = clean(keep, keeps_nothing(*three))
+    three = (factors[FactorRow.SCALARS, i] for i in STATE_SCALARS)
+    out.rows[FactorRow.SCALARS, :] = clean(keep, keeps_nothing(*three))
 
     def through(rows: tuple[int, int], tile: jax.Array, sign: float = 1.0) -> jax.Array:
         """Gradient of the keys whose products the two rows of factors scale."""
@@ -449,10 +454,10 @@ def _state_gradients(
         return clean(both[0] + both[1], dead[:, None])
 
     # one pair of products is done with before the next: registers are short
-    d_q = through((layout.QUERY_S, layout.QUERY_N), q)
+    d_q = through((FactorRow.QUERY_S, FactorRow.QUERY_N), q)
     keys.store(d_q.astype(dtype), out.keys.q)
-    d_k = through((layout.WRITE_S, layout.WRITE_N), k)
-    d_p = through((layout.READ_S, layout.READ_N), p, sign=-1.0)
+    d_k = through((FactorRow.WRITE_S, FactorRow.WRITE_N), k)
+    d_p = through((FactorRow.READ_S, FactorRow.READ_N), p, sign=-1.0)
     if p_ref is None:
         d_k += d_p
     else:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import Precision, dot
-from pallas_kernels.momentum_delta.layout import Leaf, iotas, lanes
+from pallas_kernels.momentum_delta.types import CHUNK, Leaf
 
 LOG_ZERO = -110.0
 """Log of a gate of zero."""
@@ -127,6 +127,17 @@ def half_coefficients(
         read=read,
         out=out,
     )
+
+
+def iotas(size: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+    """Row and column numbers of a `[size, size]` matrix."""
+    shape = (size, size)
+    return lax.broadcasted_iota("int32", shape, 0), lax.broadcasted_iota("int32", shape, 1)
+
+
+def lanes(size: int = CHUNK) -> jax.Array:
+    """`0 .. size - 1`."""
+    return lax.broadcasted_iota("int32", (size,), 0)
 
 
 def last(steps: jax.Array) -> jax.Array:

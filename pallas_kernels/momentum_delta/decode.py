@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import kernel_call
 from pallas_kernels.momentum_delta.coefficients import inverse_norm
 from pallas_kernels.momentum_delta.isolation import clean, times
-from pallas_kernels.momentum_delta.layout import Leaf, Memory, Tokens
+from pallas_kernels.momentum_delta.types import Leaf, Memory, Tokens
 from pallas_kernels.tiling import DecodeTiles
 
 MAX_STEPS = 16

@@ -11,13 +11,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import dot, kernel_call
-from pallas_kernels.momentum_delta import layout
+from pallas_kernels.momentum_delta.block_specs import ChunkSpecs, WalkSpecs
 from pallas_kernels.momentum_delta.fragments import Fragments, join, split
 from pallas_kernels.momentum_delta.isolation import clean, keeps_nothing
 from pallas_kernels.momentum_delta.isolation import times as times_exactly
-from pallas_kernels.momentum_delta.layout import (
+from pallas_kernels.momentum_delta.launches import launches
+from pallas_kernels.momentum_delta.rows import STATE_SCALARS, ChunkScalar, FactorRow
+from pallas_kernels.momentum_delta.types import (
     CHUNK,
-    ChunkSpecs,
     Memory,
     Options,
     Prepared,
@@ -25,8 +26,6 @@ from pallas_kernels.momentum_delta.layout import (
     Tokens,
     Values,
     WalkKeys,
-    WalkSpecs,
-    launches,
 )
 from pallas_kernels.momentum_delta.units import (
     Bounds,
@@ -60,7 +59,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
     before.
     """
     z = x.sizes
-    block, storage = options.tiles.advance_block_v, options.storage(x.q.dtype)
+    block, storage = options.tiles.advance_block_v, options.numerics.storage
     from_zeros = memory is None
     done: Any = None
     for launch in launches(WalkSpecs(z, block).walks, options.tiles.advance_resident):
@@ -88,7 +87,7 @@ def advance(x: Tokens, prepared: Prepared, memory: Memory | None, options: Optio
                 specs=specs,
                 warps=options.tiles.advance_warps,
                 from_zeros=from_zeros,
-                precision=options.products,
+                precision=options.numerics.products,
             ),
             tokens,
             memory,
@@ -126,9 +125,7 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         both, entering = carry
         start = c * CHUNK
         # the order is the measured one: with the states stored after a product a step takes longer
-        keep_ss, keep_ns, keep_nn = (
-            factor_ref[c, layout.KEEP, i] for i in (layout.KEEP_SS, layout.KEEP_NS, layout.KEEP_NN)
-        )
+        keep_ss, keep_ns, keep_nn = (factor_ref[c, FactorRow.SCALARS, i] for i in STATE_SCALARS)
         v = values.load(v_ref, CHUNK, first=start).astype(jnp.float32)
         s, n = split(both)
         units = None if entering is None else entering.units
@@ -147,13 +144,13 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             by_s, by_n = (unit.size for unit in units)
             if starts is not None:
                 by_s, by_n = clean(by_s, starts), clean(by_n, starts)
-            mixing_unit = factor_ref[c, layout.KEEP, layout.MIXING_UNIT]
+            mixing_unit = factor_ref[c, FactorRow.SCALARS, ChunkScalar.INVERSE_SCALE]
         seen = dot(p, both.astype(dtype), precision)
         if starts is not None:
             seen = clean(seen, starts)
         seen_s, seen_n = split(seen)
-        residual = v - factor(layout.READ_S, by_s) * seen_s
-        residual -= factor(layout.READ_N, by_n) * seen_n
+        residual = v - factor(FactorRow.READ_S, by_s) * seen_s
+        residual -= factor(FactorRow.READ_N, by_n) * seen_n
         error, in_unit = mixed(residual, mixing_ref[c], mixing_unit, precision)
         leaving = None
         if entering is None or in_unit is None:
@@ -162,8 +159,8 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             values.store(in_unit.tile, out.error.data, first=start)
             out.error.unit[c] = in_unit.unit
             reach_s, reach_n = (
-                factor_ref[c, layout.KEEP, i] * in_unit.largest
-                for i in (layout.REACH_WRITE_S, layout.REACH_WRITE_N)
+                factor_ref[c, FactorRow.SCALARS, i] * in_unit.largest
+                for i in (ChunkScalar.REACH_WRITE_S, ChunkScalar.REACH_WRITE_N)
             )
             leaving = Bounds(
                 times(abs(keep_ss), entering.s) + times(abs(keep_ns), entering.n) + reach_s,
@@ -179,7 +176,9 @@ def _advance(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         kept = join(keep_ss * s + keep_ns * n, keep_nn * n)
         if starts is not None:
             kept = clean(kept, starts)
-        written = join(factor(layout.WRITE_S, to_s) * error, factor(layout.WRITE_N, to_n) * error)
+        written = join(
+            factor(FactorRow.WRITE_S, to_s) * error, factor(FactorRow.WRITE_N, to_n) * error
+        )
         return kept + dot(k.T, written.astype(dtype), precision), leaving
 
     def walk(*, carefully: bool) -> tuple[jax.Array, Bounds | None]:
@@ -247,14 +246,14 @@ def output(
 
 
 def _output(q, error, attention, factors, kept, out, *, options, block_of, value_dim):
-    precision = options.products
+    precision = options.numerics.products
     queries, errors, matrix = q[...], error.data[...], attention[...]
-    query_s, query_n = (factors[i, :][:, None] for i in (layout.QUERY_S, layout.QUERY_N))
+    query_s, query_n = (factors[i, :][:, None] for i in (FactorRow.QUERY_S, FactorRow.QUERY_N))
     if kept.unit is not None:
         # queries become float16, each about 1 long or with its largest element near 1; errors what
         # q was
         if options.normalize:
-            lengths = (options.scale / factors[layout.NORM_Q, :])[:, None]
+            lengths = (options.scale / factors[FactorRow.NORM_Q, :])[:, None]
         else:
             lengths = jnp.max(jnp.abs(queries.astype(jnp.float32)), axis=1)[:, None]
         power = power_of_two(lengths)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.momentum_delta.layout import Leaf
+from pallas_kernels.momentum_delta.types import Leaf
 
 _WARP_ROWS = 16
 

@@ -11,27 +11,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import Precision, coefficient_precision, dot, kernel_call
-from pallas_kernels.momentum_delta import layout
+from pallas_kernels.lowering import Precision, dot, kernel_call
+from pallas_kernels.momentum_delta.block_specs import ChunkSpecs
 from pallas_kernels.momentum_delta.coefficients import (
     Half,
     Sight,
     exp,
     half_coefficients,
+    iotas,
+    lanes,
     log_gate,
 )
 from pallas_kernels.momentum_delta.isolation import times
-from pallas_kernels.momentum_delta.layout import (
-    CHUNK,
-    HALF,
-    HALVES,
-    ChunkSpecs,
-    Leaf,
-    Options,
-    Prepared,
-    Tokens,
-)
+from pallas_kernels.momentum_delta.rows import GRADIENT_ROWS, ChunkScalar, FactorRow
 from pallas_kernels.momentum_delta.scores import FromScores
+from pallas_kernels.momentum_delta.types import CHUNK, HALF, HALVES, Leaf, Options, Prepared, Tokens
 
 
 class GateGradients(NamedTuple):
@@ -65,7 +59,7 @@ def gate_gradients(
             half_of=specs.block,
             blocks=blocks,
             explicit_p=x.p is not None,
-            precision=coefficient_precision(options.storage(x.q.dtype), options.interpret),
+            precision=options.numerics.coefficients,
         ),
         x._replace(q=None, k=None, v=None, p=None),
         (scores.attention, scores.overlap),
@@ -78,7 +72,7 @@ def gate_gradients(
             Tokens(None, None, None, None, gate, gate, gate, gate),
             (matrix, matrix),
             specs.units(scores.unit),
-            specs.array(blocks, layout.ROW_GRADIENTS, CHUNK),
+            specs.array(blocks, GRADIENT_ROWS, CHUNK),
             specs.factors(),
         ],
         out_specs=GateGradients(gate, gate, gate, gate),
@@ -116,17 +110,17 @@ def _gate_gradients(x, scores, unit, rows, factors, out, *, half_of, blocks, exp
     index = half_of(pl.program_id(0))
     at = pl.ds(index * HALF, HALF)
     first, second = HALVES
-    lane, is_last = layout.lanes(HALF), layout.iotas(HALF)[0] == HALF - 1
+    lane, is_last = lanes(HALF), iotas(HALF)[0] == HALF - 1
 
     def summed(row: int, part: Leaf) -> jax.Array:
         parts = [rows[i, row, part] for i in range(blocks)]
         return sum(parts[1:], parts[0])
 
     def of_key(row: int, part: Leaf) -> jax.Array:
-        return factors[layout.NORM_K, part] * summed(row, part)
+        return factors[FactorRow.NORM_K, part] * summed(row, part)
 
     def of_query(row: int, part: Leaf) -> jax.Array:
-        return factors[layout.NORM_Q, part] * summed(row, part)
+        return factors[FactorRow.NORM_Q, part] * summed(row, part)
 
     def of_erase(row: int, part: Leaf) -> jax.Array:
         return summed(row, part) if explicit_p else of_key(row, part)
@@ -144,25 +138,25 @@ def _gate_gradients(x, scores, unit, rows, factors, out, *, half_of, blocks, exp
         return jnp.where(is_last, values[None, :], 0.0)
 
     def keep(number: int) -> jax.Array:
-        return factors[layout.KEEP, number]
+        return factors[FactorRow.SCALARS, number]
 
     def d_keep(number: int) -> jax.Array:
-        parts = [rows[i, layout.KEEP, number] for i in range(blocks)]
+        parts = [rows[i, FactorRow.SCALARS, number] for i in range(blocks)]
         return sum(parts[1:], parts[0])
 
     def corner() -> tuple[Sight, Sight]:
         """Gradients of what the second half and the final states see of the chunk's start."""
         by_query, by_read = loaded(second, first)
-        by_query += in_last_row(of_key(layout.WRITE_S, first))
-        d_total = of_query(layout.QUERY_S, second) + at_last(d_keep(layout.KEEP_SS))
-        d_lead = of_query(layout.QUERY_N, second) + at_last(d_keep(layout.KEEP_NS))
+        by_query += in_last_row(of_key(FactorRow.WRITE_S, first))
+        d_total = of_query(FactorRow.QUERY_S, second) + at_last(d_keep(ChunkScalar.DECAY))
+        d_lead = of_query(FactorRow.QUERY_N, second) + at_last(d_keep(ChunkScalar.LEAD))
         return Sight(by_query, d_total, d_lead), Sight(
-            by_read, of_erase(layout.READ_S, second), of_erase(layout.READ_N, second)
+            by_read, of_erase(FactorRow.READ_S, second), of_erase(FactorRow.READ_N, second)
         )
 
     def of_first() -> Cotangents:
         d_query, d_read = corner()
-        total, lead = factors[layout.SIGHT_2, first], factors[layout.SIGHT_2, second]
+        total, lead = factors[FactorRow.SECOND_HALF, first], factors[FactorRow.SECOND_HALF, second]
         lift = exp(log_gate(x.log_alpha, second)) if explicit_p else 1.0
         own_lead = x.beta[second] * exp(jnp.cumsum(log_gate(x.log_mu, second)))
         out_total, out_lead = lift * total, lift * lead + own_lead
@@ -171,22 +165,22 @@ def _gate_gradients(x, scores, unit, rows, factors, out, *, half_of, blocks, exp
         d_total = jnp.sum(d_query.total * out_total + d_read.total * total)
         d_lead = jnp.sum(d_query.lead * out_total + d_read.lead * total)
         d_momentum = jnp.sum(d_query.lead * out_lead + d_read.lead * lead)
-        momentum = keep(layout.MOMENTUM_2)
+        momentum = keep(ChunkScalar.MOMENTUM_2)
         return Cotangents(
             gamma=jnp.sum(by_gamma, axis=0),
-            w=jnp.sum(by_w, axis=0) + momentum * of_key(layout.WRITE_N, first),
-            read_total=of_erase(layout.READ_S, first),
-            read_lead=of_erase(layout.READ_N, first),
-            out_total=of_query(layout.QUERY_S, first) + at_last(d_total),
-            out_lead=of_query(layout.QUERY_N, first) + at_last(d_lead),
-            momentum=d_momentum + momentum * d_keep(layout.KEEP_NN),
+            w=jnp.sum(by_w, axis=0) + momentum * of_key(FactorRow.WRITE_N, first),
+            read_total=of_erase(FactorRow.READ_S, first),
+            read_lead=of_erase(FactorRow.READ_N, first),
+            out_total=of_query(FactorRow.QUERY_S, first) + at_last(d_total),
+            out_lead=of_query(FactorRow.QUERY_N, first) + at_last(d_lead),
+            momentum=d_momentum + momentum * d_keep(ChunkScalar.MOMENTUM),
         )
 
     def of_second() -> Cotangents:
         d_query, d_read = corner()
-        gamma, w = (x.eta[first] * factors[layout.ENDS_1, half] for half in HALVES)
+        gamma, w = (x.eta[first] * factors[FactorRow.FIRST_END, half] for half in HALVES)
         total, lead, momentum = (
-            keep(i) for i in (layout.TOTAL_1, layout.LEAD_1, layout.MOMENTUM_1)
+            keep(i) for i in (ChunkScalar.DECAY_1, ChunkScalar.LEAD_1, ChunkScalar.MOMENTUM_1)
         )
 
         def own(d: Sight) -> tuple[jax.Array, jax.Array]:
@@ -196,15 +190,15 @@ def _gate_gradients(x, scores, unit, rows, factors, out, *, half_of, blocks, exp
 
         read_total, read_lead = own(d_read)
         out_total, out_lead = own(d_query)
-        by_w = jnp.sum(w * of_key(layout.WRITE_N, first))
+        by_w = jnp.sum(w * of_key(FactorRow.WRITE_N, first))
         return Cotangents(
-            gamma=of_key(layout.WRITE_S, second),
-            w=of_key(layout.WRITE_N, second),
+            gamma=of_key(FactorRow.WRITE_S, second),
+            w=of_key(FactorRow.WRITE_N, second),
             read_total=read_total,
             read_lead=read_lead,
             out_total=out_total,
             out_lead=out_lead,
-            momentum=by_w + momentum * d_keep(layout.KEEP_NN),
+            momentum=by_w + momentum * d_keep(ChunkScalar.MOMENTUM),
         )
 
     d = lax.cond(index == 0, of_first, of_second)
@@ -261,9 +255,9 @@ def _half_gradients(
       beta `[n]`.
     """
     size = beta.shape[0]
-    t, u = layout.iotas(size)
+    t, u = iotas(size)
     # no path crosses the end: that column, empty in a, later and w, takes the half's start
-    at_end = layout.lanes(size) == size - 1
+    at_end = lanes(size) == size - 1
     # out = lift * read + beta * (w or momentum)
     lift = 1.0 if half.lift is None else half.lift
     by_row = 1.0 if half.lift is None else half.lift[:, None]
@@ -300,6 +294,6 @@ def _half_gradients(
         own = (d_lift * half.lift)[:, None]
         next_step = t == lax.rem(u + 1, size)
         d_log_alpha = jnp.where(next_step, own, jnp.where(t > u + 1, d_log_alpha, 0.0))
-        entered = jnp.where(layout.lanes(size) == 0, 0.0, entered)
+        entered = jnp.where(lanes(size) == 0, 0.0, entered)
     d_log_alpha = jnp.sum(d_log_alpha, axis=0) + jnp.where(at_end, jnp.sum(entered), 0.0)
     return d_log_alpha, d_log_mu, d_beta

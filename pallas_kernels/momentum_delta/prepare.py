@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import coefficient_precision, dot, exact, kernel_call
-from pallas_kernels.momentum_delta import layout
+from pallas_kernels.lowering import dot, kernel_call
+from pallas_kernels.momentum_delta.block_specs import ChunkSpecs
 from pallas_kernels.momentum_delta.coefficients import (
     Ends,
     Quarters,
@@ -19,16 +19,23 @@ from pallas_kernels.momentum_delta.coefficients import (
     half_coefficients,
     halves,
     inverse_norm,
+    iotas,
     log_gate,
     lower_quarters,
     squares,
     unit_lower_inverse,
 )
-from pallas_kernels.momentum_delta.layout import (
+from pallas_kernels.momentum_delta.rows import (
+    REACHES,
+    STATE_ROWS,
+    ChunkScalar,
+    FactorRow,
+    pack_scalars,
+)
+from pallas_kernels.momentum_delta.types import (
     CHUNK,
     HALF,
     HALVES,
-    ChunkSpecs,
     Leaf,
     Options,
     Prepared,
@@ -49,7 +56,7 @@ def prepare(x: Tokens, options: Options) -> Prepared:
     specs = ChunkSpecs(z)
     keys, gate = specs.tokens(z.key_dim, z.heads), specs.gate()
     p = None if x.p is None else specs.tokens(z.key_dim, z.p_heads)
-    storage = options.storage(x.q.dtype)
+    storage = options.numerics.storage
     walk_keys = walk_specs = None
     if storage == jnp.float16:
         walk_keys = WalkKeys(
@@ -64,9 +71,9 @@ def prepare(x: Tokens, options: Options) -> Prepared:
         in_specs=[Tokens(keys, keys, None, p, gate, gate, gate, gate)],
         out_specs=Prepared(specs.matrix(), specs.matrix(), specs.factors(), walk_specs),
         out_shape=Prepared(
-            z.per_chunk(CHUNK, CHUNK, dtype=options.operands(x.q.dtype)),
+            z.per_chunk(CHUNK, CHUNK, dtype=options.numerics.operands),
             z.per_chunk(CHUNK, CHUNK, dtype=storage),
-            z.per_chunk(layout.FACTORS, CHUNK, dtype=jnp.float32),
+            z.per_chunk(len(FactorRow), CHUNK, dtype=jnp.float32),
             walk_keys,
         ),
         warps=options.tiles.prepare_warps,
@@ -91,9 +98,9 @@ class _Half(NamedTuple):
 
 
 def _prepare(x, out, *, options):
-    precision = exact(options.interpret)
-    operands = options.operands(x.q.dtype)
-    coarse = coefficient_precision(operands, options.interpret)
+    precision = options.numerics.exact
+    operands = options.numerics.operands
+    coarse = options.numerics.coefficients
     explicit_p = x.p is not None
 
     first, second = HALVES
@@ -102,7 +109,7 @@ def _prepare(x, out, *, options):
     p = x.p[...] if explicit_p else k
     k_t = k.T
     ones = halves(jnp.ones((CHUNK,), jnp.float32))
-    in_units = options.storage(x.q.dtype) == jnp.float16
+    in_units = options.numerics.scaled
     overlaps = lower_quarters(dot(p, k_t, precision))
     square_q = halves(squares(q))
     if explicit_p or k.dtype == jnp.float32:
@@ -134,8 +141,8 @@ def _prepare(x, out, *, options):
         for half, value, factor in zip(HALVES, values, by, strict=True):
             out.factors[index, half] = value * factor
 
-    rows(layout.NORM_Q, norm_q, ones)
-    rows(layout.NORM_K, norm_k, ones)
+    rows(FactorRow.NORM_Q, norm_q, ones)
+    rows(FactorRow.NORM_K, norm_k, ones)
 
     # of keys as the walks have them
     to_read, to_key, longest_q = norm_p, norm_k, norm_q
@@ -157,8 +164,8 @@ def _prepare(x, out, *, options):
         if x.q.dtype == jnp.float16:  # the walk back multiplies queries as they are
             longest_q = tuple(jnp.maximum(y, z) for y, z in zip(longest_q, norm_q, strict=True))
 
-    rows(layout.POWER_K, sizes_k, ones)
-    rows(layout.POWER_P, sizes_p, ones)
+    rows(FactorRow.POWER_K, sizes_k, ones)
+    rows(FactorRow.POWER_P, sizes_p, ones)
 
     def half_chunk(index: jax.Array, carry: tuple[_Half, _Half]) -> tuple[_Half, _Half]:
         at = pl.ds(index * HALF, HALF)
@@ -194,31 +201,34 @@ def _prepare(x, out, *, options):
         (total * end_1.gamma + lead * end_1.w, end_2.gamma),
         (end_2.momentum * end_1.w, end_2.w),
     )
-    out.factors[layout.SIGHT_2, first] = half_2.read_total
-    out.factors[layout.SIGHT_2, second] = half_2.read_lead
-    out.factors[layout.ENDS_1, first], out.factors[layout.ENDS_1, second] = end_1.gamma, end_1.w
+    out.factors[FactorRow.SECOND_HALF, first] = half_2.read_total
+    out.factors[FactorRow.SECOND_HALF, second] = half_2.read_lead
+    out.factors[FactorRow.FIRST_END, first], out.factors[FactorRow.FIRST_END, second] = (
+        end_1.gamma,
+        end_1.w,
+    )
     keeps = {
-        layout.KEEP_SS: total * end_1.total,
-        layout.KEEP_NS: total * end_1.lead + lead * end_1.momentum,
-        layout.KEEP_NN: end_2.momentum * end_1.momentum,
-        layout.TOTAL_1: end_1.total,
-        layout.LEAD_1: end_1.lead,
-        layout.MOMENTUM_1: end_1.momentum,
-        layout.MOMENTUM_2: end_2.momentum,
+        ChunkScalar.DECAY: total * end_1.total,
+        ChunkScalar.LEAD: total * end_1.lead + lead * end_1.momentum,
+        ChunkScalar.MOMENTUM: end_2.momentum * end_1.momentum,
+        ChunkScalar.DECAY_1: end_1.total,
+        ChunkScalar.LEAD_1: end_1.lead,
+        ChunkScalar.MOMENTUM_1: end_1.momentum,
+        ChunkScalar.MOMENTUM_2: end_2.momentum,
     }
     to_write = tuple(y * norm for y, norm in zip(eta, to_key, strict=True))
     for index, of_states, norm, longest in (
-        (layout.READ_S, reads, to_read, to_read),
-        (layout.WRITE_S, writes, to_write, to_write),
-        (layout.QUERY_S, queries, norm_q, longest_q),
+        (FactorRow.READ_S, reads, to_read, to_read),
+        (FactorRow.WRITE_S, writes, to_write, to_write),
+        (FactorRow.QUERY_S, queries, norm_q, longest_q),
     ):
-        for row, of_state in enumerate(of_states, start=index):
+        for row, of_state in zip(STATE_ROWS[index : index + 2], of_states, strict=True):
             rows(row, of_state, norm)
             if in_units:
                 reach = [abs(y * size) for y, size in zip(of_state, longest, strict=True)]
-                keeps[layout.REACH + row] = jnp.sum(reach[0] + reach[1])
+                keeps[REACHES[row]] = jnp.sum(reach[0] + reach[1])
     inverse = unit_lower_inverse(lower, coarse, float16=operands != jnp.float32)
-    row, column = layout.iotas(HALF)
+    row, column = iotas(HALF)
     mixing = Quarters(
         jnp.where(row > column, inverse.first, 0.0),
         inverse.corner,
@@ -227,11 +237,8 @@ def _prepare(x, out, *, options):
     if in_units:
         unit = unit_of(_largest_sum(mixing))
         mixing = Quarters(*(y * unit.inverse for y in mixing))
-        keeps[layout.MIXING_UNIT] = unit.size
-    keep = jnp.zeros((CHUNK,), jnp.float32)
-    for entry, value in keeps.items():
-        keep = jnp.where(layout.lanes() == entry, value, keep)
-    out.factors[layout.KEEP, :] = keep
+        keeps[ChunkScalar.INVERSE_SCALE] = unit.size
+    out.factors[FactorRow.SCALARS, :] = pack_scalars(keeps)
 
     store(out.mixing, first, first, mixing.first)
     store(out.mixing, second, first, mixing.corner)

@@ -12,21 +12,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import coefficient_precision, dot, kernel_call
-from pallas_kernels.momentum_delta import layout
+from pallas_kernels.lowering import dot, kernel_call
 from pallas_kernels.momentum_delta.backward import KeyGradients
+from pallas_kernels.momentum_delta.block_specs import ChunkSpecs
 from pallas_kernels.momentum_delta.coefficients import (
     Ends,
     after,
     exp,
     half_coefficients,
+    iotas,
     log_gate,
 )
-from pallas_kernels.momentum_delta.layout import (
+from pallas_kernels.momentum_delta.rows import FactorRow
+from pallas_kernels.momentum_delta.types import (
     CHUNK,
     HALF,
     HALVES,
-    ChunkSpecs,
     Leaf,
     Options,
     Prepared,
@@ -49,13 +50,13 @@ def read_gamma(x: Tokens, factors: jax.Array, options: Options) -> jax.Array:
     """
     z = x.sizes
     specs = ChunkSpecs(z, len(HALVES))
-    gate, dtype = specs.gate(), options.operands(x.q.dtype)
+    gate, dtype = specs.gate(), options.numerics.operands
     return kernel_call(
         partial(
             _read_gamma,
             half_of=specs.block,
             explicit_p=x.p is not None,
-            precision=coefficient_precision(dtype, options.interpret),
+            precision=options.numerics.coefficients,
         ),
         (x.log_alpha, x.log_mu, x.beta),
         factors,
@@ -81,9 +82,11 @@ def _read_gamma(gates, factors, out, *, half_of, explicit_p, precision):
     out[own, own] = half.read.gamma.astype(out.dtype)
     # the second half sees the first by way of its end; the first sees nothing of the second
     end = Ends(
-        factors[layout.ENDS_1, first], factors[layout.ENDS_1, second], *(jnp.float32(0),) * 3
+        factors[FactorRow.FIRST_END, first],
+        factors[FactorRow.FIRST_END, second],
+        *(jnp.float32(0),) * 3,
     )
-    total, lead = factors[layout.SIGHT_2, first], factors[layout.SIGHT_2, second]
+    total, lead = factors[FactorRow.SECOND_HALF, first], factors[FactorRow.SECOND_HALF, second]
     seen = jnp.where(index == 1, after(total, lead, end).gamma, 0.0)
     out[own, other] = seen.astype(out.dtype)
 
@@ -134,7 +137,7 @@ def score_gradients(
     per_head, gradient = specs.tokens(z.key_dim, z.value_heads), z.per_head(z.key_dim, x.q.dtype)
     key_specs = KeyGradients(per_head, per_head, None if p is None else per_head)
     key_shapes = KeyGradients(gradient, gradient, None if p is None else gradient)
-    dtype = options.operands(x.q.dtype)
+    dtype = options.numerics.operands
     matrix = z.per_chunk(CHUNK, CHUNK, dtype=dtype)
     unit = z.per_chunk(2, dtype=jnp.float32) if dtype == jnp.float16 else None
     tokens = x._replace(v=None, log_alpha=x.log_alpha if x.p is not None else None)
@@ -175,11 +178,11 @@ def _score_gradients(
     x, values, from_states, units, gamma, factors, out, *, value_dim, block_v, options
 ):
     do_ref, dv_ref, error_ref = (y.data for y in values)
-    precision, dtype = options.products, options.operands(x.q.dtype)
+    precision, dtype = options.numerics.products, options.numerics.operands
 
     # loads that would stall after the loop
     log_mu, beta, eta = log_gate(x.log_mu, slice(None)), x.beta[...], x.eta[...]
-    norm_q, norm_k = factors[layout.NORM_Q, :], factors[layout.NORM_K, :]
+    norm_q, norm_k = factors[FactorRow.NORM_Q, :], factors[FactorRow.NORM_K, :]
     gamma_read = gamma[...]
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -199,7 +202,7 @@ def _score_gradients(
     if units is not None:
         by_output *= units.unit[OUTPUT]
         by_error *= units.unit[ERROR]
-    t, j = layout.iotas()
+    t, j = iotas()
     norm_p = norm_k if x.p is None else jnp.ones_like(norm_k)
     by_output = jnp.where(t >= j, by_output, 0.0) * norm_q[:, None] * norm_k[None, :]
     by_error = jnp.where(t > j, -by_error, 0.0) * norm_p[:, None] * norm_k[None, :]

@@ -7,8 +7,8 @@ digits below 6e-5, so each tile of a chunk has a unit, a power of two, and holds
 at most 2^14.
 
 The walks know the units of errors and states without a look at them: from the largest residual of a
-chunk, what `X` can make of it (`layout.MIXING_UNIT`), and how far errors can move a state
-(`layout.REACH`). Such bounds may be far above the numbers: float16 keeps 11 digits of what is up to
+chunk, what `X` can make of it (`ChunkScalar.INVERSE_SCALE`), and how far errors can move a state
+(`rows.REACHES`). Such bounds may be far above the numbers: float16 keeps 11 digits of what is up to
 2^28 times smaller than the bound.
 """
 
@@ -20,14 +20,14 @@ from jax import lax
 
 from pallas_kernels.lowering import Precision, dot
 from pallas_kernels.momentum_delta.fragments import Fragments
-from pallas_kernels.momentum_delta.layout import CHUNK, Leaf, States, Values
+from pallas_kernels.momentum_delta.types import CHUNK, Leaf, States, Values
 
 DTYPE = jnp.dtype(jnp.float16)
 _EXPONENT, _INVERSE = 0x7F800000, 0x7F000000  # bits of a float32; of x, _INVERSE - x is 1 / x
 _DOUBLINGS = 13
 _LEAST, _MOST = 2.0**-120, 2.0**120
 SHORTEST = 2.0**-40
-"""Length of a key below which `layout.WalkKeys` makes it no longer than it is times 2^40."""
+"""Length of a key below which `types.WalkKeys` makes it no longer than it is times 2^40."""
 
 
 class Unit(NamedTuple):

@@ -11,16 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
 from pallas_kernels.momentum_delta.forward import advance, output
 from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import (
-    Memory,
-    Options,
-    Prepared,
-    States,
-    Tokens,
-    Values,
-)
 from pallas_kernels.momentum_delta.prepare import prepare
 from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
+from pallas_kernels.momentum_delta.types import Memory, Options, Prepared, States, Tokens, Values
 from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
 
 CHUNK_FACTORS = "mdn_chunk_factors"

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.costs import STAGES, Cost, operator_cost, stage_costs
-from pallas_kernels.momentum_delta.layout import Sizes
+from pallas_kernels.momentum_delta.types import Sizes
 from pallas_kernels.tiling import choose_tiles
 
 H100 = "NVIDIA H100 80GB HBM3"
