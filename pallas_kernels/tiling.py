@@ -26,30 +26,31 @@ _CORES = 132
 class Tiles(NamedTuple):
     """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages.
 
-    `advance_resident` and `retreat_resident` are how many programs of those walks the device runs
-    at once, where that was measured (None: not known).
+    `dv_local_bwd` takes the blocks and warps of `output_fwd`. `state_fwd_resident` and
+    `state_bwd_resident` are how many programs of those passes the device runs at once, where that
+    was measured (None: not known).
     """
 
-    prepare_warps: int = 4
-    advance_block_v: int = 32
-    advance_warps: int = 4
-    advance_stages: int = 3
-    advance_resident: int | None = None
-    output_block_v: int = 128
-    output_warps: int = 4
-    retreat_block_v: int = 32
-    retreat_warps: int = 4
-    retreat_stages: int = 2
-    retreat_resident: int | None = None
-    states_block_k: int = 32
-    states_block_v: int = 64
-    states_warps: int = 4
-    states_stages: int = 2
-    scores_block_k: int = 256
-    scores_block_v: int = 64
-    scores_warps: int = 4
-    scores_stages: int = 2
-    gates_warps: int = 2
+    intra_chunk_fwd_warps: int = 4
+    state_fwd_block_v: int = 32
+    state_fwd_warps: int = 4
+    state_fwd_stages: int = 3
+    state_fwd_resident: int | None = None
+    output_fwd_block_v: int = 128
+    output_fwd_warps: int = 4
+    state_bwd_block_v: int = 32
+    state_bwd_warps: int = 4
+    state_bwd_stages: int = 2
+    state_bwd_resident: int | None = None
+    inter_chunk_bwd_block_k: int = 32
+    inter_chunk_bwd_block_v: int = 64
+    inter_chunk_bwd_warps: int = 4
+    inter_chunk_bwd_stages: int = 2
+    intra_chunk_bwd_block_k: int = 256
+    intra_chunk_bwd_block_v: int = 64
+    intra_chunk_bwd_warps: int = 4
+    intra_chunk_bwd_stages: int = 2
+    gate_bwd_warps: int = 2
 
 
 class DecodeTiles(NamedTuple):
@@ -140,33 +141,35 @@ def choose_tiles(
     """
     tiles = Tiles()
     if itemsize == 2:
-        tiles = tiles._replace(prepare_warps=4 if key_dim == 256 else 2, gates_warps=1)
+        tiles = tiles._replace(intra_chunk_fwd_warps=4 if key_dim == 256 else 2, gate_bwd_warps=1)
     if precise:
         three_large = explicit_p and key_dim == 256
         tiles = tiles._replace(
-            advance_block_v=16,
-            advance_stages=2 if three_large else 3,
-            output_block_v=32 if key_dim == 256 else 64,
-            retreat_block_v=16,
-            retreat_stages=1 if three_large else 2,
-            states_block_v=32,
-            states_stages=3,
-            scores_warps=8 if key_dim == 256 else 4,
-            scores_stages=3,
+            state_fwd_block_v=16,
+            state_fwd_stages=2 if three_large else 3,
+            output_fwd_block_v=32 if key_dim == 256 else 64,
+            state_bwd_block_v=16,
+            state_bwd_stages=1 if three_large else 2,
+            inter_chunk_bwd_block_v=32,
+            inter_chunk_bwd_stages=3,
+            intra_chunk_bwd_warps=8 if key_dim == 256 else 4,
+            intra_chunk_bwd_stages=3,
         )
     elif itemsize == 2 and capability >= (9, 0):
-        tiles = tiles._replace(advance_stages=2 if explicit_p else 3, states_stages=3)
+        tiles = tiles._replace(state_fwd_stages=2 if explicit_p else 3, inter_chunk_bwd_stages=3)
         if key_dim == 256:
             tiles = tiles._replace(
-                output_block_v=64,
-                retreat_warps=8,
-                retreat_stages=1 if explicit_p else 2,
-                scores_block_v=128,
-                scores_warps=8,
+                output_fwd_block_v=64,
+                state_bwd_warps=8,
+                state_bwd_stages=1 if explicit_p else 2,
+                intra_chunk_bwd_block_v=128,
+                intra_chunk_bwd_warps=8,
             )
         elif key_dim == 128:
             # two programs on each of 132 cores
-            tiles = tiles._replace(scores_block_v=128, advance_resident=264, retreat_resident=264)
+            tiles = tiles._replace(
+                intra_chunk_bwd_block_v=128, state_fwd_resident=264, state_bwd_resident=264
+            )
         if (
             key_dim >= 128
             and value_dim >= 32
@@ -174,47 +177,51 @@ def choose_tiles(
             and heads * value_dim <= 16 * _CORES
         ):
             # a core for each walk: narrow ones take shorter steps
-            tiles = tiles._replace(advance_block_v=16, advance_stages=4, retreat_block_v=16)
+            tiles = tiles._replace(state_fwd_block_v=16, state_fwd_stages=4, state_bwd_block_v=16)
     elif itemsize == 2:
         tiles = tiles._replace(
-            advance_stages=1,
-            output_block_v=64,
-            retreat_stages=1,
-            states_block_v=32,
-            states_stages=1,
-            scores_block_v=32,
-            scores_warps=8,
-            scores_stages=1,
+            state_fwd_stages=1,
+            output_fwd_block_v=64,
+            state_bwd_stages=1,
+            inter_chunk_bwd_block_v=32,
+            inter_chunk_bwd_stages=1,
+            intra_chunk_bwd_block_v=32,
+            intra_chunk_bwd_warps=8,
+            intra_chunk_bwd_stages=1,
         )
         if key_dim == 256:
-            tiles = tiles._replace(advance_warps=8, retreat_block_v=16, retreat_warps=8)
+            tiles = tiles._replace(state_fwd_warps=8, state_bwd_block_v=16, state_bwd_warps=8)
         elif key_dim == 128:
-            tiles = tiles._replace(retreat_warps=8)
+            tiles = tiles._replace(state_bwd_warps=8)
     else:
         tiles = tiles._replace(
-            advance_block_v=16,
-            advance_stages=1,
-            output_block_v=32,
-            retreat_block_v=16,
-            retreat_stages=1,
-            states_block_v=32,
-            states_stages=1,
-            scores_block_v=16,
-            scores_warps=8,
-            scores_stages=1,
+            state_fwd_block_v=16,
+            state_fwd_stages=1,
+            output_fwd_block_v=32,
+            state_bwd_block_v=16,
+            state_bwd_stages=1,
+            inter_chunk_bwd_block_v=32,
+            inter_chunk_bwd_stages=1,
+            intra_chunk_bwd_block_v=16,
+            intra_chunk_bwd_warps=8,
+            intra_chunk_bwd_stages=1,
         )
         if capability < (9, 0):
             # with 32 columns ptxas leaves a thread 32 registers and spills 6 KB
-            tiles = tiles._replace(states_block_v=16, states_stages=2)
+            tiles = tiles._replace(inter_chunk_bwd_block_v=16, inter_chunk_bwd_stages=2)
             if key_dim == 256:
                 tiles = tiles._replace(
-                    advance_warps=8, output_block_v=16, retreat_warps=8, scores_block_v=32
+                    state_fwd_warps=8,
+                    output_fwd_block_v=16,
+                    state_bwd_warps=8,
+                    intra_chunk_bwd_block_v=32,
                 )
             else:
-                tiles = tiles._replace(scores_block_v=32, scores_warps=4)
+                tiles = tiles._replace(intra_chunk_bwd_block_v=32, intra_chunk_bwd_warps=4)
         elif key_dim == 256:
             tiles = tiles._replace(
-                scores_block_k=64 if explicit_p else 128, scores_warps=8 if explicit_p else 4
+                intra_chunk_bwd_block_k=64 if explicit_p else 128,
+                intra_chunk_bwd_warps=8 if explicit_p else 4,
             )
     clipped = {
         name: min(size, value_dim)

@@ -1,6 +1,6 @@
 """The momentum delta rule on the GPU (docs/kernels.md)."""
 
-from pallas_kernels.momentum_delta.call import momentum_delta
+from pallas_kernels.momentum_delta.api import momentum_delta
 from pallas_kernels.momentum_delta.decode import MAX_STEPS
 from pallas_kernels.momentum_delta.numerics import Numerics
 from pallas_kernels.momentum_delta.types import CHUNK, Memory, Options, States, Tokens

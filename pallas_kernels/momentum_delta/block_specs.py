@@ -69,21 +69,21 @@ class ChunkSpecs:
         return self.array(CHUNK, CHUNK)
 
     def factors(self) -> pl.BlockSpec:
-        """`[13, C]` of `Prepared.factors`."""
+        """`[13, C]` of `IntraChunk.factors`."""
         return self.array(len(FactorRow), CHUNK)
 
-    def units(self, units: Leaf | None) -> Leaf | None:
+    def scales(self, scales: Leaf | None) -> Leaf | None:
         """`[...]` of arrays `[B, HV, NT, ...]`."""
-        return jax.tree.map(lambda x: self.array(*x.shape[3:]), units)
+        return jax.tree.map(lambda x: self.array(*x.shape[3:]), scales)
 
-    def unit(self) -> pl.BlockSpec:
-        """`[1]` of an array of units `[B, HV, NT, blocks]`, that of the program's block."""
+    def scale(self) -> pl.BlockSpec:
+        """`[1]` of an array of scales `[B, HV, NT, blocks]`, that of the program's block."""
         return self._spec((None, None, None, 1), lambda c, b, h, i: (b, h, c, i))
 
     def values(self, values: Values) -> Values:
         """`[C, V]`."""
         z = self._z
-        return Values(self.tokens(z.value_dim, z.value_heads), self.units(values.unit))
+        return Values(self.tokens(z.value_dim, z.value_heads), self.scales(values.scale))
 
     def states(self, states: States, key_block: int, value_block: int, *, cut: str) -> States:
         """`[key_block, value_block]` of each chunk's states, cut along "k" or "v"."""
@@ -91,7 +91,7 @@ class ChunkSpecs:
             (None, None, None, key_block, value_block),
             lambda c, b, h, i: (b, h, c, i, 0) if cut == "k" else (b, h, c, 0, i),
         )
-        return States(spec, spec, self.units(states.unit))
+        return States(spec, spec, self.scales(states.scale))
 
     def part(self) -> pl.BlockSpec:
         """`[GRADIENT_ROWS, C]` of an array `[B, HV, NT, blocks, GRADIENT_ROWS, C]`."""
@@ -162,7 +162,7 @@ class WalkSpecs:
         return self.array(CHUNK, CHUNK)
 
     def factors(self) -> pl.BlockSpec:
-        """`[NT, 13, C]` of `Prepared.factors`."""
+        """`[NT, 13, C]` of `IntraChunk.factors`."""
         return self.array(len(FactorRow), CHUNK)
 
     def memory(self) -> Memory:
@@ -171,22 +171,22 @@ class WalkSpecs:
         spec = self._spec(shape, lambda i, b, h: (b, h, 0, i))
         return Memory(spec, spec)
 
-    def units(self, dtype: jnp.dtype) -> pl.BlockSpec | None:
-        """`[NT]` of an array of units `[B, HV, NT, blocks]`, for data of `dtype`."""
+    def scales(self, dtype: jnp.dtype) -> pl.BlockSpec | None:
+        """`[NT]` of an array of scales `[B, HV, NT, blocks]`, for data of `dtype`."""
         if dtype != jnp.float16:
             return None
         return self._spec((None, None, self._z.chunks, None), lambda i, b, h: (b, h, 0, i))
 
-    def units_of(self, unit: Leaf | None) -> pl.BlockSpec | None:
-        """`[NT]` of units `[B, HV, NT, blocks]` whose blocks are as wide as the walk's or wider."""
-        if unit is None:
+    def scales_of(self, scale: Leaf | None) -> pl.BlockSpec | None:
+        """`[NT]` of scales `[B, HV, NT, blocks]` of blocks as wide as the walk's or wider."""
+        if scale is None:
             return None
-        share = self._walks[0] // unit.shape[3]
+        share = self._walks[0] // scale.shape[3]
         shape = (None, None, self._z.chunks, None)
         return self._spec(shape, lambda i, b, h: (b, h, 0, lax.div(i, share)))
 
-    def kept(self, dtype: jnp.dtype) -> States:
+    def states(self, dtype: jnp.dtype) -> States:
         """`[NT, K, block]` of the states of every chunk."""
         shape = (None, None, self._z.chunks, self._z.key_dim, self._block)
         spec = self._spec(shape, lambda i, b, h: (b, h, 0, 0, i))
-        return States(spec, spec, self.units(dtype))
+        return States(spec, spec, self.scales(dtype))

@@ -11,7 +11,7 @@ from pallas_kernels.momentum_delta.types import CHUNK
 
 
 class FactorRow(IntEnum):
-    """Rows of `Prepared.factors`, `[13, C]` float32 a chunk.
+    """Rows of `IntraChunk.factors`, `[13, C]` float32 a chunk.
 
     The first six scale the rows of P, K, Q in the products with the states S and N (of P and K as
     the state passes have them, `WalkKeys`).
@@ -70,7 +70,7 @@ class ChunkScalar(IntEnum):
     REACH_QUERY_S = 11
     REACH_QUERY_N = 12
     INVERSE_SCALE = 13
-    """Block scale of `Prepared.mixing` in float16."""
+    """Block scale of `IntraChunk.inverse` in float16."""
 
 
 STATE_SCALARS = (ChunkScalar.DECAY, ChunkScalar.LEAD, ChunkScalar.MOMENTUM)

@@ -89,12 +89,12 @@ class States(NamedTuple):
     Attributes:
       s: `[B, HV, NT, K, V]`, in the storage dtype.
       n: the same.
-      unit: what float16 counts in, `[B, HV, NT, blocks of V]` float32; None: 1.
+      scale: block scale of float16, `[B, HV, NT, blocks of V]` float32; None: 1.
     """
 
     s: Leaf
     n: Leaf
-    unit: Leaf | None
+    scale: Leaf | None
 
 
 class Values(NamedTuple):
@@ -102,15 +102,15 @@ class Values(NamedTuple):
 
     Attributes:
       data: `[B, T, HV, V]`.
-      unit: what float16 counts in, `[B, HV, NT, blocks of V]` float32; None: 1.
+      scale: block scale of float16, `[B, HV, NT, blocks of V]` float32; None: 1.
     """
 
     data: Leaf
-    unit: Leaf | None
+    scale: Leaf | None
 
 
 class WalkKeys(NamedTuple):
-    """Keys as the walks multiply states by them.
+    """Keys as the state passes multiply states by them.
 
     In float16 where the states are: rows times the powers of two that make them about 1 long, which
     loses nothing of bfloat16's 8 digits.
@@ -124,25 +124,33 @@ class WalkKeys(NamedTuple):
     p: Leaf | None
 
 
-class Prepared(NamedTuple):
+class IntraChunk(NamedTuple):
     """What the gates, keys and queries of a chunk give, whatever the states.
 
     Attributes:
       attention: `tril(Q K^T * gamma * eta) * scale`, `[B, HV, NT, C, C]`, in the operands' dtype.
-      mixing: `(I + L)^-1 - I`, what a step's error takes from earlier ones of the chunk, same
-        shape, in the storage dtype (float16 in the unit MIXING_UNIT).
-      factors: row factors `[B, HV, NT, FACTORS, C]` float32.
-      keys: in float16; None where the walks take them as they are.
+      inverse: `(I + L)^-1` minus the identity: what a step's v_new takes from earlier residuals of
+        the chunk. Same shape, in the storage dtype (float16: scale `ChunkScalar.INVERSE_SCALE`).
+      factors: row factors `[B, HV, NT, 13, C]` float32 (rows.py).
+      keys: in float16; None where the state passes take them as they are.
     """
 
     attention: Leaf
-    mixing: Leaf
+    inverse: Leaf
     factors: Leaf
     keys: WalkKeys | None
 
     def walk_keys(self, x: Tokens) -> WalkKeys:
-        """Those that the walks take."""
+        """Those that the state passes take."""
         return self.keys or WalkKeys(x.k, x.p)
+
+
+class KeyGradients(NamedTuple):
+    """Gradients of queries, keys and (if given) erase keys per value head, `[B, T, HV, K]`."""
+
+    q: Leaf
+    k: Leaf
+    p: Leaf | None
 
 
 class Sizes(NamedTuple):
@@ -181,13 +189,13 @@ class Sizes(NamedTuple):
         state = jax.ShapeDtypeStruct(shape, jnp.float32)
         return Memory(state, state)
 
-    def units(self, block: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct | None:
+    def scales(self, block: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct | None:
         """One for each chunk and `block` columns of V, for data of `dtype`."""
         if dtype != jnp.float16:
             return None
         return self.per_chunk(self.value_dim // block, dtype=jnp.float32)
 
     def states(self, block: int, dtype: jnp.dtype) -> States:
-        """A pair of states for each chunk, in units for `block` columns of V."""
-        kept = self.per_chunk(self.key_dim, self.value_dim, dtype=dtype)
-        return States(kept, kept, self.units(block, dtype))
+        """A pair of states for each chunk, in block scales for `block` columns of V."""
+        state = self.per_chunk(self.key_dim, self.value_dim, dtype=dtype)
+        return States(state, state, self.scales(block, dtype))

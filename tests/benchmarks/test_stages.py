@@ -43,15 +43,15 @@ def test_every_kernel_is_timed(tmp_path, capsys):
     units, keys = 2 * 16 * 4, 128 * 16 * 2
     extra = {name: bytes_of[name] - narrow[name] for name in STAGES}
     assert extra == {
-        "prepare": 2 * matrices - keys,
-        "advance": matrices + error + kept,
-        "output": matrices + error + kept,
-        "local": matrices + error,
-        "retreat": matrices + 2 * error + kept,
-        "states": 2 * error + 2 * kept - 4 * units,
-        "gamma": matrices,
-        "scores": 3 * matrices + 2 * error - 2 * units,
-        "gates": 2 * matrices,
+        "intra_chunk_fwd": 2 * matrices - keys,
+        "state_fwd": matrices + error + kept,
+        "output_fwd": matrices + error + kept,
+        "dv_local_bwd": matrices + error,
+        "state_bwd": matrices + 2 * error + kept,
+        "inter_chunk_bwd": 2 * error + 2 * kept - 4 * units,
+        "recompute_gamma": matrices,
+        "intra_chunk_bwd": 3 * matrices + 2 * error - 2 * units,
+        "gate_bwd": 2 * matrices,
     }
 
 

@@ -78,7 +78,7 @@ def test_a_gpu_gets_the_kernels(hopper):
     jax.tree.map(np.testing.assert_array_equal, chosen, named)
     scan = momentum_delta_rule(**INPUTS, implementation="scan")
     assert max(relative_errors(chosen, scan).values()) <= 2e-5
-    assert "mdn_advance" in str(jax.make_jaxpr(lambda x: momentum_delta_rule(**x))(INPUTS))
+    assert "mdn_state_fwd" in str(jax.make_jaxpr(lambda x: momentum_delta_rule(**x))(INPUTS))
     # 16-bit gates and no state
     half = INPUTS | {"beta": INPUTS["beta"].astype(jnp.bfloat16), "initial_state": None}
     expected = momentum_delta_rule(**half, implementation="scan")

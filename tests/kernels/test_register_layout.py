@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import kernel_call
-from pallas_kernels.momentum_delta.fragments import Fragments, join, split
+from pallas_kernels.momentum_delta.register_layout import RegisterLayout, join, split
 
 TILES = [(16, 16, 4), (32, 32, 4), (64, 32, 4), (64, 32, 8), (128, 64, 4), (256, 32, 8)]
 
@@ -46,7 +46,7 @@ def store(ref, out, *, fragments, rows, count):
 @pytest.mark.parametrize(("rows", "columns", "warps"), TILES)
 def test_rows_keep_their_places_and_columns_share_one_order(rows, columns, warps):
     """Products of tiles of all heights agree only if the order depends on nothing but columns."""
-    fragments, x = Fragments(warps, columns), places(rows, columns)
+    fragments, x = RegisterLayout(warps, columns), places(rows, columns)
     group = min(columns, 32)
     block, eight, lane, one = np.unravel_index(
         np.arange(columns), (columns // group, group // 8, 4, 2)
@@ -60,7 +60,7 @@ def test_rows_keep_their_places_and_columns_share_one_order(rows, columns, warps
 
 @pytest.mark.parametrize(("rows", "columns", "warps"), TILES)
 def test_a_stored_tile_is_where_loads_find_it(rows, columns, warps):
-    fragments, x = Fragments(warps, columns), places(rows, columns)
+    fragments, x = RegisterLayout(warps, columns), places(rows, columns)
     count = min(rows, 64)
     cut = {"fragments": fragments, "rows": rows, "count": count}
     stored = run(partial(store, **cut), x, x.shape)

@@ -14,7 +14,7 @@ from mdn_jax.testing import (
     relative_error,
     relative_errors,
 )
-from pallas_kernels.momentum_delta.units import power_of_two, unit_of
+from pallas_kernels.momentum_delta.block_scaling import power_of_two, scale_for
 from tests.kernels.helpers import kernel_outputs_and_gradients
 from tests.ops.helpers import outputs_and_gradients
 
@@ -33,7 +33,7 @@ def test_powers_of_two():
 
 def test_numbers_fill_the_upper_half_of_float16():
     bounds = jnp.asarray(np.float32([1e-30, 1e-3, 0.99, 1, 5e4, 3e30]))
-    unit = unit_of(bounds)
+    unit = scale_for(bounds)
     inside = np.asarray(bounds * unit.inverse)
     assert np.all((inside >= 2**13) & (inside < 2**14))
     np.testing.assert_array_equal(inside * np.asarray(unit.size), bounds)
@@ -41,7 +41,7 @@ def test_numbers_fill_the_upper_half_of_float16():
 
 @pytest.mark.parametrize("bound", [0.0, 1e-40])
 def test_nothing_has_a_unit_too(bound):
-    unit = unit_of(jnp.float32(bound))
+    unit = scale_for(jnp.float32(bound))
     assert float(unit.size) > 0
     assert np.isfinite(float(unit.inverse))
 

@@ -1,4 +1,29 @@
-"""The kernel that takes all of a chunk that needs no state, forward; one chunk a program."""
+"""Intra-chunk, forward: all of a chunk that needs no state (K K^T, the triangular solve, Q K^T).
+
+Computes, for each chunk and value head (docs/algorithm.md, sections 2 and 3):
+
+    attention = tril(Q K^T * gamma * eta) * scale
+    inverse   = (I + L)^-1 - I,    L = tril(P K^T * gamma_before * eta, -1)
+    factors   = the rows that scale P, K, Q in the products with the states; the chunk's scalars
+
+with q and k normalised by way of the factors, never as arrays. `inverse` is stored without its
+unit diagonal, so that float16 holds the small rest with all its digits.
+
+    inputs   q, k [B, T, H, K], p or None, gates [B, T, HV] float32
+    outputs  attention, inverse [B, HV, NT, C, C]; factors [B, HV, NT, 13, C] float32 (rows.py);
+             keys: k and p in float16, rows about 1 long (for 16-bit inputs)
+    grid     flat, HV x NT x B: one chunk of one value head a program
+
+Why so: everything here is [C, C] or smaller but q, k and p, which are read once. Gates become
+coefficients half a chunk at a time (coefficients.py), in a loop: code that is run once waits for
+its instructions. Both halves of the inverse are solved side by side, for each waits for its own
+products.
+
+Constraints: K is 16, 32, 64, 128 or 256; T is a multiple of C. Loads that are used twice are loaded
+once, early or late, as registers allow: the order of statements is measured.
+
+Run it alone: `python -m benchmarks stages --stages intra_chunk_fwd`.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -9,14 +34,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import dot, kernel_call
+from pallas_kernels.momentum_delta.block_scaling import SHORTEST, Scale, power_of_two, scale_for
 from pallas_kernels.momentum_delta.block_specs import ChunkSpecs
 from pallas_kernels.momentum_delta.coefficients import (
-    Ends,
+    HalfEnd,
     Quarters,
-    after,
+    across_halves,
     diagonal,
-    ends,
     half_coefficients,
+    half_end,
     halves,
     inverse_norm,
     iotas,
@@ -36,22 +62,16 @@ from pallas_kernels.momentum_delta.types import (
     CHUNK,
     HALF,
     HALVES,
+    IntraChunk,
     Leaf,
     Options,
-    Prepared,
     Tokens,
     WalkKeys,
 )
-from pallas_kernels.momentum_delta.units import (
-    SHORTEST,
-    Unit,
-    power_of_two,
-    unit_of,
-)
 
 
-def prepare(x: Tokens, options: Options) -> Prepared:
-    """The first kernel: all of a chunk that needs no state."""
+def intra_chunk_fwd(x: Tokens, options: Options) -> IntraChunk:
+    """All of a chunk that needs no state."""
     z = x.sizes
     specs = ChunkSpecs(z)
     keys, gate = specs.tokens(z.key_dim, z.heads), specs.gate()
@@ -64,19 +84,19 @@ def prepare(x: Tokens, options: Options) -> Prepared:
         )
         walk_specs = WalkKeys(keys, p)
     return kernel_call(
-        partial(_prepare, options=options),
+        partial(_intra_chunk_fwd, options=options),
         x._replace(v=None),
-        name="mdn_prepare",
+        name="mdn_intra_chunk_fwd",
         grid=specs.grid,
         in_specs=[Tokens(keys, keys, None, p, gate, gate, gate, gate)],
-        out_specs=Prepared(specs.matrix(), specs.matrix(), specs.factors(), walk_specs),
-        out_shape=Prepared(
+        out_specs=IntraChunk(specs.matrix(), specs.matrix(), specs.factors(), walk_specs),
+        out_shape=IntraChunk(
             z.per_chunk(CHUNK, CHUNK, dtype=options.numerics.operands),
             z.per_chunk(CHUNK, CHUNK, dtype=storage),
             z.per_chunk(len(FactorRow), CHUNK, dtype=jnp.float32),
             walk_keys,
         ),
-        warps=options.tiles.prepare_warps,
+        warps=options.tiles.intra_chunk_fwd_warps,
         stages=1,
         interpret=options.interpret,
     )
@@ -90,14 +110,14 @@ class _Half(NamedTuple):
     """What is left of half a chunk when its coefficients are stored."""
 
     lower: jax.Array  # [n, n]
-    ends: Ends
-    read_total: jax.Array  # [n], as the following
-    read_lead: jax.Array
-    out_total: jax.Array
-    out_lead: jax.Array
+    end: HalfEnd
+    decay_before: jax.Array  # [n], as the following
+    lead_before: jax.Array
+    decay: jax.Array
+    lead: jax.Array
 
 
-def _prepare(x, out, *, options):
+def _intra_chunk_fwd(x, out, *, options):
     precision = options.numerics.exact
     operands = options.numerics.operands
     coarse = options.numerics.coefficients
@@ -109,7 +129,7 @@ def _prepare(x, out, *, options):
     p = x.p[...] if explicit_p else k
     k_t = k.T
     ones = halves(jnp.ones((CHUNK,), jnp.float32))
-    in_units = options.numerics.scaled
+    quantized = options.numerics.scaled
     overlaps = lower_quarters(dot(p, k_t, precision))
     square_q = halves(squares(q))
     if explicit_p or k.dtype == jnp.float32:
@@ -147,7 +167,7 @@ def _prepare(x, out, *, options):
     # of keys as the walks have them
     to_read, to_key, longest_q = norm_p, norm_k, norm_q
     sizes_k = sizes_p = ones
-    if in_units:
+    if quantized:
         powers_k = powers_p = _powers(square_k)
         _store_scaled(out.keys.k, x.k, powers_k)
         if explicit_p:
@@ -173,45 +193,45 @@ def _prepare(x, out, *, options):
         half = half_coefficients(log_alpha, log_mu, x.beta[at], explicit_p, coarse)
         score = jnp.where(index == 0, scores.first, scores.second)
         overlap = jnp.where(index == 0, overlaps.first, overlaps.second)
-        store(out.attention, at, at, score * half.out.gamma)
+        store(out.attention, at, at, score * half.after.gamma)
         return carry[1], _Half(
-            lower=overlap * half.read.gamma,
-            ends=ends(half),
-            read_total=half.read.total,
-            read_lead=half.read.lead,
-            out_total=half.out.total,
-            out_lead=half.out.lead,
+            lower=overlap * half.before.gamma,
+            end=half_end(half),
+            decay_before=half.before.decay,
+            lead_before=half.before.lead,
+            decay=half.after.decay,
+            lead=half.after.lead,
         )
 
     # a loop, for code that is run once waits for its instructions
     square, row = jnp.zeros((HALF, HALF), jnp.float32), jnp.zeros((HALF,), jnp.float32)
-    none = _Half(square, Ends(row, row, *(jnp.float32(0),) * 3), row, row, row, row)
+    none = _Half(square, HalfEnd(row, row, *(jnp.float32(0),) * 3), row, row, row, row)
     half_1, half_2 = lax.fori_loop(0, 2, half_chunk, (none, none))
-    end_1, end_2 = half_1.ends, half_2.ends
+    end_1, end_2 = half_1.end, half_2.end
 
-    read = after(half_2.read_total, half_2.read_lead, end_1)
-    query = after(half_2.out_total, half_2.out_lead, end_1)
-    store(out.attention, second, first, scores.corner * query.gamma)
-    lower = Quarters(half_1.lower, overlaps.corner * read.gamma, half_2.lower)
+    before = across_halves(half_2.decay_before, half_2.lead_before, end_1)
+    after = across_halves(half_2.decay, half_2.lead, end_1)
+    store(out.attention, second, first, scores.corner * after.gamma)
+    lower = Quarters(half_1.lower, overlaps.corner * before.gamma, half_2.lower)
 
-    total, lead = end_2.total, end_2.lead  # of the second half, seen from the end
-    reads = (half_1.read_total, read.total), (half_1.read_lead, read.lead)
-    queries = (half_1.out_total, query.total), (half_1.out_lead, query.lead)
+    decay, lead = end_2.decay, end_2.lead  # of the second half, seen from the end
+    reads = (half_1.decay_before, before.decay), (half_1.lead_before, before.lead)
+    queries = (half_1.decay, after.decay), (half_1.lead, after.lead)
     writes = (
-        (total * end_1.gamma + lead * end_1.w, end_2.gamma),
-        (end_2.momentum * end_1.w, end_2.w),
+        (decay * end_1.gamma + lead * end_1.carry, end_2.gamma),
+        (end_2.momentum * end_1.carry, end_2.carry),
     )
-    out.factors[FactorRow.SECOND_HALF, first] = half_2.read_total
-    out.factors[FactorRow.SECOND_HALF, second] = half_2.read_lead
+    out.factors[FactorRow.SECOND_HALF, first] = half_2.decay_before
+    out.factors[FactorRow.SECOND_HALF, second] = half_2.lead_before
     out.factors[FactorRow.FIRST_END, first], out.factors[FactorRow.FIRST_END, second] = (
         end_1.gamma,
-        end_1.w,
+        end_1.carry,
     )
-    keeps = {
-        ChunkScalar.DECAY: total * end_1.total,
-        ChunkScalar.LEAD: total * end_1.lead + lead * end_1.momentum,
+    scalars = {
+        ChunkScalar.DECAY: decay * end_1.decay,
+        ChunkScalar.LEAD: decay * end_1.lead + lead * end_1.momentum,
         ChunkScalar.MOMENTUM: end_2.momentum * end_1.momentum,
-        ChunkScalar.DECAY_1: end_1.total,
+        ChunkScalar.DECAY_1: end_1.decay,
         ChunkScalar.LEAD_1: end_1.lead,
         ChunkScalar.MOMENTUM_1: end_1.momentum,
         ChunkScalar.MOMENTUM_2: end_2.momentum,
@@ -224,36 +244,36 @@ def _prepare(x, out, *, options):
     ):
         for row, of_state in zip(STATE_ROWS[index : index + 2], of_states, strict=True):
             rows(row, of_state, norm)
-            if in_units:
+            if quantized:
                 reach = [abs(y * size) for y, size in zip(of_state, longest, strict=True)]
-                keeps[REACHES[row]] = jnp.sum(reach[0] + reach[1])
+                scalars[REACHES[row]] = jnp.sum(reach[0] + reach[1])
     inverse = unit_lower_inverse(lower, coarse, float16=operands != jnp.float32)
     row, column = iotas(HALF)
-    mixing = Quarters(
+    inverse = Quarters(
         jnp.where(row > column, inverse.first, 0.0),
         inverse.corner,
         jnp.where(row > column, inverse.second, 0.0),
     )
-    if in_units:
-        unit = unit_of(_largest_sum(mixing))
-        mixing = Quarters(*(y * unit.inverse for y in mixing))
-        keeps[ChunkScalar.INVERSE_SCALE] = unit.size
-    out.factors[FactorRow.SCALARS, :] = pack_scalars(keeps)
+    if quantized:
+        scale = scale_for(_largest_sum(inverse))
+        inverse = Quarters(*(y * scale.inverse for y in inverse))
+        scalars[ChunkScalar.INVERSE_SCALE] = scale.size
+    out.factors[FactorRow.SCALARS, :] = pack_scalars(scalars)
 
-    store(out.mixing, first, first, mixing.first)
-    store(out.mixing, second, first, mixing.corner)
-    store(out.mixing, second, second, mixing.second)
-    for ref in (out.attention, out.mixing):
+    store(out.inverse, first, first, inverse.first)
+    store(out.inverse, second, first, inverse.corner)
+    store(out.inverse, second, second, inverse.second)
+    for ref in (out.attention, out.inverse):
         ref[first, second] = jnp.zeros((HALF, HALF), ref.dtype)
 
 
-def _powers(square: _Pair) -> tuple[Unit, Unit]:
+def _powers(square: _Pair) -> tuple[Scale, Scale]:
     """By which rows become about 1 long, from the squares of their lengths."""
     first, second = (power_of_two(lax.rsqrt(jnp.maximum(y, SHORTEST**2))) for y in square)
     return first, second
 
 
-def _store_scaled(ref: Leaf, keys: Leaf, powers: tuple[Unit, Unit]) -> None:
+def _store_scaled(ref: Leaf, keys: Leaf, powers: tuple[Scale, Scale]) -> None:
     """Loaded once more: the tile would take registers that products need. In halves, for the same.
 
     Value heads that share keys all store the same.
