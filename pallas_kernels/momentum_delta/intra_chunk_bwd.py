@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import dot, kernel_call
+from pallas_kernels.lowering import Precision, dot, kernel_call
 from pallas_kernels.momentum_delta.block_scaling import ScoreSum, SumScales, quantize
 from pallas_kernels.momentum_delta.block_specs import ChunkSpecs
 from pallas_kernels.momentum_delta.coefficients import exp, iotas, log_gate
@@ -137,7 +137,6 @@ def intra_chunk_bwd(
 def _intra_chunk_bwd(
     x, values, from_states, scales, gamma, factors, out, *, value_dim, block_v, options
 ):
-    do_ref, dv_ref, v_new_ref = (y.data for y in values)
     precision, dtype = options.numerics.products, options.numerics.operands
 
     # loads that would stall after the loop
@@ -145,25 +144,7 @@ def _intra_chunk_bwd(
     norm_q, norm_k = factors[FactorRow.NORM_Q, :], factors[FactorRow.NORM_K, :]
     gamma_before = gamma[...]
 
-    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        at = pl.ds(i * block_v, block_v)
-        d_o, d_v, v_new = do_ref[:, at], dv_ref[:, at], v_new_ref[:, at]
-        if scales is not None:
-            to_output, to_erase = (
-                scales.columns[row, at][None, :] for row in (ScoreSum.OUTPUT, ScoreSum.ERASE)
-            )
-            d_o = (d_o.astype(jnp.float32) * to_output).astype(v_new.dtype)
-            d_v *= to_erase.astype(d_v.dtype)
-        return (
-            carry[0] + dot(d_o, v_new.T, precision),
-            carry[1] + dot(d_v, v_new.T, precision),
-        )
-
-    square = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-    by_output, by_erase = lax.fori_loop(0, value_dim // block_v, step, (square, square))
-    if scales is not None:
-        by_output *= scales.scale[ScoreSum.OUTPUT]
-        by_erase *= scales.scale[ScoreSum.ERASE]
+    by_output, by_erase = _over_values(values, scales, value_dim, block_v, precision)
     t, j = iotas()
     norm_p = norm_k if x.p is None else jnp.ones_like(norm_k)
     by_output = jnp.where(t >= j, by_output, 0.0) * norm_q[:, None] * norm_k[None, :]
@@ -205,20 +186,6 @@ def _intra_chunk_bwd(
     by_output, output_scale = operand(by_output * (lifted + beta[:, None] * carry) * eta)
     by_erase = by_erase * gamma_before * eta
 
-    def store(
-        ref: Leaf, gradients: list[jax.Array], keys: list[jax.Array], norm: jax.Array | None
-    ) -> None:
-        """Through the norm of the keys, which is `1 / norm`; None: not normalised."""
-        if norm is not None and options.normalize:
-            wide = [y.astype(jnp.float32) for y in keys]
-            along = reduce(
-                add, (jnp.sum(g * y, axis=1) for g, y in zip(gradients, wide, strict=True))
-            )
-            along *= norm * norm
-            gradients = [g - y * along[:, None] for g, y in zip(gradients, wide, strict=True)]
-        for block, gradient in zip(blocks, gradients, strict=True):
-            ref[:, block] = gradient.astype(ref.dtype)
-
     def product(matrix: jax.Array, scale: jax.Array | float, keys: jax.Array) -> jax.Array:
         result = dot(matrix, keys, precision)
         return result if out.scale is None else result * scale
@@ -233,7 +200,8 @@ def _intra_chunk_bwd(
 
     # one gradient is stored before the next is begun: registers are short
     d_q = plus(from_states.q, by_output, output_scale, k)
-    store(out.keys.q, d_q, q, norm_q * (1.0 / options.scale))
+    of_q = norm_q * (1.0 / options.scale) if options.normalize else None
+    _store_keys(out.keys.q, d_q, q, blocks, of_q)
     d_k = plus(from_states.k, by_output.T, output_scale, q)
     if x.p is None:
         both, scale = operand(by_erase + by_erase.T)
@@ -241,6 +209,53 @@ def _intra_chunk_bwd(
     else:
         by_erase, scale = operand(by_erase)
         d_k = [d + product(by_erase.T, scale, y) for d, y in zip(d_k, p, strict=True)]
-    store(out.keys.k, d_k, k, norm_k)
+    _store_keys(out.keys.k, d_k, k, blocks, norm_k if options.normalize else None)
     if x.p is not None:
-        store(out.keys.p, plus(from_states.p, by_erase, scale, k), p, None)
+        _store_keys(out.keys.p, plus(from_states.p, by_erase, scale, k), p, blocks, None)
+
+
+def _over_values(
+    values: tuple[Values, Values, Values],
+    scales: SumScales | None,
+    value_dim: int,
+    block_v: int,
+    precision: Precision,
+) -> tuple[jax.Array, jax.Array]:
+    """`dO V'^T` and `dV V'^T`, `[C, C]` float32, in steps of `block_v` columns."""
+    do_ref, dv_ref, v_new_ref = (y.data for y in values)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        at = pl.ds(i * block_v, block_v)
+        d_o, d_v, v_new = do_ref[:, at], dv_ref[:, at], v_new_ref[:, at]
+        if scales is not None:
+            to_output, to_erase = (scales.columns[row, at][None, :] for row in ScoreSum)
+            d_o = (d_o.astype(jnp.float32) * to_output).astype(v_new.dtype)
+            d_v *= to_erase.astype(d_v.dtype)
+        return (
+            carry[0] + dot(d_o, v_new.T, precision),
+            carry[1] + dot(d_v, v_new.T, precision),
+        )
+
+    square = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+    by_output, by_erase = lax.fori_loop(0, value_dim // block_v, step, (square, square))
+    if scales is not None:
+        by_output *= scales.scale[ScoreSum.OUTPUT]
+        by_erase *= scales.scale[ScoreSum.ERASE]
+    return by_output, by_erase
+
+
+def _store_keys(
+    ref: Leaf,
+    gradients: list[jax.Array],
+    keys: list[jax.Array],
+    blocks: list[pl.Slice],
+    norm: jax.Array | None,
+) -> None:
+    """Stores gradients of keys, through their inverse norms `[C]`; None: not normalised."""
+    if norm is not None:
+        wide = [y.astype(jnp.float32) for y in keys]
+        along = reduce(add, (jnp.sum(g * y, axis=1) for g, y in zip(gradients, wide, strict=True)))
+        along *= norm * norm
+        gradients = [g - y * along[:, None] for g, y in zip(gradients, wide, strict=True)]
+    for block, gradient in zip(blocks, gradients, strict=True):
+        ref[:, block] = gradient.astype(ref.dtype)

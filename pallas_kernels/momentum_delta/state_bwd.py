@@ -161,9 +161,9 @@ def _state_bwd(tokens, d_final, _, intra, out, *, specs, warps, storage, precisi
 
     def step(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         # both gradients are one [K, 2 block] float32; rows and d_local were loaded a step ahead
-        d_both, leaving, d_local, *rows, keep_ss, keep_ns, keep_nn = carry
+        d_both, leaving, d_local, *rows, decay, lead, momentum = carry
         read_s, read_n, write_s, write_n, query_s, query_n = (row[:, None] for row in rows)
-        starts = keeps_nothing(keep_ss, keep_ns, keep_nn)
+        starts = keeps_nothing(decay, lead, momentum)
         c = end - 1 - i
         start = c * CHUNK
         following = ahead(jnp.maximum(c - 1, 0))
@@ -205,20 +205,20 @@ def _state_bwd(tokens, d_final, _, intra, out, *, specs, warps, storage, precisi
                 )
             )
             entering = Bounds(
-                times(abs(keep_ss), leaving.s) + reach_s,
-                times(abs(keep_ns), leaving.s) + times(abs(keep_nn), leaving.n) + reach_n,
+                times(abs(decay), leaving.s) + reach_s,
+                times(abs(lead), leaving.s) + times(abs(momentum), leaving.n) + reach_n,
             )
             to_s, to_n = (scale.inverse for scale in entering.scales)
             # in this order nothing overflows
-            keep_ss, keep_ns, keep_nn = (
-                times(keep_ss, scale_s) * to_s,
-                times(keep_ns, scale_s) * to_n,
-                times(keep_nn, scale_n) * to_n,
+            decay, lead, momentum = (
+                times(decay, scale_s) * to_s,
+                times(lead, scale_s) * to_n,
+                times(momentum, scale_n) * to_n,
             )
             read_s, read_n = read_s * to_s, read_n * to_n
             query_s, query_n = query_s * to_s, query_n * to_n
 
-        d_both = join(keep_ss * d_s, keep_ns * d_s + keep_nn * d_n)
+        d_both = join(decay * d_s, lead * d_s + momentum * d_n)
         # both products accumulate onto what is kept
         by_query = join(query_s * d_o, query_n * d_o).astype(
             storage if leaving is None else q.dtype

@@ -146,7 +146,7 @@ def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         both, entering = carry
         start = c * CHUNK
         # the order is the measured one: with the states stored after a product a step takes longer
-        keep_ss, keep_ns, keep_nn = (factor_ref[c, FactorRow.SCALARS, i] for i in STATE_SCALARS)
+        decay, lead, momentum = (factor_ref[c, FactorRow.SCALARS, i] for i in STATE_SCALARS)
         v = layout.load(v_ref, CHUNK, first=start).astype(jnp.float32)
         s, n = split(both)
         scales = None if entering is None else entering.scales
@@ -158,7 +158,7 @@ def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
             factors = factor_ref[c, row, :]
             return (factors if by is None else factors * by)[:, None]
 
-        starts = keeps_nothing(keep_ss, keep_ns, keep_nn) if carefully else None
+        starts = keeps_nothing(decay, lead, momentum) if carefully else None
         times: Callable[[Any, Any], Any] = times_exactly if carefully else operator.mul
         by_s = by_n = to_s = to_n = inverse_scale = None
         if scales is not None:
@@ -184,17 +184,17 @@ def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
                 for i in (ChunkScalar.REACH_WRITE_S, ChunkScalar.REACH_WRITE_N)
             )
             leaving = Bounds(
-                times(abs(keep_ss), entering.s) + times(abs(keep_ns), entering.n) + reach_s,
-                times(abs(keep_nn), entering.n) + reach_n,
+                times(abs(decay), entering.s) + times(abs(lead), entering.n) + reach_s,
+                times(abs(momentum), entering.n) + reach_n,
             )
             to_s, to_n = (scale.inverse for scale in leaving.scales)
             # in this order nothing overflows
-            keep_ss, keep_ns, keep_nn = (
-                times(keep_ss, by_s) * to_s,
-                times(keep_ns, by_n) * to_s,
-                times(keep_nn, by_n) * to_n,
+            decay, lead, momentum = (
+                times(decay, by_s) * to_s,
+                times(lead, by_n) * to_s,
+                times(momentum, by_n) * to_n,
             )
-        carried = join(keep_ss * s + keep_ns * n, keep_nn * n)
+        carried = join(decay * s + lead * n, momentum * n)
         if starts is not None:
             carried = clean(carried, starts)
         writes = join(
@@ -203,12 +203,7 @@ def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         return carried + dot(k.T, writes.astype(dtype), precision), leaving
 
     def walk(*, carefully: bool) -> tuple[jax.Array, Bounds | None]:
-        if memory is None:
-            s = n = jnp.zeros((key_dim, block), jnp.float32)
-        else:
-            s, n = layout.load(memory.s, key_dim), -layout.load(memory.m, key_dim)
-            if from_zeros:  # what is there is of the first halves of walks
-                s, n = (jnp.where(first == 0, 0.0, state) for state in (s, n))
+        s, n = _entering(memory, layout, (key_dim, block), first, from_zeros=from_zeros)
         s, n, bounds = scale_states(s, n, dtype)
         entering = join(s, n), bounds
         if not carefully:
@@ -232,3 +227,21 @@ def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
     finite = jnp.sum(done[0]) * 0.0 == 0.0
     pl.when(finite)(lambda: finish(*done))
     pl.when(jnp.logical_not(finite))(lambda: finish(*walk(carefully=True)))
+
+
+def _entering(
+    memory: Memory | None,
+    layout: RegisterLayout,
+    shape: tuple[int, int],
+    first: int | jax.Array,
+    *,
+    from_zeros: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Memory and negated momentum before the program's first chunk, float32."""
+    if memory is None:
+        zeros = jnp.zeros(shape, jnp.float32)
+        return zeros, zeros
+    s, n = layout.load(memory.s, shape[0]), -layout.load(memory.m, shape[0])
+    if from_zeros:  # what is there is of the first halves of walks
+        s, n = jnp.where(first == 0, 0.0, s), jnp.where(first == 0, 0.0, n)
+    return s, n
