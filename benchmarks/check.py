@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array
@@ -45,6 +44,7 @@ from mdn_jax.testing import (
     relative_errors,
 )
 from pallas_kernels.backends import jax_triton_lacks
+from pallas_kernels.momentum_delta import Numerics
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,10 @@ def _why_no_triton(config: CheckConfig) -> str | None:
 def interpreted_rule(*, implementation: Implementation, **arrays: Any) -> tuple[Array, MDNState]:
     """`momentum_delta_rule` on the kernels in the interpreter, with the tiles that ship."""
     assert implementation == "pallas_triton"
-    precise = in_full_precision() and arrays["q"].dtype == jnp.bfloat16
-    return kernel_rule(**arrays, precise=precise, interpret=True)
+    numerics = Numerics.choose(
+        arrays["q"].dtype, full_precision=in_full_precision(), capability=(9, 0)
+    )
+    return kernel_rule(**arrays, precise=numerics.precise, interpret=True)
 
 
 def _record(outcome: Outcome) -> dict[str, object]:

@@ -108,14 +108,14 @@ def chunk_rule(
         lower = matmul(p, keys) * co.gamma_before * eta[..., None, :]
         read = co.decay_before[..., None] * matmul(p, s) + co.lead_before[..., None] * matmul(p, n)
         unit = jnp.broadcast_to(jnp.eye(chunk, dtype=wide), lower.shape)
-        error = lax.linalg.triangular_solve(
+        v_new = lax.linalg.triangular_solve(
             unit + lower, v - read, left_side=True, lower=True, unit_diagonal=True
         )
         attention = matmul(q, keys) * co.gamma * eta[..., None, :]
         o = co.decay[..., None] * matmul(q, s) + co.lead[..., None] * matmul(q, n)
-        o = o + matmul(attention, error)
+        o = o + matmul(attention, v_new)
         last = jnp.stack([co.gamma[..., -1, :], co.carry_last], axis=-1) * eta[..., None]
-        write_s, write_n = (matmul(keys, last[..., i : i + 1] * error) for i in (0, 1))
+        write_s, write_n = (matmul(keys, last[..., i : i + 1] * v_new) for i in (0, 1))
         decay, lead, momentum = (
             y[..., None, None] for y in (co.decay[..., -1], co.lead[..., -1], co.momentum_last)
         )

@@ -5,12 +5,13 @@ so that times of different algorithms compare. A kernel's are the products that 
 array that it reads or writes, once.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.momentum_delta.layout import CHUNK, FACTORS, HALF, ROW_GRADIENTS, Sizes
+from pallas_kernels.momentum_delta.rows import GRADIENT_ROWS, FactorRow
+from pallas_kernels.momentum_delta.types import CHUNK, HALF, Sizes
 from pallas_kernels.tiling import Tiles
 
 # of float32 gates, row factors and the states at a row's ends
@@ -107,9 +108,19 @@ def operator_cost(
     return Cost(3 * flops, 2 * (inputs + outputs)) if backward else Cost(flops, inputs + outputs)
 
 
-STAGES = (
-    "prepare", "advance", "output", "local", "retreat", "states", "gamma", "scores", "gates"
-)  # fmt: skip
+StageName = Literal[
+    "intra_chunk_fwd",
+    "state_fwd",
+    "output_fwd",
+    "dv_local_bwd",
+    "state_bwd",
+    "inter_chunk_bwd",
+    "recompute_gamma",
+    "intra_chunk_bwd",
+    "gate_bwd",
+]
+"""A kernel's name."""
+STAGES: tuple[StageName, ...] = get_args(StageName)
 """The kernels in the order of one forward and backward pass."""
 
 
@@ -128,7 +139,7 @@ def stage_costs(
     Args:
       sizes: of the call; `T` a multiple of the chunk.
       dtype: of q, k, v.
-      tiles: `state_gradients` writes one part of the row gradients a block of K.
+      tiles: `inter_chunk_bwd` writes one part of the row gradients a block of K.
       explicit_p: with an erase key of its own.
       storage: dtype of what the kernels hand on; None: that of q.
     """
@@ -143,38 +154,41 @@ def stage_costs(
     q = k = b * t * heads * key_dim * size
     p = b * t * p_heads * key_dim * size if explicit_p else 0
     v, per_head = tokens * value_dim * size, tokens * key_dim * size
-    error = tokens * value_dim * stored  # or a gradient
+    v_new = tokens * value_dim * stored  # or a gradient
     gate, matrix = tokens * _WIDE, chunks * CHUNK * CHUNK * stored
-    factors = chunks * FACTORS * CHUNK * _WIDE
-    kept = 2 * chunks * key_dim * value_dim * stored
+    factors = chunks * len(FactorRow) * CHUNK * _WIDE
+    states = 2 * chunks * key_dim * value_dim * stored
     ends = 2 * b * value_heads * key_dim * value_dim * _WIDE
-    blocks = key_dim // min(tiles.states_block_k, key_dim)
-    rows = chunks * blocks * ROW_GRADIENTS * CHUNK * _WIDE
+    blocks = key_dim // min(tiles.inter_chunk_bwd_block_k, key_dim)
+    rows = chunks * blocks * GRADIENT_ROWS * CHUNK * _WIDE
     d_keys = (3 if explicit_p else 2) * per_head
     # float16's: k and p once more, a number for each column of V and kind of sum
     keys, units = (k + p, chunks * value_dim * _WIDE) if stored == 2 else (0, 0)
     per_chunk = {
-        "prepare": (
+        "intra_chunk_fwd": (
             2 * in_k + (_GAMMA_PRODUCTS + _INVERSE_PRODUCTS) * square,
             q + k + p + 4 * gate + 2 * matrix + factors + keys,
         ),
-        "advance": (4 * state + in_v, k + p + v + matrix + factors + ends + error + kept + ends),
-        "output": (2 * state + in_v, q + error + matrix + factors + kept + v),
-        "local": (in_v, matrix + v + error),
-        "retreat": (
+        "state_fwd": (
+            4 * state + in_v,
+            k + p + v + matrix + factors + ends + v_new + states + ends,
+        ),
+        "output_fwd": (2 * state + in_v, q + v_new + matrix + factors + states + v),
+        "dv_local_bwd": (in_v, matrix + v + v_new),
+        "state_bwd": (
             6 * state + in_v,
-            q + k + p + v + 2 * error + matrix + factors + ends + kept + ends,
+            q + k + p + v + 2 * v_new + matrix + factors + ends + states + ends,
         ),
-        "states": (
+        "inter_chunk_bwd": (
             6 * state,
-            q + k + p + v + 2 * error + 2 * kept + factors + d_keys + rows + 4 * units,
+            q + k + p + v + 2 * v_new + 2 * states + factors + d_keys + rows + 4 * units,
         ),
-        "gamma": (_GAMMA_PRODUCTS * square, 3 * gate + factors + matrix),
-        "scores": (
+        "recompute_gamma": (_GAMMA_PRODUCTS * square, 3 * gate + factors + matrix),
+        "intra_chunk_bwd": (
             2 * in_v + (6 if explicit_p else 5) * in_k,
             (q + k + p + (4 if explicit_p else 3) * gate)
-            + (v + 2 * error + factors + 3 * matrix + 2 * d_keys + 2 * units),
+            + (v + 2 * v_new + factors + 3 * matrix + 2 * d_keys + 2 * units),
         ),
-        "gates": (_GATE_PRODUCTS * square, 2 * matrix + rows + factors + 8 * gate),
+        "gate_bwd": (_GATE_PRODUCTS * square, 2 * matrix + rows + factors + 8 * gate),
     }
     return {name: Cost(round(chunks * flops), moved) for name, (flops, moved) in per_chunk.items()}

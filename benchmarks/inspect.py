@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from tabulate import tabulate
 
-from pallas_kernels.inspect import CI, SHIPPED, Case, KernelReport, reports
+from pallas_kernels.offline_compile import CI, SHIPPED, Case, KernelReport, reports
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from mdn_jax.testing import (
     random_cotangents,
     random_inputs,
 )
-from pallas_kernels.momentum_delta.layout import Sizes
+from pallas_kernels.momentum_delta.types import Sizes
 
 PRESETS: dict[str, tuple[Shape, ...]] = {
     "h100": (

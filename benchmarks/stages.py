@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,19 +13,28 @@ from jax.extend.core import Var
 from jaxtyping import Array
 from tabulate import tabulate
 
-from benchmarks.costs import STAGES, Cost, stage_costs
+from benchmarks.costs import STAGES, Cost, StageName, stage_costs
 from benchmarks.reference import Results, scan_outputs_and_gradients, worst
 from benchmarks.timing import Compiled, Timing, compile_for, how_timed, measure_compiled
 from mdn_jax import MDNState
 from mdn_jax.ops import api
 from mdn_jax.testing import LIMITS, Inputs, random_cotangents, random_inputs
-from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
-from pallas_kernels.momentum_delta.forward import advance, output
-from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Tokens, Values
-from pallas_kernels.momentum_delta.prepare import prepare
-from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
-from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
+from pallas_kernels.momentum_delta.block_scaling import (
+    dequantize,
+    scales_with_states,
+    scales_with_v_new,
+)
+from pallas_kernels.momentum_delta.dv_local_bwd import dv_local_bwd
+from pallas_kernels.momentum_delta.gate_bwd import gate_bwd
+from pallas_kernels.momentum_delta.inter_chunk_bwd import inter_chunk_bwd
+from pallas_kernels.momentum_delta.intra_chunk_bwd import intra_chunk_bwd
+from pallas_kernels.momentum_delta.intra_chunk_fwd import intra_chunk_fwd
+from pallas_kernels.momentum_delta.numerics import Numerics, can_be_precise
+from pallas_kernels.momentum_delta.output_fwd import output_fwd
+from pallas_kernels.momentum_delta.recompute_gamma import recompute_gamma
+from pallas_kernels.momentum_delta.state_bwd import state_bwd
+from pallas_kernels.momentum_delta.state_fwd import state_fwd
+from pallas_kernels.momentum_delta.types import CHUNK, Memory, Options, Tokens, Values
 from pallas_kernels.tiling import choose_tiles, padded_key_dim, padded_value_dim, unsupported
 
 FORWARD = STAGES[:3]
@@ -46,6 +54,8 @@ class StagesConfig:
     """With an erase key of its own."""
     precise: bool = False
     """The kernels for bfloat16 under jax.default_matmul_precision("highest")."""
+    stages: tuple[StageName, ...] = STAGES
+    """Which kernels to time; all of them run."""
     runs: int = 20
     """Timed groups of calls after the warm-up; the median is shown."""
     interpret: bool = False
@@ -84,9 +94,11 @@ def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
         config.dtype,
         options.tiles,
         explicit_p=config.explicit_p,
-        storage=options.storage(x.q.dtype),
+        storage=options.numerics.storage,
     )
-    timings = {stage.name: _measure(stage, config.runs) for stage in chain}
+    timings: dict[str, Timing] = {
+        stage.name: _measure(stage, config.runs) for stage in chain if stage.name in config.stages
+    }
     device = jax.devices()[0].device_kind
     special = [", explicit p"] * config.explicit_p + [", precise"] * config.precise
     special += [", interpreted"] * config.interpret
@@ -108,7 +120,7 @@ def stages(config: Annotated[StagesConfig, tyro.conf.arg(name="")]) -> None:
                 name: costs[name]._asdict()
                 | {"floor": costs[name].floor(device, config.dtype)}
                 | asdict(timings[name])
-                for name in STAGES
+                for name in timings
             },
         }
         config.output.write_text(json.dumps(record, indent=1, default=str))
@@ -135,7 +147,7 @@ def _options(config: StagesConfig) -> Options:
             f"{padded}, got {config.shape}"
         )
     capability = (9, 0) if config.interpret else api._capability()
-    if config.precise and (config.dtype != "bfloat16" or (capability or (9, 0)) < (9, 0)):
+    if config.precise and not can_be_precise(config.dtype, capability or (9, 0)):
         raise SystemExit(
             f"precise: expected bfloat16 and compute capability 9.0, got {config.dtype} and "
             f"{capability}"
@@ -155,7 +167,8 @@ def _options(config: StagesConfig) -> Options:
         precise=config.precise,
         heads=batch * heads,
     )
-    return Options(key_dim**-0.5, True, tiles, config.precise, config.interpret)
+    numerics = Numerics(jnp.dtype(config.dtype), config.precise, config.interpret)
+    return Options(key_dim**-0.5, True, tiles, numerics)
 
 
 def _inputs(config: StagesConfig) -> Inputs:
@@ -189,32 +202,33 @@ def run_stages(
     chain: list[Stage] = []
     calls = 1 if options.interpret else CALLS
 
-    def run(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
-        program, inputs = several(lambda *arrays: kernel(*arrays, options), arguments, calls)
+    def run(kernel: Callable[..., Any], *arguments: Any, **fixed: Any) -> Any:
+        program, inputs = several(
+            lambda *arrays: kernel(*arrays, options, **fixed), arguments, calls
+        )
         compiled = compile_for(program, *inputs)
-        chain.append(Stage(name, compiled, inputs, calls))
+        chain.append(Stage(kernel.__name__, compiled, inputs, calls))
         return compiled.call(*inputs)[0]
 
     d_o, d_final = cotangent
-    prepared = run("prepare", prepare, x)
-    error, kept, final = run("advance", advance, x, prepared, Memory(*initial))
-    o = run("output", output, x, prepared, error, kept)
+    intra = run(intra_chunk_fwd, x)
+    v_new, states, final = run(state_fwd, x, intra, Memory(*initial))
+    o = run(output_fwd, x, intra, v_new, states)
 
-    # arguments stay as they are, to be timed again
-    walk = partial(retreat, in_place=False)
-    local = run("local", local_gradient, x, prepared, d_o)
-    arguments = (x, prepared, d_o, local, Memory(*d_final))
-    d_v, d_kept, d_initial = run("retreat", walk, *arguments)
-    values = (Values(d_o, local.of_outputs), d_v, error)
-    units = sums_with_states(d_v, error, kept, d_kept)
-    from_states = run("states", state_gradients, x, prepared, values, kept, d_kept, units)
-    units = sums_with_errors(*values)
-    score = partial(score_gradients, in_place=False)
-    gamma = run("gamma", read_gamma, x, prepared.factors)
-    scores = run("scores", score, x, prepared, values, from_states.keys, units, gamma)
-    d_gates = run("gates", gate_gradients, x, prepared, from_states.rows, scores)
+    # not in place: arguments stay as they are, to be timed again
+    local = run(dv_local_bwd, x, intra, d_o)
+    leaving = Memory(*d_final)
+    d_v, d_states, d_initial = run(state_bwd, x, intra, d_o, local, leaving, in_place=False)
+    values = (Values(d_o, local.d_o_scale), d_v, v_new)
+    scales = scales_with_states(d_v, v_new, states, d_states)
+    inter = run(inter_chunk_bwd, x, intra, values, states, d_states, scales)
+    scales = scales_with_v_new(*values)
+    gamma = run(recompute_gamma, x, intra.factors)
+    keys = inter.keys
+    scores = run(intra_chunk_bwd, x, intra, values, keys, scales, gamma, in_place=False)
+    d_gates = run(gate_bwd, x, intra, inter.rows, scores)
 
-    gradients = scores.keys._asdict() | d_gates._asdict() | {"v": whole(d_v, x.v.dtype)}
+    gradients = scores.keys._asdict() | d_gates._asdict() | {"v": dequantize(d_v, x.v.dtype)}
     gradients = {name: y for name, y in gradients.items() if y is not None}
     gradients["initial_state"] = MDNState(*d_initial)
     return chain, ((o, MDNState(*final)), gradients)
@@ -252,10 +266,11 @@ def several(
 
 
 def table(costs: dict[str, Cost], timings: dict[str, Timing], device: str, dtype: str) -> str:
-    """One row a kernel, then the sums of the forward pass and of both."""
-    rows = [_row(name, [name], costs, timings, device, dtype) for name in STAGES]
+    """One row a kernel, then the sums of the forward pass and of both, of those that are timed."""
+    rows = [_row(name, [name], costs, timings, device, dtype) for name in timings]
     for name, parts in (("forward", FORWARD), ("forward + backward", STAGES)):
-        rows.append(_row(name, parts, costs, timings, device, dtype))
+        if timings.keys() >= set(parts):
+            rows.append(_row(name, parts, costs, timings, device, dtype))
     headers = ["kernel", "GFLOP", "MB", "floor ms", "ms", "± ms", "x floor", "TFLOP/s", "GB/s"]
     return tabulate(rows, headers=[*headers, "calls", "compile s"], tablefmt="github")
 

@@ -1,4 +1,4 @@
-"""The one place that calls `pallas_call`: compiler parameters, names, precision, interpret mode."""
+"""The one place that calls `pallas_call`: compiler parameters, names, products, interpret mode."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +20,6 @@ Precision = lax.Precision | lax.DotAlgorithmPreset | Literal["parts"]
 
 # jax announces, while it lowers a kernel, that this backend will leave; users can do nothing there
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-
-
-def exact(interpret: bool) -> Precision:
-    """Near-float32 products of float32 operands: three bfloat16 passes on the tensor cores.
-
-    Plain TF32 is off by 2e-4, and TF32x3 is five times slower. The interpreter knows no presets.
-    """
-    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.BF16_BF16_F32_X3
-
-
-def coefficient_precision(dtype: jnp.dtype, interpret: bool) -> Precision:
-    """Of float32 coefficients to be rounded to `dtype`: what 16 bits cannot show is cut."""
-    if interpret or dtype == jnp.float32:
-        return exact(interpret)
-    return lax.DotAlgorithmPreset.TF32_TF32_F32
 
 
 def dot(a: jax.Array, b: jax.Array, precision: Precision | None) -> jax.Array:

@@ -26,30 +26,31 @@ _CORES = 132
 class Tiles(NamedTuple):
     """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages.
 
-    `advance_resident` and `retreat_resident` are how many programs of those walks the device runs
-    at once, where that was measured (None: not known).
+    `dv_local_bwd` takes the blocks and warps of `output_fwd`. `state_fwd_resident` and
+    `state_bwd_resident` are how many programs of those passes the device runs at once, where that
+    was measured (None: not known).
     """
 
-    prepare_warps: int = 4
-    advance_block_v: int = 32
-    advance_warps: int = 4
-    advance_stages: int = 3
-    advance_resident: int | None = None
-    output_block_v: int = 128
-    output_warps: int = 4
-    retreat_block_v: int = 32
-    retreat_warps: int = 4
-    retreat_stages: int = 2
-    retreat_resident: int | None = None
-    states_block_k: int = 32
-    states_block_v: int = 64
-    states_warps: int = 4
-    states_stages: int = 2
-    scores_block_k: int = 256
-    scores_block_v: int = 64
-    scores_warps: int = 4
-    scores_stages: int = 2
-    gates_warps: int = 2
+    intra_chunk_fwd_warps: int = 4
+    state_fwd_block_v: int = 32
+    state_fwd_warps: int = 4
+    state_fwd_stages: int = 3
+    state_fwd_resident: int | None = None
+    output_fwd_block_v: int = 128
+    output_fwd_warps: int = 4
+    state_bwd_block_v: int = 32
+    state_bwd_warps: int = 4
+    state_bwd_stages: int = 2
+    state_bwd_resident: int | None = None
+    inter_chunk_bwd_block_k: int = 32
+    inter_chunk_bwd_block_v: int = 64
+    inter_chunk_bwd_warps: int = 4
+    inter_chunk_bwd_stages: int = 2
+    intra_chunk_bwd_block_k: int = 256
+    intra_chunk_bwd_block_v: int = 64
+    intra_chunk_bwd_warps: int = 4
+    intra_chunk_bwd_stages: int = 2
+    gate_bwd_warps: int = 2
 
 
 class DecodeTiles(NamedTuple):
@@ -138,87 +139,108 @@ def choose_tiles(
       precise: 16-bit inputs, float32 between the kernels; from capability 9.0 on.
       heads: value heads of all rows, `B * HV`, each a walk for every block of V.
     """
-    tiles = Tiles()
-    if itemsize == 2:
-        tiles = tiles._replace(prepare_warps=4 if key_dim == 256 else 2, gates_warps=1)
     if precise:
-        three_large = explicit_p and key_dim == 256
-        tiles = tiles._replace(
-            advance_block_v=16,
-            advance_stages=2 if three_large else 3,
-            output_block_v=32 if key_dim == 256 else 64,
-            retreat_block_v=16,
-            retreat_stages=1 if three_large else 2,
-            states_block_v=32,
-            states_stages=3,
-            scores_warps=8 if key_dim == 256 else 4,
-            scores_stages=3,
-        )
-    elif itemsize == 2 and capability >= (9, 0):
-        tiles = tiles._replace(advance_stages=2 if explicit_p else 3, states_stages=3)
-        if key_dim == 256:
-            tiles = tiles._replace(
-                output_block_v=64,
-                retreat_warps=8,
-                retreat_stages=1 if explicit_p else 2,
-                scores_block_v=128,
-                scores_warps=8,
-            )
-        elif key_dim == 128:
-            # two programs on each of 132 cores
-            tiles = tiles._replace(scores_block_v=128, advance_resident=264, retreat_resident=264)
-        if (
-            key_dim >= 128
-            and value_dim >= 32
-            and not explicit_p
-            and heads * value_dim <= 16 * _CORES
-        ):
-            # a core for each walk: narrow ones take shorter steps
-            tiles = tiles._replace(advance_block_v=16, advance_stages=4, retreat_block_v=16)
-    elif itemsize == 2:
-        tiles = tiles._replace(
-            advance_stages=1,
-            output_block_v=64,
-            retreat_stages=1,
-            states_block_v=32,
-            states_stages=1,
-            scores_block_v=32,
-            scores_warps=8,
-            scores_stages=1,
-        )
-        if key_dim == 256:
-            tiles = tiles._replace(advance_warps=8, retreat_block_v=16, retreat_warps=8)
-        elif key_dim == 128:
-            tiles = tiles._replace(retreat_warps=8)
+        tiles = _precise_tiles(key_dim, explicit_p)
+    elif itemsize == 4:
+        tiles = _float32_tiles(key_dim, capability, explicit_p)
+    elif capability >= (9, 0):
+        tiles = _hopper_tiles(key_dim, value_dim, explicit_p, heads)
     else:
-        tiles = tiles._replace(
-            advance_block_v=16,
-            advance_stages=1,
-            output_block_v=32,
-            retreat_block_v=16,
-            retreat_stages=1,
-            states_block_v=32,
-            states_stages=1,
-            scores_block_v=16,
-            scores_warps=8,
-            scores_stages=1,
-        )
-        if capability < (9, 0):
-            # with 32 columns ptxas leaves a thread 32 registers and spills 6 KB
-            tiles = tiles._replace(states_block_v=16, states_stages=2)
-            if key_dim == 256:
-                tiles = tiles._replace(
-                    advance_warps=8, output_block_v=16, retreat_warps=8, scores_block_v=32
-                )
-            else:
-                tiles = tiles._replace(scores_block_v=32, scores_warps=4)
-        elif key_dim == 256:
-            tiles = tiles._replace(
-                scores_block_k=64 if explicit_p else 128, scores_warps=8 if explicit_p else 4
-            )
+        tiles = _ampere_tiles(key_dim)
+    if itemsize == 2:
+        tiles = tiles._replace(intra_chunk_fwd_warps=4 if key_dim == 256 else 2, gate_bwd_warps=1)
     clipped = {
         name: min(size, value_dim)
         for name, size in tiles._asdict().items()
         if name.endswith("_block_v")
     }
     return tiles._replace(**clipped)
+
+
+def _precise_tiles(key_dim: int, explicit_p: bool) -> Tiles:
+    """Of 16-bit inputs with float32 between the kernels."""
+    three_large = explicit_p and key_dim == 256
+    return Tiles(
+        state_fwd_block_v=16,
+        state_fwd_stages=2 if three_large else 3,
+        output_fwd_block_v=32 if key_dim == 256 else 64,
+        state_bwd_block_v=16,
+        state_bwd_stages=1 if three_large else 2,
+        inter_chunk_bwd_block_v=32,
+        inter_chunk_bwd_stages=3,
+        intra_chunk_bwd_warps=8 if key_dim == 256 else 4,
+        intra_chunk_bwd_stages=3,
+    )
+
+
+def _hopper_tiles(key_dim: int, value_dim: int, explicit_p: bool, heads: int) -> Tiles:
+    """Of 16-bit inputs, from capability 9.0 on."""
+    tiles = Tiles(state_fwd_stages=2 if explicit_p else 3, inter_chunk_bwd_stages=3)
+    if key_dim == 256:
+        tiles = tiles._replace(
+            output_fwd_block_v=64,
+            state_bwd_warps=8,
+            state_bwd_stages=1 if explicit_p else 2,
+            intra_chunk_bwd_block_v=128,
+            intra_chunk_bwd_warps=8,
+        )
+    elif key_dim == 128:
+        # two programs on each of 132 cores
+        tiles = tiles._replace(
+            intra_chunk_bwd_block_v=128, state_fwd_resident=264, state_bwd_resident=264
+        )
+    if key_dim >= 128 and value_dim >= 32 and not explicit_p and heads * value_dim <= 16 * _CORES:
+        # a core for each walk: narrow ones take shorter steps
+        tiles = tiles._replace(state_fwd_block_v=16, state_fwd_stages=4, state_bwd_block_v=16)
+    return tiles
+
+
+def _ampere_tiles(key_dim: int) -> Tiles:
+    """Of 16-bit inputs, below capability 9.0."""
+    tiles = Tiles(
+        state_fwd_stages=1,
+        output_fwd_block_v=64,
+        state_bwd_stages=1,
+        inter_chunk_bwd_block_v=32,
+        inter_chunk_bwd_stages=1,
+        intra_chunk_bwd_block_v=32,
+        intra_chunk_bwd_warps=8,
+        intra_chunk_bwd_stages=1,
+    )
+    if key_dim == 256:
+        return tiles._replace(state_fwd_warps=8, state_bwd_block_v=16, state_bwd_warps=8)
+    if key_dim == 128:
+        return tiles._replace(state_bwd_warps=8)
+    return tiles
+
+
+def _float32_tiles(key_dim: int, capability: tuple[int, int], explicit_p: bool) -> Tiles:
+    tiles = Tiles(
+        state_fwd_block_v=16,
+        state_fwd_stages=1,
+        output_fwd_block_v=32,
+        state_bwd_block_v=16,
+        state_bwd_stages=1,
+        inter_chunk_bwd_block_v=32,
+        inter_chunk_bwd_stages=1,
+        intra_chunk_bwd_block_v=16,
+        intra_chunk_bwd_warps=8,
+        intra_chunk_bwd_stages=1,
+    )
+    if capability < (9, 0):
+        # with 32 columns ptxas leaves a thread 32 registers and spills 6 KB
+        tiles = tiles._replace(inter_chunk_bwd_block_v=16, inter_chunk_bwd_stages=2)
+        if key_dim == 256:
+            return tiles._replace(
+                state_fwd_warps=8,
+                output_fwd_block_v=16,
+                state_bwd_warps=8,
+                intra_chunk_bwd_block_v=32,
+            )
+        return tiles._replace(intra_chunk_bwd_block_v=32, intra_chunk_bwd_warps=4)
+    if key_dim == 256:
+        return tiles._replace(
+            intra_chunk_bwd_block_k=64 if explicit_p else 128,
+            intra_chunk_bwd_warps=8 if explicit_p else 4,
+        )
+    return tiles

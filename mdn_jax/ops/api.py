@@ -1,6 +1,6 @@
 """`momentum_delta_rule`: checks its arguments and picks the implementation."""
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from mdn_jax.ops.fallback import warn_without_backend
 from mdn_jax.ops.inputs import RuleInputs, document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
+
+if TYPE_CHECKING:
+    from pallas_kernels.momentum_delta import Numerics
 
 Implementation = Literal["scan", "xla", "pallas_triton", "triton"]
 
@@ -169,16 +172,11 @@ def _capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
-def _kernel_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What the kernels get q, k, v and p in, under `jax.default_matmul_precision`."""
-    if dtype.itemsize > 2 or not in_full_precision() or _precise(dtype):
-        return dtype
-    return jnp.dtype(jnp.float32)
+def _numerics(dtype: jnp.dtype) -> "Numerics":
+    """What the kernels compute in, for q of `dtype`, under `jax.default_matmul_precision`."""
+    from pallas_kernels.momentum_delta import Numerics  # not imported with the library
 
-
-def _precise(dtype: jnp.dtype) -> bool:
-    """Whether kernels for 16-bit inputs keep float32 between them."""
-    return dtype == jnp.bfloat16 and in_full_precision() and (_capability() or (0, 0)) >= (9, 0)
+    return Numerics.choose(dtype, full_precision=in_full_precision(), capability=_capability())
 
 
 def kernels_lack(
@@ -212,7 +210,7 @@ def kernels_lack(
         q.shape[-1],
         v.shape[-1],
         capability,
-        itemsize=_kernel_dtype(q.dtype).itemsize,
+        itemsize=_numerics(q.dtype).dtype.itemsize,
         explicit_p=p is not None,
     )
     if lacking is None and implementation == "pallas_triton":
@@ -232,9 +230,10 @@ def _on_kernels(
     from mdn_jax.ops.kernels import kernel_rule  # not imported with the library
 
     dtype = arrays[0].dtype
+    numerics = _numerics(dtype)
 
     def converted(y: Any) -> Any:
-        return None if y is None else jnp.asarray(y, _kernel_dtype(dtype))
+        return None if y is None else jnp.asarray(y, numerics.dtype)
 
     q, k, v, p = map(converted, arrays[:4])
     log_alpha, log_mu, beta, eta = arrays[4:]
@@ -251,7 +250,7 @@ def _on_kernels(
         segment_ids=segment_ids,
         scale=scale,
         normalize_qk=normalize,
-        precise=_precise(dtype),
+        precise=numerics.precise,
         capability=_capability() or (9, 0),
         native=native,
     )

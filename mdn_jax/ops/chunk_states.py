@@ -18,21 +18,22 @@ _UNROLLED = 4  # up to so many chunks without a loop: no zeroed buffers, less ti
 
 
 class Walk(NamedTuple):
-    """What the chunks need to advance the states; heads before time.
+    """What the chunks need to carry the states; heads before time.
 
     With the states as `Z = [S; N]` and `rows ⊙ factors` for `scale_rows`:
 
         V' = (I + L)^-1 (V - (P ⊙ read) Z)
-        Z_C = keep Z + (K ⊙ write)^T V'
+        S_C = decay S + lead N + (K ⊙ write_0)^T V'
+        N_C = momentum N       + (K ⊙ write_1)^T V'
     """
 
     p: Float[Array, "NT B H P C K"]  # P = 1 (shared by a group) or G
     k: Float[Array, "NT B H 1 C K"]
     v: Float[Array, "NT B H G C V"]
     lower: Float[Array, "NT B H G C C"]  # L, strictly lower triangular
-    read: Float[Array, "NT B H G C 2"]  # factors of P S, P N in the error
-    write: Float[Array, "NT B H G C 2"]  # factors of the error in S_C, N_C
-    keep: Float[Array, "NT B H G 3"]  # S_C = keep_0 S + keep_1 N + ...,  N_C = keep_2 N + ...
+    read: Float[Array, "NT B H G C 2"]  # factors of P S, P N in the residual
+    write: Float[Array, "NT B H G C 2"]  # factors of v_new in S_C, N_C
+    scalars: Float[Array, "NT B H G 3"]  # decay, lead, momentum at the end of the chunk
 
 
 def clean(x: Array, dead: Bool[Array, "..."]) -> Array:
@@ -62,7 +63,7 @@ def walk(
       precision: of the products with K- and V-sized operands.
 
     Returns:
-      `[S; N]` after the last chunk, `[S; N]` before each `[NT, B, H, G, 2 K, V]`, and the errors
+      `[S; N]` after the last chunk, `[S; N]` before each `[NT, B, H, G, 2 K, V]`, and
       `V'`, `[NT, B, H, G, C, V]`.
     """
     return _walk(states, x, unit_lower_inverse(x.lower), precision)
@@ -76,34 +77,34 @@ def _walk(
     def step(states: Array, chunk: tuple[Walk, Array]) -> tuple[Array, tuple[Array, Array]]:
         x, inverse = chunk
         seen = clean(matmul(scale_rows(x.p, x.read), states), _forgets(x))
-        error = matmul(inverse, x.v - seen)
-        written = matmul(jnp.swapaxes(scale_rows(x.k, x.write), -1, -2), error)
+        v_new = matmul(inverse, x.v - seen)
+        written = matmul(jnp.swapaxes(scale_rows(x.k, x.write), -1, -2), v_new)
         s, n = jnp.split(states, 2, axis=-2)
-        ss, ns, nn = _keeps(x)
-        kept = clean(jnp.concatenate([ss * s + ns * n, nn * n], axis=-2), _forgets(x))
-        return kept + written, (states, error)
+        decay, lead, momentum = _scalars(x)
+        kept = clean(jnp.concatenate([decay * s + lead * n, momentum * n], axis=-2), _forgets(x))
+        return kept + written, (states, v_new)
 
     unroll = inverse.shape[0] <= _UNROLLED
-    states, (entering, error) = lax.scan(step, states, (x, inverse), unroll=unroll)
-    return states, entering, error
+    states, (entering, v_new) = lax.scan(step, states, (x, inverse), unroll=unroll)
+    return states, entering, v_new
 
 
 def _forgets(x: Walk) -> Bool[Array, "*h 1 1"]:
     """Whether a chunk keeps exactly nothing of the states: a document starts in it."""
-    return jnp.all(x.keep == 0, axis=-1)[..., None, None]
+    return jnp.all(x.scalars == 0, axis=-1)[..., None, None]
 
 
-def _keeps(x: Walk) -> tuple[Array, Array, Array]:
-    ss, ns, nn = (x.keep[..., i, None, None] for i in range(3))
-    return ss, ns, nn
+def _scalars(x: Walk) -> tuple[Array, Array, Array]:
+    decay, lead, momentum = (x.scalars[..., i, None, None] for i in range(3))
+    return decay, lead, momentum
 
 
 def _walk_forward(
     states: Array, x: Walk, precision: lax.Precision
 ) -> tuple[tuple[Array, Array, Array], tuple[Walk, Array, Array, Array]]:
     inverse = unit_lower_inverse(x.lower)
-    states, entering, error = _walk(states, x, inverse, precision)
-    return (states, entering, error), (x, inverse, entering, error)
+    states, entering, v_new = _walk(states, x, inverse, precision)
+    return (states, entering, v_new), (x, inverse, entering, v_new)
 
 
 def _walk_backward(
@@ -112,46 +113,48 @@ def _walk_backward(
     cotangents: tuple[Array, Array, Array],
 ) -> tuple[Array, Walk]:
     matmul = partial(jnp.matmul, precision=precision)
-    x, inverse, entering, error = residuals
-    d_states, d_entering, d_error = cotangents
+    x, inverse, entering, v_new = residuals
+    d_states, d_entering, d_v_new = cotangents
 
     def step(
         d_states: Array, chunk: tuple[Walk, Array, Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
-        x, inverse, d_entering, d_error = chunk
-        d_error = d_error + clean(matmul(scale_rows(x.k, x.write), d_states), _forgets(x))
-        d_residual = matmul(jnp.swapaxes(inverse, -1, -2), d_error)
+        x, inverse, d_entering, d_v_new = chunk
+        d_v_new = d_v_new + clean(matmul(scale_rows(x.k, x.write), d_states), _forgets(x))
+        d_residual = matmul(jnp.swapaxes(inverse, -1, -2), d_v_new)
         read = matmul(jnp.swapaxes(scale_rows(x.p, x.read), -1, -2), d_residual)
         d_s, d_n = jnp.split(d_states, 2, axis=-2)
-        ss, ns, nn = _keeps(x)
-        kept = clean(jnp.concatenate([ss * d_s, ns * d_s + nn * d_n], axis=-2), _forgets(x))
+        decay, lead, momentum = _scalars(x)
+        kept = clean(
+            jnp.concatenate([decay * d_s, lead * d_s + momentum * d_n], axis=-2), _forgets(x)
+        )
         return kept + d_entering - read, (d_states, d_residual)
 
     d_first, (d_leaving, d_residual) = lax.scan(
         step,
         d_states,
-        (x, inverse, d_entering, d_error),
+        (x, inverse, d_entering, d_v_new),
         reverse=True,
         unroll=inverse.shape[0] <= _UNROLLED,
     )
     d_k, d_write = _scale_rows_gradient(
-        matmul(error, jnp.swapaxes(d_leaving, -1, -2)), x.k, x.write
+        matmul(v_new, jnp.swapaxes(d_leaving, -1, -2)), x.k, x.write
     )
     d_p, d_read = _scale_rows_gradient(
         -matmul(d_residual, jnp.swapaxes(entering, -1, -2)), x.p, x.read
     )
     s, n = jnp.split(entering, 2, axis=-2)
     d_s, d_n = jnp.split(d_leaving, 2, axis=-2)
-    d_keep = [jnp.sum(d * y, axis=(-2, -1)) for d, y in ((d_s, s), (d_s, n), (d_n, n))]
+    d_scalars = [jnp.sum(d * y, axis=(-2, -1)) for d, y in ((d_s, s), (d_s, n), (d_n, n))]
     forgets = _forgets(x)[..., 0]
     return d_first, Walk(
         p=d_p,
         k=d_k,
         v=d_residual,
-        lower=-matmul(d_residual, jnp.swapaxes(error, -1, -2)),
+        lower=-matmul(d_residual, jnp.swapaxes(v_new, -1, -2)),
         read=d_read,
         write=d_write,
-        keep=clean(jnp.stack(d_keep, axis=-1), forgets),
+        scalars=clean(jnp.stack(d_scalars, axis=-1), forgets),
     )
 
 

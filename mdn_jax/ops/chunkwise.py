@@ -182,7 +182,7 @@ def _block(
     keys = jnp.swapaxes(x.k, -1, -2)
     lower = matmul(p, keys) * co.gamma_before * (erase[..., None] * x.eta[..., None, :])
     attention = matmul(x.q, keys) * co.gamma * x.eta[..., None, :]
-    states, entering, error = walk(
+    states, entering, v_new = walk(
         states,
         Walk(
             p=p,
@@ -191,11 +191,11 @@ def _block(
             lower=lower,
             read=jnp.stack([erase * co.decay_before, erase * co.lead_before], axis=-1),
             write=jnp.stack([x.eta * co.gamma[..., -1, :], x.eta * co.carry_last], axis=-1),
-            keep=jnp.stack([co.decay[..., -1], co.lead[..., -1], co.momentum_last], axis=-1),
+            scalars=jnp.stack([co.decay[..., -1], co.lead[..., -1], co.momentum_last], axis=-1),
         ),
         options.precision,
     )
     factors = jnp.stack([co.decay, co.lead], axis=-1)
     o = read_states(x.q, factors, entering, options.precision)
-    o += matmul(attention, error)  # [NT, B, H, G, C, V]
+    o += matmul(attention, v_new)  # [NT, B, H, G, C, V]
     return states, o.transpose(1, 0, 4, 2, 3, 5).reshape(inputs.v.shape)

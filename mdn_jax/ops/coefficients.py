@@ -20,7 +20,8 @@ LOG_ZERO = -1e4
 class ChunkCoefficients(NamedTuple):
     """What the chunk algorithm needs of the gates; local time `1..C`, `t` rows, `j` columns.
 
-    With `N = -M` and `v'_j = v_j - S_(j-1)^T p_j` the error of step `j`:
+    The names are those of the table at the head of docs/algorithm.md. With `N = -M` and
+    `v'_j = v_j - S_(j-1)^T p_j` (`v_new` in the code):
 
         S_t = decay_t S_0 + lead_t N_0 + sum_j gamma_tj eta_j k_j v'_j^T
         N_t = momentum_t N_0           + sum_j carry_tj eta_j k_j v'_j^T
@@ -88,16 +89,16 @@ def chunk_coefficients(
     same = document[..., :, None] == document[..., None, :]
     first = document == 0  # the document that the entering states belong to
 
-    # A_ti beta_i, with A_ti: decay from after step i to before step t;
-    # W_ij: momentum from after step j to step i. Both are selected, not multiplied by the mask:
-    # what is not finite in one document's gradient would be nan in another's
-    decays = jnp.exp(segment_sums(log_alpha, column < row))
-    a_beta = jnp.where(same & (column < row), decays * beta[..., None, :], 0)
-    w = jnp.where(same & (column <= row), jnp.exp(segment_sums(log_mu, column <= row)), 0)
+    # segment_decay_ti: from after step i to before step t; carry_ij: momentum from after step j to
+    # step i. Both are selected, not multiplied by the mask: what is not finite in one document's
+    # gradient would be nan in another's
+    segment_decay = jnp.exp(segment_sums(log_alpha, column < row))
+    a_beta = jnp.where(same & (column < row), segment_decay * beta[..., None, :], 0)
+    carry = jnp.where(same & (column <= row), jnp.exp(segment_sums(log_mu, column <= row)), 0)
     alpha = jnp.exp(log_alpha)
 
-    gamma_before = jnp.einsum("...ti,...ij->...tj", a_beta, w, precision=lax.Precision.HIGHEST)
-    gamma = alpha[..., None] * gamma_before + beta[..., None] * w
+    gamma_before = jnp.einsum("...ti,...ij->...tj", a_beta, carry, precision=lax.Precision.HIGHEST)
+    gamma = alpha[..., None] * gamma_before + beta[..., None] * carry
 
     total_alpha, total_mu = jnp.cumsum(log_alpha, axis=-1), jnp.cumsum(log_mu, axis=-1)
     momentum = jnp.where(first, jnp.exp(total_mu), 0)
@@ -111,5 +112,5 @@ def chunk_coefficients(
         lead=alpha * lead_before + beta * momentum,
         lead_before=lead_before,
         momentum_last=momentum[..., -1],
-        carry_last=w[..., -1, :],
+        carry_last=carry[..., -1, :],
     )

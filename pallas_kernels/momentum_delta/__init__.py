@@ -1,8 +1,9 @@
 """The momentum delta rule on the GPU (docs/kernels.md)."""
 
-from pallas_kernels.momentum_delta.call import momentum_delta
+from pallas_kernels.momentum_delta.api import momentum_delta
 from pallas_kernels.momentum_delta.decode import MAX_STEPS
-from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, States, Tokens
+from pallas_kernels.momentum_delta.numerics import Numerics
+from pallas_kernels.momentum_delta.types import CHUNK, Memory, Options, States, Tokens
 from pallas_kernels.momentum_delta.vjp import CHUNK_FACTORS, CHUNK_STATES
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "CHUNK_STATES",
     "MAX_STEPS",
     "Memory",
+    "Numerics",
     "Options",
     "States",
     "Tokens",

@@ -2,11 +2,12 @@
 
 Everything is a product or a sum of non-negative terms: nothing is subtracted but cumulative sums of
 log gates, and nothing is divided. Each half of a chunk has coefficients of its own (`Half`); what
-the second half sees of the first is of rank 2 (`after`), so the chunk costs two small products.
+the second half sees of the first is of rank 2 (`across_halves`), so the chunk costs two small
+products.
 
 With the default erase key `p = alpha k` the decay up to and with the current step is what both the
-error and the output need, so `total` includes step `t` for both; with an explicit `p` the error's
-stops one step earlier, and `lift = alpha` takes it to step `t`.
+read before the write and the output need, so `decay` includes step `t` for both; with an explicit
+`p` that of the read stops one step earlier, and `lift = alpha` takes it to step `t`.
 """
 
 import math
@@ -19,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lowering import Precision, dot
-from pallas_kernels.momentum_delta.layout import Leaf, iotas, lanes
+from pallas_kernels.momentum_delta.types import CHUNK, Leaf
 
 LOG_ZERO = -110.0
 """Log of a gate of zero."""
@@ -27,20 +28,20 @@ LOG2_E = math.log2(math.e)
 _FLOAT16_MAX = 65_504.0
 
 
-class Sight(NamedTuple):
-    """What step `t` sees of earlier writes and of the states entering: its row of coefficients."""
+class Coefficients(NamedTuple):
+    """What step `t` sees of earlier writes and of the states entering."""
 
     gamma: jax.Array  # [n, m] of the write of step j
-    total: jax.Array  # [n] of S
+    decay: jax.Array  # [n] of S
     lead: jax.Array  # [n] of N
 
 
-class Ends(NamedTuple):
-    """What the states at the end hold of the writes and of the states entering."""
+class HalfEnd(NamedTuple):
+    """What the states at the end of a half hold of its writes and of the states entering."""
 
     gamma: jax.Array  # [n] S, of the write of step j
-    w: jax.Array  # [n] N, of the write of step j
-    total: jax.Array  # S of S
+    carry: jax.Array  # [n] N, of the write of step j
+    decay: jax.Array  # S of S
     lead: jax.Array  # S of N
     momentum: jax.Array  # N of N
 
@@ -57,27 +58,27 @@ class Half(NamedTuple):
     """Coefficients of half a chunk; `t` rows, `i`, `j` columns.
 
     Attributes:
-      a: `[n, n]` decay from after step i to step t (before it, if p is explicit), i < t.
-      w: `[n, n]` momentum from after step j to step t, j <= t.
-      later: `[n, n]` the part of `read.gamma` that comes through the momentum of later steps: all
-        but `a beta`.
+      segment_decay: `[n, n]` decay from after step i to step t, i < t (before t, if p is explicit).
+      carry: `[n, n]` momentum from after step j to step t, j <= t.
+      gamma_carried: `[n, n]` the part of `before.gamma` that comes through the momentum of later
+        steps: all but `segment_decay * beta`.
       momentum: `[n]` momentum from the half's start to step t.
-      w_end: `[n]` the last row of `w`.
-      momentum_end: the last of `momentum`, a scalar.
+      carry_last: `[n]` the last row of `carry`.
+      momentum_last: the last of `momentum`, a scalar.
       lift: `[n]` alpha_t if p is explicit; None means 1.
-      read: what the error of a step sees, before its write.
-      out: what its output sees, after it.
+      before: what a step reads, before its write (`gamma_before`, ... in docs/algorithm.md).
+      after: what its output sees, after it.
     """
 
-    a: jax.Array
-    w: jax.Array
-    later: jax.Array
+    segment_decay: jax.Array
+    carry: jax.Array
+    gamma_carried: jax.Array
     momentum: jax.Array
-    w_end: jax.Array
-    momentum_end: jax.Array
+    carry_last: jax.Array
+    momentum_last: jax.Array
     lift: jax.Array | None
-    read: Sight
-    out: Sight
+    before: Coefficients
+    after: Coefficients
 
 
 def half_coefficients(
@@ -96,37 +97,48 @@ def half_coefficients(
         exponents = jnp.minimum(to[:, None] - start[None, :], 0.0)
         return jnp.where(mask, exp(exponents), 0.0)
 
-    a = segments(read_to, to_alpha, row > column)
-    w = segments(to_mu, to_mu, row >= column)
+    segment_decay = segments(read_to, to_alpha, row > column)
+    carry = segments(to_mu, to_mu, row >= column)
     momentum = exp(to_mu)
-    a_beta = a * beta[None, :]
-    later = dot(a_beta, jnp.where(row > column, w, 0.0), precision)
-    read = Sight(
-        gamma=later + a_beta,
-        total=exp(jnp.where(read_to > 0.0, 0.0, read_to)),  # nan stays nan
+    a_beta = segment_decay * beta[None, :]
+    gamma_carried = dot(a_beta, jnp.where(row > column, carry, 0.0), precision)
+    before = Coefficients(
+        gamma=gamma_carried + a_beta,
+        decay=exp(jnp.where(read_to > 0.0, 0.0, read_to)),  # nan stays nan
         lead=jnp.sum(a_beta * momentum[None, :], axis=1),
     )
     lift = exp(log_alpha) if explicit_p else None
-    lifted = read
+    lifted = before
     if lift is not None:
-        lifted = Sight(lift[:, None] * read.gamma, lift * read.total, lift * read.lead)
-    out = Sight(
-        gamma=lifted.gamma + beta[:, None] * w,
-        total=lifted.total,
+        lifted = Coefficients(lift[:, None] * before.gamma, lift * before.decay, lift * before.lead)
+    after_write = Coefficients(
+        gamma=lifted.gamma + beta[:, None] * carry,
+        decay=lifted.decay,
         lead=lifted.lead + beta * momentum,
     )
     all_mu = last(to_mu)
     return Half(
-        a=a,
-        w=w,
-        later=later,
+        segment_decay=segment_decay,
+        carry=carry,
+        gamma_carried=gamma_carried,
         momentum=momentum,
-        w_end=exp(jnp.minimum(all_mu - to_mu, 0.0)),
-        momentum_end=exp(all_mu),
+        carry_last=exp(jnp.minimum(all_mu - to_mu, 0.0)),
+        momentum_last=exp(all_mu),
         lift=lift,
-        read=read,
-        out=out,
+        before=before,
+        after=after_write,
     )
+
+
+def iotas(size: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+    """Row and column numbers of a `[size, size]` matrix."""
+    shape = (size, size)
+    return lax.broadcasted_iota("int32", shape, 0), lax.broadcasted_iota("int32", shape, 1)
+
+
+def lanes(size: int = CHUNK) -> jax.Array:
+    """`0 .. size - 1`."""
+    return lax.broadcasted_iota("int32", (size,), 0)
 
 
 def last(steps: jax.Array) -> jax.Array:
@@ -141,23 +153,23 @@ def last_row(matrix: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(iotas(size)[0] == size - 1, matrix, 0.0), axis=0)
 
 
-def ends(half: Half) -> Ends:
+def half_end(half: Half) -> HalfEnd:
     """The coefficients of the states at the end of a half."""
-    return Ends(
-        gamma=last_row(half.out.gamma),
-        w=half.w_end,
-        total=last(half.out.total),
-        lead=last(half.out.lead),
-        momentum=half.momentum_end,
+    return HalfEnd(
+        gamma=last_row(half.after.gamma),
+        carry=half.carry_last,
+        decay=last(half.after.decay),
+        lead=last(half.after.lead),
+        momentum=half.momentum_last,
     )
 
 
-def after(total: jax.Array, lead: jax.Array, first: Ends) -> Sight:
-    """What the second half, with `total` and `lead` of its own, sees of the first and before it."""
-    return Sight(
-        gamma=total[:, None] * first.gamma[None, :] + lead[:, None] * first.w[None, :],
-        total=total * first.total,
-        lead=total * first.lead + lead * first.momentum,
+def across_halves(decay: jax.Array, lead: jax.Array, first: HalfEnd) -> Coefficients:
+    """What the second half, with `decay` and `lead` of its own, sees of the first and before it."""
+    return Coefficients(
+        gamma=decay[:, None] * first.gamma[None, :] + lead[:, None] * first.carry[None, :],
+        decay=decay * first.decay,
+        lead=decay * first.lead + lead * first.momentum,
     )
 
 

@@ -1,8 +1,19 @@
-"""A few steps at once, for decoding: each state is read once and written once, in place.
+"""Decoding: up to 16 steps at once; each state is read once and written once, in place.
 
-One program holds `[K, block]` of a head's memory and momentum in registers and takes the steps one
-after another, as the recurrence is written. Nothing but the states is large, so that the floor is
-their 4 K V floats a head at the device's bandwidth.
+Computes the recurrence as it is written (docs/algorithm.md, section 1), step after step:
+
+    m = mu m + eta k (S^T p - v)^T       s = alpha s - beta m       o = scale s^T q
+
+    inputs   q, k, v, p, gates [B, T, ...], T at most 16; the memory [B, HV, K, V] float32
+    outputs  o [B, T, HV, V] in v's dtype; the memory, in the place of the entering one
+    grid     flat, blocks of V x HV x B: a block of V of one head a program
+
+Why so: one program holds `[K, block]` of a head's memory and momentum in registers. Nothing but the
+states is large, so that the floor is their 4 K V floats a head at the device's bandwidth.
+
+Constraints: no gradient; api.py takes the chunk kernels where one is asked for.
+
+Run it alone: `python -m benchmarks decode`.
 """
 
 from collections.abc import Callable
@@ -17,7 +28,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import kernel_call
 from pallas_kernels.momentum_delta.coefficients import inverse_norm
 from pallas_kernels.momentum_delta.isolation import clean, times
-from pallas_kernels.momentum_delta.layout import Leaf, Memory, Tokens
+from pallas_kernels.momentum_delta.types import Leaf, Memory, Tokens
 from pallas_kernels.tiling import DecodeTiles
 
 MAX_STEPS = 16

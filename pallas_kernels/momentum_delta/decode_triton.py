@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.momentum_delta.decode import SHORTER, Decoded, DecodeOptions
-from pallas_kernels.momentum_delta.layout import Memory, Tokens
+from pallas_kernels.momentum_delta.types import Memory, Tokens
 
 
 def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:

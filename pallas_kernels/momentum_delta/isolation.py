@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def keeps_nothing(ss: jax.Array, ns: jax.Array, nn: jax.Array) -> jax.Array:
+def keeps_nothing(decay: jax.Array, lead: jax.Array, momentum: jax.Array) -> jax.Array:
     """Whether a chunk keeps exactly nothing of the states before it: a document starts there."""
-    return (ss == 0) & (ns == 0) & (nn == 0)
+    return (decay == 0) & (lead == 0) & (momentum == 0)
 
 
 def unless(

@@ -8,20 +8,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.momentum_delta.backward import local_gradient, retreat, state_gradients
-from pallas_kernels.momentum_delta.forward import advance, output
-from pallas_kernels.momentum_delta.gates import gate_gradients
-from pallas_kernels.momentum_delta.layout import (
-    Memory,
-    Options,
-    Prepared,
-    States,
-    Tokens,
-    Values,
+from pallas_kernels.momentum_delta.block_scaling import (
+    dequantize,
+    scales_with_states,
+    scales_with_v_new,
 )
-from pallas_kernels.momentum_delta.prepare import prepare
-from pallas_kernels.momentum_delta.scores import read_gamma, score_gradients
-from pallas_kernels.momentum_delta.units import sums_with_errors, sums_with_states, whole
+from pallas_kernels.momentum_delta.dv_local_bwd import dv_local_bwd
+from pallas_kernels.momentum_delta.gate_bwd import gate_bwd
+from pallas_kernels.momentum_delta.inter_chunk_bwd import inter_chunk_bwd
+from pallas_kernels.momentum_delta.intra_chunk_bwd import intra_chunk_bwd
+from pallas_kernels.momentum_delta.intra_chunk_fwd import intra_chunk_fwd
+from pallas_kernels.momentum_delta.output_fwd import output_fwd
+from pallas_kernels.momentum_delta.recompute_gamma import recompute_gamma
+from pallas_kernels.momentum_delta.state_bwd import state_bwd
+from pallas_kernels.momentum_delta.state_fwd import state_fwd
+from pallas_kernels.momentum_delta.types import IntraChunk, Memory, Options, States, Tokens, Values
 
 CHUNK_FACTORS = "mdn_chunk_factors"
 """Name of the residuals without states, for policies of `jax.checkpoint`.
@@ -37,16 +38,16 @@ class Residuals(NamedTuple):
 
     Attributes:
       x: the inputs.
-      prepared: three `[C, C]` matrices and `FACTORS` rows a chunk, float16 keys.
-      error: of every step before its write.
-      kept: one pair of states a chunk, the largest part.
+      intra: two `[C, C]` matrices and 13 rows a chunk, float16 keys.
+      v_new: V' of every step.
+      states: one pair a chunk, the largest part.
       entered: `()` where a memory entered, None where none did.
     """
 
     x: Tokens
-    prepared: Prepared
-    error: Values
-    kept: States
+    intra: IntraChunk
+    v_new: Values
+    states: States
     entered: tuple[()] | None
 
 
@@ -68,36 +69,36 @@ def rule(options: Options, x: Tokens, memory: Memory | None) -> tuple[jax.Array,
 def _forward(
     options: Options, x: Tokens, memory: Memory | None
 ) -> tuple[tuple[jax.Array, Memory], Residuals]:
-    prepared = prepare(x, options)
-    prepared = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), prepared)
-    error, kept, final = advance(x, prepared, memory, options)
-    error = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), error)
-    kept = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_STATES), kept)
-    o = output(x, prepared, error, kept, options)
-    return (o, final), Residuals(x, prepared, error, kept, None if memory is None else ())
+    intra = intra_chunk_fwd(x, options)
+    intra = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), intra)
+    v_new, states, final = state_fwd(x, intra, memory, options)
+    v_new = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), v_new)
+    states = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_STATES), states)
+    o = output_fwd(x, intra, v_new, states, options)
+    return (o, final), Residuals(x, intra, v_new, states, None if memory is None else ())
 
 
 def _backward(
     options: Options, residuals: Residuals, cotangents: tuple[jax.Array, Memory]
 ) -> tuple[Tokens, Memory | None]:
-    x, prepared, error, kept, entered = residuals
+    x, intra, v_new, states, entered = residuals
     d_o, d_final = cotangents
-    local = local_gradient(x, prepared, d_o, options)
-    d_v, d_kept, d_memory = retreat(x, prepared, d_o, local, d_final, options)
-    values = (Values(d_o, local.of_outputs), d_v, error)
-    units = sums_with_states(d_v, error, kept, d_kept)
-    from_states = state_gradients(x, prepared, values, kept, d_kept, units, options)
+    local = dv_local_bwd(x, intra, d_o, options)
+    d_v, d_states, d_memory = state_bwd(x, intra, d_o, local, d_final, options)
+    values = (Values(d_o, local.d_o_scale), d_v, v_new)
+    scales = scales_with_states(d_v, v_new, states, d_states)
+    inter = inter_chunk_bwd(x, intra, values, states, d_states, scales, options)
     # XLA would make the following before, at the time of the largest need for memory
-    factors, values, from_states = lax.optimization_barrier((prepared.factors, values, from_states))
-    units, gamma = sums_with_errors(*values), read_gamma(x, factors, options)
-    scores = score_gradients(x, prepared, values, from_states.keys, units, gamma, options)
-    d_gates = gate_gradients(x, prepared, from_states.rows, scores, options)
+    factors, values, inter = lax.optimization_barrier((intra.factors, values, inter))
+    scales, gamma = scales_with_v_new(*values), recompute_gamma(x, factors, options)
+    scores = intra_chunk_bwd(x, intra, values, inter.keys, scales, gamma, options)
+    d_gates = gate_bwd(x, intra, inter.rows, scores, options)
     # and convert d_v before the kernels that read it
     d_v, (d_q, d_k, d_p) = lax.optimization_barrier((values[1], scores.keys))
     d_x = Tokens(
         q=_sum_groups(d_q, x.q),
         k=_sum_groups(d_k, x.k),
-        v=whole(d_v, x.v.dtype),
+        v=dequantize(d_v, x.v.dtype),
         p=None if d_p is None or x.p is None else _sum_groups(d_p, x.p),
         **d_gates._asdict(),
     )

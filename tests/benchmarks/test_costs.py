@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.costs import STAGES, Cost, operator_cost, stage_costs
-from pallas_kernels.momentum_delta.layout import Sizes
+from pallas_kernels.momentum_delta.types import Sizes
 from pallas_kernels.tiling import choose_tiles
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -12,15 +12,15 @@ SIZES = Sizes(8, 4096, 6, 6, 6, 128, 256)
 TILES = choose_tiles(128, 256, 2, (9, 0), heads=48)
 # GFLOP, MB, floor in ms
 DOCUMENTED = {
-    "prepare": (10, 215, 0.072),
-    "advance": (58, 715, 0.238),
-    "output": (32, 690, 0.230),
-    "local": (6, 226, 0.075),
-    "retreat": (84, 866, 0.289),
-    "states": (77, 1353, 0.451),
-    "gamma": (0.4, 38, 0.013),
-    "scores": (29, 698, 0.233),
-    "gates": (1.6, 89, 0.030),
+    "intra_chunk_fwd": (10, 215, 0.072),
+    "state_fwd": (58, 715, 0.238),
+    "output_fwd": (32, 690, 0.230),
+    "dv_local_bwd": (6, 226, 0.075),
+    "state_bwd": (84, 866, 0.289),
+    "inter_chunk_bwd": (77, 1353, 0.451),
+    "recompute_gamma": (0.4, 38, 0.013),
+    "intra_chunk_bwd": (29, 698, 0.233),
+    "gate_bwd": (1.6, 89, 0.030),
 }
 
 
@@ -60,10 +60,10 @@ def test_erase_keys_cost_their_bytes():
     without, given = (stage_costs(SIZES, "bfloat16", tiles, explicit_p=p) for p in (False, True))
     keys = 8 * 4096 * 6 * 128 * 2
     extra = {name: given[name].bytes - without[name].bytes for name in STAGES}
-    assert {name for name in STAGES if extra[name] == keys} == {"advance", "retreat"}
+    assert {name for name in STAGES if extra[name] == keys} == {"state_fwd", "state_bwd"}
     # read, and written in float16; read, and their gradients written
-    assert extra["prepare"] == extra["states"] == 2 * keys
-    assert extra["scores"] == 3 * keys + 8 * 4096 * 6 * 4
+    assert extra["intra_chunk_fwd"] == extra["inter_chunk_bwd"] == 2 * keys
+    assert extra["intra_chunk_bwd"] == 3 * keys + 8 * 4096 * 6 * 4
     whole = operator_cost(SIZES, "bfloat16", explicit_p=True).bytes
     assert whole - operator_cost(SIZES, "bfloat16").bytes == keys
 

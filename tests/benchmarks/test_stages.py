@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import stages as command
-from benchmarks.costs import STAGES
+from benchmarks.costs import STAGES, Cost
 from benchmarks.reference import scan_outputs_and_gradients
 from benchmarks.stages import StagesConfig, several
+from benchmarks.timing import Timing
 
 TINY = StagesConfig(shape=(1, 128, 1, 16, 16), dtype="float32", runs=2, interpret=True)
 
@@ -43,15 +44,15 @@ def test_every_kernel_is_timed(tmp_path, capsys):
     units, keys = 2 * 16 * 4, 128 * 16 * 2
     extra = {name: bytes_of[name] - narrow[name] for name in STAGES}
     assert extra == {
-        "prepare": 2 * matrices - keys,
-        "advance": matrices + error + kept,
-        "output": matrices + error + kept,
-        "local": matrices + error,
-        "retreat": matrices + 2 * error + kept,
-        "states": 2 * error + 2 * kept - 4 * units,
-        "gamma": matrices,
-        "scores": 3 * matrices + 2 * error - 2 * units,
-        "gates": 2 * matrices,
+        "intra_chunk_fwd": 2 * matrices - keys,
+        "state_fwd": matrices + error + kept,
+        "output_fwd": matrices + error + kept,
+        "dv_local_bwd": matrices + error,
+        "state_bwd": matrices + 2 * error + kept,
+        "inter_chunk_bwd": 2 * error + 2 * kept - 4 * units,
+        "recompute_gamma": matrices,
+        "intra_chunk_bwd": 3 * matrices + 2 * error - 2 * units,
+        "gate_bwd": 2 * matrices,
     }
 
 
@@ -95,3 +96,18 @@ def test_a_cpu_is_told_of_the_interpreter(monkeypatch):
     monkeypatch.setattr(command.api, "_capability", lambda: None)
     with pytest.raises(SystemExit, match="a CUDA GPU, got none; --interpret"):
         command.stages(with_(interpret=False))
+
+
+def test_a_table_of_some_kernels():
+    """Sums stand there only where all their parts do."""
+    timing = Timing(median=1e-3, spread=0.0, compile=1.0, memory=0, peak=None, calls=4)
+    costs = {name: Cost(10**9, 10**6) for name in STAGES}
+    one, forward = (
+        command.table(costs, dict.fromkeys(names, timing), "cpu", "bfloat16")
+        for names in (STAGES[2:3], STAGES[:3])
+    )
+    assert "output_fwd" in one
+    assert "state_fwd" not in one
+    assert "forward" not in one
+    assert "| forward " in forward
+    assert "backward" not in forward

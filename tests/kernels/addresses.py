@@ -7,7 +7,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
-from pallas_kernels.inspect import Kernel
+from pallas_kernels.offline_compile import Kernel
 
 Value = Any
 _BINARY = {

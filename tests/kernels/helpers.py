@@ -16,7 +16,7 @@ SMALL = Tiles()._replace(
 
 def interpreted_rule(*, resident=None, **arguments):
     """`momentum_delta_rule` on the kernels, interpreted; `resident` is that of `Tiles`."""
-    tiles = SMALL._replace(advance_resident=resident, retreat_resident=resident)
+    tiles = SMALL._replace(state_fwd_resident=resident, state_bwd_resident=resident)
     return kernel_rule(**arguments, tiles=tiles, interpret=True)
 
 

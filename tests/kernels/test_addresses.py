@@ -3,27 +3,33 @@
 import numpy as np
 import pytest
 
-from pallas_kernels import inspect
-from pallas_kernels.inspect import Kernel
+from pallas_kernels import offline_compile
+from pallas_kernels.offline_compile import Kernel
 from pallas_kernels.tiling import choose_tiles
 from tests.kernels.addresses import offsets
 
 BATCH = 512
 """3.2e9 values and 6.4e9 numbers of chunk states at T 4096, H 6, K 128, V 256."""
-LARGE = {"mdn_advance", "mdn_output", "mdn_local_gradient", "mdn_retreat", "mdn_state_gradients"}
-LARGE |= {"mdn_score_gradients", "mdn_decode"}
+LARGE = {
+    "mdn_state_fwd",
+    "mdn_output_fwd",
+    "mdn_dv_local_bwd",
+    "mdn_state_bwd",
+    "mdn_inter_chunk_bwd",
+}
+LARGE |= {"mdn_intra_chunk_bwd", "mdn_decode"}
 """Kernels that read or write values or states."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("halves", [False, True])
 def test_no_index_overflows(halves, monkeypatch):
-    monkeypatch.setattr(inspect, "_DECODE_BATCH", 2**14)
+    monkeypatch.setattr(offline_compile, "_DECODE_BATCH", 2**14)
     tiles = choose_tiles(128, 256, 2, (9, 0), heads=6 * BATCH)
     if halves:  # 24,576 walks, in three launches
-        tiles = tiles._replace(advance_resident=2**14, retreat_resident=2**14)
-    kernels = inspect.lower(128, 256, "bfloat16", (9, 0), batch=BATCH, tiles=tiles)
-    walks = [kernel for kernel in kernels if kernel.name in ("mdn_advance", "mdn_retreat")]
+        tiles = tiles._replace(state_fwd_resident=2**14, state_bwd_resident=2**14)
+    kernels = offline_compile.lower(128, 256, "bfloat16", (9, 0), batch=BATCH, tiles=tiles)
+    walks = [kernel for kernel in kernels if kernel.name in ("mdn_state_fwd", "mdn_state_bwd")]
     assert (len(kernels), len(walks)) == ((14, 6) if halves else (10, 2))
     for kernel in walks if halves else kernels:
         greatest = max(int(offset.max()) for offset in offsets(kernel))

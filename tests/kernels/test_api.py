@@ -78,7 +78,7 @@ def test_a_gpu_gets_the_kernels(hopper):
     jax.tree.map(np.testing.assert_array_equal, chosen, named)
     scan = momentum_delta_rule(**INPUTS, implementation="scan")
     assert max(relative_errors(chosen, scan).values()) <= 2e-5
-    assert "mdn_advance" in str(jax.make_jaxpr(lambda x: momentum_delta_rule(**x))(INPUTS))
+    assert "mdn_state_fwd" in str(jax.make_jaxpr(lambda x: momentum_delta_rule(**x))(INPUTS))
     # 16-bit gates and no state
     half = INPUTS | {"beta": INPUTS["beta"].astype(jnp.bfloat16), "initial_state": None}
     expected = momentum_delta_rule(**half, implementation="scan")
@@ -113,21 +113,21 @@ def test_16_bits_in_full_precision(dtype, capability, hopper, monkeypatch):
 
 def test_what_the_kernels_get_in_full_precision(hopper, monkeypatch):
     half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
-    assert api._kernel_dtype(half) == half
-    assert not api._precise(half)
+    assert api._numerics(half).dtype == half
+    assert not api._numerics(half).precise
     with jax.default_matmul_precision("high"):
-        assert not api._precise(half)
+        assert not api._numerics(half).precise
     with jax.default_matmul_precision("float32"):  # another name of the highest
-        assert api._precise(half)
-        assert api._kernel_dtype(jnp.dtype("float16")) == single
+        assert api._numerics(half).precise
+        assert api._numerics(jnp.dtype("float16")).dtype == single
     with jax.default_matmul_precision("highest"):
-        assert api._precise(half)
-        assert not api._precise(single)
-        assert api._kernel_dtype(half) == half
-        assert api._kernel_dtype(jnp.dtype("float16")) == single
+        assert api._numerics(half).precise
+        assert not api._numerics(single).precise
+        assert api._numerics(half).dtype == half
+        assert api._numerics(jnp.dtype("float16")).dtype == single
         monkeypatch.setattr(api, "_capability", lambda: (8, 0))
-        assert not api._precise(half)
-        assert api._kernel_dtype(half) == single
+        assert not api._numerics(half).precise
+        assert api._numerics(half).dtype == single
         # float32 keys of 256 and an erase key are too much for its shared memory
         inputs = random_inputs(seed=2, length=2, key_dim=256, explicit_p=True, dtype=half)
         assert "K at most 128" in explain(**inputs, segment_ids=None)

@@ -9,20 +9,20 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from benchmarks import inspect as command
-from pallas_kernels import inspect
-from pallas_kernels.inspect import CI, Case, Kernel, KernelReport
+from pallas_kernels import offline_compile
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
+from pallas_kernels.offline_compile import CI, Case, Kernel, KernelReport
 
 KERNELS = {
-    "mdn_prepare",
-    "mdn_advance",
-    "mdn_output",
-    "mdn_local_gradient",
-    "mdn_retreat",
-    "mdn_state_gradients",
-    "mdn_read_gamma",
-    "mdn_score_gradients",
-    "mdn_gate_gradients",
+    "mdn_intra_chunk_fwd",
+    "mdn_state_fwd",
+    "mdn_output_fwd",
+    "mdn_dv_local_bwd",
+    "mdn_state_bwd",
+    "mdn_inter_chunk_bwd",
+    "mdn_recompute_gamma",
+    "mdn_intra_chunk_bwd",
+    "mdn_gate_bwd",
 }
 
 
@@ -43,15 +43,15 @@ needs_triton = pytest.mark.skipif(
 @pytest.mark.parametrize("case", CI, ids=describe)
 def test_kernels_lower_compile_and_fit(case):
     """Compiling needs Triton and is left out where that does not install."""
-    kernels = inspect.lower(*case)
+    kernels = offline_compile.lower(*case)
     in_place = {name: [0] for name in KERNELS} | {"mdn_decode": [2]}
-    in_place["mdn_score_gradients"] = [3 if case.explicit_p else 2]
+    in_place["mdn_intra_chunk_bwd"] = [3 if case.explicit_p else 2]
     # d_v alone, or with walks in halves also the memory, and what launches before have written:
     # values, both states, and the units of either
     in_halves = case[:4] == (128, 256, "bfloat16", (9, 0))
-    in_place["mdn_retreat"] = [3, 7, 7] if in_halves else [1]
+    in_place["mdn_state_bwd"] = [3, 7, 7] if in_halves else [1]
     if in_halves:
-        in_place["mdn_advance"] = [2, 7, 7]
+        in_place["mdn_state_fwd"] = [2, 7, 7]
     found = {name: [k.in_place for k in kernels if k.name == name] for name in in_place}
     assert found == in_place
     assert len(kernels) == sum(map(len, in_place.values()))
@@ -60,13 +60,13 @@ def test_kernels_lower_compile_and_fit(case):
         assert ("tt.dot" in kernel.source) == (kernel.name in KERNELS), kernel.name
     if not HAS_TRITON:
         return
-    reports = [inspect.compile_kernel(kernel, case.capability) for kernel in kernels]
+    reports = [offline_compile.compile_kernel(kernel, case.capability) for kernel in kernels]
     assert not [report for report in reports if report.over_limit]
     for report in reports:
         assert (report.wgmma + report.mma > 0) == (report.name in KERNELS), report
         # the loop of the one and the loads before the loop of the other have registers to spare
         timed = case.dtype == "bfloat16" and case.capability == (9, 0) and not case.explicit_p
-        if report.name == "mdn_decode" or (timed and report.name == "mdn_state_gradients"):
+        if report.name == "mdn_decode" or (timed and report.name == "mdn_inter_chunk_bwd"):
             assert report.spilled == 0, report
 
 
@@ -100,7 +100,7 @@ def test_odd_dims_and_vmap_lower():
     keys, values = (jax.ShapeDtypeStruct((2, 1, 70, 3, size), jnp.float16) for size in (24, 40))
     state = jax.ShapeDtypeStruct((2, 1, 3, 24, 40), jnp.float32)
     x = Tokens(keys, keys, values, None, per_step, per_step, per_step, per_step)
-    with inspect.abstract_gpu((9, 0)):
+    with offline_compile.abstract_gpu((9, 0)):
         traced = jax.jit(jax.vmap(gradient)).trace(x, Memory(state, state))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(name in text for name in KERNELS)
@@ -113,7 +113,7 @@ def test_shard_map_lowers():
     state = jax.ShapeDtypeStruct((2, 1, 16, 16), jnp.float32)
     x = Tokens(keys, keys, keys, None, per_step, per_step, per_step, per_step)
     data = PartitionSpec("data")
-    with inspect.abstract_gpu((9, 0), {"data": 2}):
+    with offline_compile.abstract_gpu((9, 0), {"data": 2}):
         sharded = jax.shard_map(gradient, in_specs=(data, data), out_specs=data)
         traced = jax.jit(sharded).trace(x, Memory(state, state))
         traced.lower(lowering_platforms=("cuda",))
@@ -129,18 +129,18 @@ def gradient(x, state):
 
 def test_an_unknown_capability():
     with pytest.raises(ValueError, match=r"capability: expected one of .* got \(7, 5\)"):
-        inspect.lower(16, 16, "bfloat16", (7, 5))
+        offline_compile.lower(16, 16, "bfloat16", (7, 5))
 
 
 def test_triton_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match=r"mdn-jax\[triton\]"):
-        inspect.compile_kernel(Kernel("name", "module {}", 4, 1), (9, 0))
+        offline_compile.compile_kernel(Kernel("name", "module {}", 4, 1), (9, 0))
 
 
 @pytest.mark.parametrize("shared", [232_448, 232_449])
 def test_command_fails_over_the_limit(shared, monkeypatch, capsys):
-    report = KernelReport("mdn_gate_gradients", 4, 1, 255, 8, shared, 232_448, 16, 0, 0)
+    report = KernelReport("mdn_gate_bwd", 4, 1, 255, 8, shared, 232_448, 16, 0, 0)
     monkeypatch.setattr(command, "reports", lambda cases, _: ((case, [report]) for case in cases))
     config = command.InspectConfig(
         shapes=((16, 32),), dtypes=("bfloat16",), capabilities=("9.0",), explicit_p=True
@@ -152,6 +152,6 @@ def test_command_fails_over_the_limit(shared, monkeypatch, capsys):
     else:
         command.inspect(config)
     out = capsys.readouterr().out
-    assert "mdn_gate_gradients" in out
+    assert "mdn_gate_bwd" in out
     assert "spills" in out
     assert ("OVER" in out) == report.over_limit

@@ -16,7 +16,8 @@ import pytest
 from mdn_jax import momentum_delta_rule
 from mdn_jax.ops import api, kernels
 from mdn_jax.testing import random_inputs, relative_errors
-from pallas_kernels.momentum_delta import MAX_STEPS, call
+from pallas_kernels.momentum_delta import MAX_STEPS
+from pallas_kernels.momentum_delta import api as kernel_api
 from pallas_kernels.tiling import DecodeTiles
 
 pytest.importorskip("triton", reason="the development version is for x86-64 Linux")
@@ -51,7 +52,7 @@ def test_as_many_steps_as_it_takes(decode):
 
 @pytest.mark.parametrize("block_v", [16, 32])
 def test_several_blocks_of_v(decode, block_v, monkeypatch):
-    monkeypatch.setattr(call, "decode_tiles", lambda *_: DecodeTiles(block_v, 1))
+    monkeypatch.setattr(kernel_api, "decode_tiles", lambda *_: DecodeTiles(block_v, 1))
     assert_matches_scan(decode, small_inputs(seed=6, value_dim=64, length=2))
 
 

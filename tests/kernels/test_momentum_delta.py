@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from mdn_jax import MDNState
 from mdn_jax.testing import random_cotangents, random_inputs, relative_errors
 from pallas_kernels.lowering import kernel_call
-from pallas_kernels.momentum_delta.layout import launches
+from pallas_kernels.momentum_delta.launches import launches
 from pallas_kernels.momentum_delta.vjp import CHUNK_FACTORS, CHUNK_STATES
 from tests.kernels.helpers import interpreted_rule, kernel_outputs_and_gradients
 

@@ -64,10 +64,10 @@ def test_tiles_divide_every_padded_shape(explicit_p, itemsize, precise, capabili
 
 def test_few_walks_take_narrow_tiles():
     few, many = (choose_tiles(128, 256, 2, (9, 0), heads=heads) for heads in (8, 9))
-    assert (few.advance_block_v, few.retreat_block_v) == (16, 16)
-    assert (many.advance_block_v, many.retreat_block_v) == (32, 32)
+    assert (few.state_fwd_block_v, few.state_bwd_block_v) == (16, 16)
+    assert (many.state_fwd_block_v, many.state_bwd_block_v) == (32, 32)
     # 8 heads of 256 values are 128 blocks of 16, for 132 multiprocessors
-    assert few == many._replace(advance_block_v=16, advance_stages=4, retreat_block_v=16)
+    assert few == many._replace(state_fwd_block_v=16, state_fwd_stages=4, state_bwd_block_v=16)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

@@ -28,7 +28,7 @@ from train.config_sections import DataConfig, OptimizerConfig
 from train.data.batches import find_source, load_data
 from train.data.packing import PackedRows
 from train.parallel.sharding import Share
-from train.run import check_tokenizer
+from train.run import Run, check_tokenizer
 
 KINDS = ["text", "jsonl", "parquet", "tokens", "stream"]
 ALONE = Share(0, 1)

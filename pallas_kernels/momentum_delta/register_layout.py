@@ -4,9 +4,9 @@ A warp holds 16 rows of a product's result. Each group of four lanes has a row o
 and one of its lower eight, and the lane `q` of a group columns `8 j + 2 q` and `8 j + 2 q + 1`.
 Two columns are 4 bytes; a load or store of 16 takes eight neighbours, so that a compiler moves
 every tile from lane to lane by way of shared memory. Here a tile's columns go to memory in another
-order instead: of each 32, lane `q` takes the eight from `8 q`. In the walks whatever is of values
-(`v`, errors, the columns of states) has its columns in that order, so that products agree; in the
-gradients by way of states the keys have, and the rows of states are loaded in it.
+order instead: of each 32, lane `q` takes the eight from `8 q`. In the state passes whatever is of
+values (v, v_new, the columns of states) has its columns in that order, so that products agree; in
+`inter_chunk_bwd` the keys have, and the rows of states are loaded in it.
 
 The order of the dimensions in `_places` is the one for which the compiler gives the last to lanes
 and vectors, the one before to lanes, the one before that to warps.
@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.momentum_delta.layout import Leaf
+from pallas_kernels.momentum_delta.types import Leaf
 
 _WARP_ROWS = 16
 
 
-class Fragments(NamedTuple):
+class RegisterLayout(NamedTuple):
     """Loads and stores tiles `[rows, columns]`.
 
     Attributes:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.momentum_delta.coefficients import LOG_ZERO
 from pallas_kernels.momentum_delta.decode import MAX_STEPS, DecodeOptions, decode
-from pallas_kernels.momentum_delta.layout import CHUNK, Memory, Options, Sizes, Tokens
+from pallas_kernels.momentum_delta.numerics import Numerics
+from pallas_kernels.momentum_delta.types import CHUNK, Memory, Options, Sizes, Tokens
 from pallas_kernels.momentum_delta.vjp import rule
 from pallas_kernels.tiling import (
     Tiles,
@@ -82,7 +83,8 @@ def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, M
         heads=z.batch * z.value_heads,
     )
     x, memory = _pad(x, memory, -z.length % CHUNK)
-    options = Options(call.scale, call.normalize, tiles, call.precise, call.interpret)
+    numerics = Numerics(x.q.dtype, call.precise, call.interpret)
+    options = Options(call.scale, call.normalize, tiles, numerics)
     return _cut(*rule(options, x, memory), z)
 
 

@@ -1,0 +1,247 @@
+"""State pass, forward: takes the states from chunk to chunk (`fwd_h`), sequential over time.
+
+Computes, chunk by chunk (docs/algorithm.md, section 2):
+
+    V'  = (I + L)^-1 (V - decay_before * (P S0) - lead_before * (P N0))
+    S_C = DECAY S0 + LEAD N0 + K^T ((eta * gamma[C]) * V')
+    N_C = MOMENTUM N0        + K^T ((eta * carry[C]) * V')
+
+    inputs   keys (float16 or as given), v [B, T, HV, V], inverse, factors; the entering memory
+             [B, HV, K, V] float32, or None for zeros
+    outputs  v_new V' [B, T, HV, V]; states: S0 and N0 of every chunk [B, HV, NT, K, V], both in the
+             storage dtype with block scales; the final memory, float32
+    grid     (blocks of V, B, HV): a block of V of one head a program, over all chunks
+
+Why so: columns of V are independent in this recurrence, so a program holds `[K, block]` of S and of
+N in registers, side by side as one `[K, 2 block]` operand. What needs no state is elsewhere: only
+these lines wait for the chunk before. Where the walks fill the device badly they are cut into
+halves, in several launches (launches.py); each continues the results of the one before.
+
+Constraints: block_v is 16 or a multiple of 32 (register_layout.py). Results that are not finite are
+walked once more with care (isolation.py), so that no document sees another's.
+
+Run it alone: `python -m benchmarks stages --stages state_fwd`.
+"""
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.lowering import dot, kernel_call
+from pallas_kernels.momentum_delta.block_scaling import (
+    Bounds,
+    apply_inverse,
+    scale_states,
+    store_states,
+    unscale_states,
+)
+from pallas_kernels.momentum_delta.block_specs import WalkSpecs
+from pallas_kernels.momentum_delta.isolation import clean, keeps_nothing
+from pallas_kernels.momentum_delta.isolation import times as times_exactly
+from pallas_kernels.momentum_delta.launches import launches
+from pallas_kernels.momentum_delta.register_layout import RegisterLayout, join, split
+from pallas_kernels.momentum_delta.rows import STATE_SCALARS, ChunkScalar, FactorRow
+from pallas_kernels.momentum_delta.types import (
+    CHUNK,
+    IntraChunk,
+    Memory,
+    Options,
+    States,
+    Tokens,
+    Values,
+    WalkKeys,
+)
+
+
+class StatePass(NamedTuple):
+    """What the state pass gives.
+
+    Attributes:
+      v_new: V' of every step, in the storage dtype.
+      states: the states entering each chunk, in the storage dtype.
+      final: the memory after the last step, float32.
+    """
+
+    v_new: Values
+    states: States
+    final: Memory
+
+
+def state_fwd(x: Tokens, intra: IntraChunk, memory: Memory | None, options: Options) -> StatePass:
+    """The state pass; no memory means zeros.
+
+    In one launch, or in several that take the walks in halves and each add to the results of those
+    before.
+    """
+    z = x.sizes
+    block, storage = options.tiles.state_fwd_block_v, options.numerics.storage
+    from_zeros = memory is None
+    done: Any = None
+    for launch in launches(WalkSpecs(z, block).walks, options.tiles.state_fwd_resident):
+        specs = WalkSpecs(z, block, launch)
+        p = None if x.p is None else specs.keys(z.p_heads)
+        values, memory_specs, scale = specs.values(), specs.memory(), specs.scales(storage)
+        walked = Values(values, scale), specs.states(storage)
+        shapes = (
+            Values(z.per_head(z.value_dim, storage), z.scales(block, storage)),
+            z.states(block, storage),
+        )
+        tokens = (intra.walk_keys(x), x.v, intra.inverse, intra.factors)
+        # what earlier launches wrote stays where it is: places of operands, to those of results
+        after, results = len(jax.tree.leaves(tokens)), len(jax.tree.leaves(shapes))
+        aliases = {}
+        if launch is not None and memory is not None:
+            aliases = {after: results, after + 1: results + 1}
+        written = None
+        if done is not None:
+            written = done.v_new, done.states
+            aliases |= {after + 2 + i: i for i in range(results)}
+        done = kernel_call(
+            partial(
+                _state_fwd,
+                specs=specs,
+                warps=options.tiles.state_fwd_warps,
+                from_zeros=from_zeros,
+                precision=options.numerics.products,
+            ),
+            tokens,
+            memory,
+            written,
+            name="mdn_state_fwd",
+            grid=specs.grid,
+            in_specs=[
+                (WalkKeys(specs.keys(z.heads), p), values, specs.matrix(), specs.factors()),
+                None if memory is None else memory_specs,
+                None if written is None else walked,
+            ],
+            out_specs=StatePass(*walked, memory_specs),
+            out_shape=StatePass(*shapes, z.memory),
+            aliases=aliases,
+            warps=options.tiles.state_fwd_warps,
+            stages=options.tiles.state_fwd_stages,
+            interpret=options.interpret,
+        )
+        memory = done.final
+    result: StatePass = done
+    return result
+
+
+def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
+    (k_ref, p_ref), v_ref, inverse_ref, factor_ref = tokens
+    dtype = out.v_new.data.dtype
+    key_dim, block = out.final.s.shape
+    layout = RegisterLayout(warps, block)
+    first, end = specs.stretch()
+
+    def step(
+        c: jax.Array, carry: tuple[jax.Array, Bounds | None], *, carefully: bool = False
+    ) -> tuple[jax.Array, Bounds | None]:
+        # both states are one [K, 2 block] float32, operands of one product and results of one
+        both, entering = carry
+        start = c * CHUNK
+        # the order is the measured one: with the states stored after a product a step takes longer
+        decay, lead, momentum = (factor_ref[c, FactorRow.SCALARS, i] for i in STATE_SCALARS)
+        v = layout.load(v_ref, CHUNK, first=start).astype(jnp.float32)
+        s, n = split(both)
+        scales = None if entering is None else entering.scales
+        store_states(out.states, c, s, n, scales, layout)
+        k = k_ref[pl.ds(start, CHUNK), :]
+        p = k if p_ref is None else p_ref[pl.ds(start, CHUNK), :]
+
+        def factor(row: int, by: jax.Array | None = None) -> jax.Array:
+            factors = factor_ref[c, row, :]
+            return (factors if by is None else factors * by)[:, None]
+
+        starts = keeps_nothing(decay, lead, momentum) if carefully else None
+        times: Callable[[Any, Any], Any] = times_exactly if carefully else operator.mul
+        by_s = by_n = to_s = to_n = inverse_scale = None
+        if scales is not None:
+            by_s, by_n = (scale.size for scale in scales)
+            if starts is not None:
+                by_s, by_n = clean(by_s, starts), clean(by_n, starts)
+            inverse_scale = factor_ref[c, FactorRow.SCALARS, ChunkScalar.INVERSE_SCALE]
+        seen = dot(p, both.astype(dtype), precision)
+        if starts is not None:
+            seen = clean(seen, starts)
+        seen_s, seen_n = split(seen)
+        residual = v - factor(FactorRow.READ_S, by_s) * seen_s
+        residual -= factor(FactorRow.READ_N, by_n) * seen_n
+        v_new, quantized = apply_inverse(residual, inverse_ref[c], inverse_scale, precision)
+        leaving = None
+        if entering is None or quantized is None:
+            layout.store(v_new, out.v_new.data, first=start)
+        else:
+            layout.store(quantized.tile, out.v_new.data, first=start)
+            out.v_new.scale[c] = quantized.scale
+            reach_s, reach_n = (
+                factor_ref[c, FactorRow.SCALARS, i] * quantized.max_magnitude
+                for i in (ChunkScalar.REACH_WRITE_S, ChunkScalar.REACH_WRITE_N)
+            )
+            leaving = Bounds(
+                times(abs(decay), entering.s) + times(abs(lead), entering.n) + reach_s,
+                times(abs(momentum), entering.n) + reach_n,
+            )
+            to_s, to_n = (scale.inverse for scale in leaving.scales)
+            # in this order nothing overflows
+            decay, lead, momentum = (
+                times(decay, by_s) * to_s,
+                times(lead, by_n) * to_s,
+                times(momentum, by_n) * to_n,
+            )
+        carried = join(decay * s + lead * n, momentum * n)
+        if starts is not None:
+            carried = clean(carried, starts)
+        writes = join(
+            factor(FactorRow.WRITE_S, to_s) * v_new, factor(FactorRow.WRITE_N, to_n) * v_new
+        )
+        return carried + dot(k.T, writes.astype(dtype), precision), leaving
+
+    def walk(*, carefully: bool) -> tuple[jax.Array, Bounds | None]:
+        s, n = _entering(memory, layout, (key_dim, block), first, from_zeros=from_zeros)
+        s, n, bounds = scale_states(s, n, dtype)
+        entering = join(s, n), bounds
+        if not carefully:
+            return lax.fori_loop(first, end, step, entering)
+        # (a loop that the compiler does not pipeline)
+        _, result = lax.while_loop(
+            lambda at: at[0] < end,
+            lambda at: (at[0] + 1, step(at[0], at[1], carefully=True)),
+            (jnp.int32(first), entering),
+        )
+        return result
+
+    def finish(both: jax.Array, bounds: Bounds | None) -> None:
+        s, n = unscale_states(*split(both), bounds)
+        layout.store(s, out.final.s)
+        layout.store(-n, out.final.m)
+
+    done = walk(carefully=False)
+    # what is not finite stays so until the end, by then in other documents as well: once more, with
+    # care, but not at the cost of every walk
+    finite = jnp.sum(done[0]) * 0.0 == 0.0
+    pl.when(finite)(lambda: finish(*done))
+    pl.when(jnp.logical_not(finite))(lambda: finish(*walk(carefully=True)))
+
+
+def _entering(
+    memory: Memory | None,
+    layout: RegisterLayout,
+    shape: tuple[int, int],
+    first: int | jax.Array,
+    *,
+    from_zeros: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Memory and negated momentum before the program's first chunk, float32."""
+    if memory is None:
+        zeros = jnp.zeros(shape, jnp.float32)
+        return zeros, zeros
+    s, n = layout.load(memory.s, shape[0]), -layout.load(memory.m, shape[0])
+    if from_zeros:  # what is there is of the first halves of walks
+        s, n = jnp.where(first == 0, 0.0, s), jnp.where(first == 0, 0.0, n)
+    return s, n
