@@ -289,11 +289,8 @@ def chunk_halves() -> None:
     axes.text(
         left - 0.15, base + half, "seen at step t", ha="right", va="center", size=9, rotation=90
     )
-    arrow(
-        axes, (left + 2 * half + 0.25, base + half / 2), (left + 2 * half + 0.75, base + half / 2)
-    )
     x, tall = 4.75, base
-    axes.text(4.45, base + half / 2, "=", ha="center", va="center", size=14)
+    axes.text(4.3, base + half / 2, "corner  =", ha="center", va="center", size=10, color=BACKWARD)
     for column, row, start in (("a_t", "Gamma_ej", x), ("b_t", "W_ej", x + 2.25)):
         axes.add_patch(Rectangle((start, tall), 0.2, half, color=BACKWARD, alpha=0.6, lw=0))
         axes.text(start + 0.1, tall - 0.1, column, ha="center", va="top", size=9)
