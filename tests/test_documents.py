@@ -65,6 +65,13 @@ def test_files_exist(path):
     assert lost == []
 
 
+def test_documents_that_the_code_names_exist():
+    for room in ROOMS.split("|"):
+        for file in (ROOT / room).rglob("*.py"):
+            for name in re.findall(r"docs/[\w/.-]+\.(?:md|png)", file.read_text()):
+                assert (ROOT / name).exists(), f"{file}: {name}"
+
+
 @named((*GUIDES, *NOTEBOOKS))
 def test_commands_exist(path):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
