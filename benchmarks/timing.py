@@ -18,7 +18,7 @@ GROUP_SECONDS = 0.05
 """How long a group of calls lasts at least on a GPU.
 
 To launch the first call and wait for the last is not the device's time: in groups of 10 ms it was
-2 to 5 % of what they lasted, and most of the spread (docs/kernels.md, "Times").
+2 to 5 % of what they lasted, and most of the spread (docs/notebook/2026-11-kernels.md).
 """
 
 
