@@ -8,6 +8,7 @@ import pytest
 
 from mdn_jax import MDNConfig
 from mdn_jax.models import AttentionConfig
+from train import distributed
 from train.config import TrainConfig, from_dict, to_dict
 from train.main import parse
 from train.options import Option, option, option_of, options
@@ -134,6 +135,13 @@ def test_every_flag_says_what_a_resumed_run_and_a_process_may():
     assert {name for name, x in declared.items() if x.resume == "may change"} == CHANGEABLE
     assert {name for name, x in declared.items() if x.processes == "own"} == OF_A_PROCESS
     assert declared["model"] == Option("fixed")
+
+
+def test_processes_compare_what_is_not_their_own(monkeypatch):
+    compared = {}
+    monkeypatch.setattr(distributed, "check_alike", lambda what, values: compared.update(values))
+    distributed.check_configuration(TrainConfig())
+    assert compared.keys() - {"devices"} == FLAGS.keys() - OF_A_PROCESS
 
 
 @pytest.mark.parametrize("name", FLAGS)
