@@ -16,6 +16,7 @@ import pytest
 from mdn_jax import momentum_delta_rule
 from mdn_jax.ops import api, kernels
 from mdn_jax.testing import random_inputs, relative_errors
+from pallas_kernels import backends
 from pallas_kernels.momentum_delta import MAX_STEPS
 from pallas_kernels.momentum_delta import api as kernel_api
 from pallas_kernels.tiling import DecodeTiles
@@ -33,6 +34,7 @@ def decode(request, monkeypatch):
     """`momentum_delta_rule` by either kernel, as on a GPU of compute capability 9.0."""
     monkeypatch.setattr(kernels, "kernel_rule", partial(kernels.kernel_rule, interpret=True))
     monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(backends, "jax_triton_lacks", lambda: None)
     jax_triton = ModuleType("jax_triton")  # cannot be imported where there is no GPU
     jax_triton.__spec__ = ModuleSpec("jax_triton", None)
     jax_triton.triton_call = interpreted_triton_call

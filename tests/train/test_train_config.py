@@ -13,6 +13,7 @@ from train.cli.train import parse
 from train.config import TrainConfig, from_dict, to_dict
 from train.config_sections import DataConfig, DistributedConfig, OptimizerConfig
 from train.options import Option, option, option_of, options
+from train.parallel import distributed
 
 
 def test_json_round_trip():
@@ -134,6 +135,13 @@ def test_every_flag_says_what_a_resumed_run_and_a_process_may():
     assert {name for name, x in declared.items() if x.resume == "may change"} == CHANGEABLE
     assert {name for name, x in declared.items() if x.processes == "own"} == OF_A_PROCESS
     assert declared["model"] == Option("fixed")
+
+
+def test_processes_compare_what_is_not_their_own(monkeypatch):
+    compared = {}
+    monkeypatch.setattr(distributed, "check_alike", lambda what, values: compared.update(values))
+    distributed.check_configuration(TrainConfig())
+    assert compared.keys() - {"devices"} == FLAGS.keys() - OF_A_PROCESS
 
 
 @pytest.mark.parametrize("name", FLAGS)

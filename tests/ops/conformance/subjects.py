@@ -9,6 +9,7 @@ from benchmarks.check import suite
 from mdn_jax import momentum_delta_rule
 from mdn_jax.ops.kernels import kernel_rule
 from mdn_jax.testing import Limits, conformance_checks
+from pallas_kernels.backends import jax_triton_lacks
 from tests.kernels.helpers import SMALL
 
 WIDE = {"float64": Limits(1e-12, 1e-12, same=1e-12), "float32": Limits(2e-5, 2e-5, same=1e-5)}
@@ -94,7 +95,7 @@ def interpreted():
 def compiled():
     """The kernels on the GPU that is there."""
     if jax.default_backend() == "gpu":
-        native = importlib.util.find_spec("jax_triton") is not None
+        native = jax_triton_lacks() is None
         yield "gpu", list(suite(momentum_delta_rule, native=native).values())
 
 
