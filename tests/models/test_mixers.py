@@ -135,8 +135,8 @@ from flax import nnx
 from mdn_jax import MDNForCausalLM
 from mdn_jax.testing import relative_errors
 from tests.models.test_mixers import ONE, THREE, make
-from train.sections import MeshConfig
-from train.sharding import make_mesh, partition
+from train.config_sections import MeshConfig
+from train.parallel.sharding import make_mesh, partition
 
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 tokens = jnp.arange(24).reshape(2, 12) % 31
