@@ -15,7 +15,7 @@ from mdn_jax.evaluation.multiple_choice import Question, answer_questions
 from mdn_jax.text.text import ByteText, FileText
 from mdn_jax.text.tokenizer import DOCUMENT_START, encode
 from tests.evaluation.test_token_losses import naive
-from tests.train.helpers import TINY_MODEL, break_model, chain_model
+from tests.tiny import TINY_MODEL, break_model, chain_model
 
 
 class Request(NamedTuple):

@@ -13,7 +13,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.text.corpus import load_corpus
 from mdn_jax.text.files import find_files
 from mdn_jax.text.tokenizer import ByteTokenizer, make_tokenizer
-from tests.train.data.helpers import TEXTS, write_bpe, write_jsonl
+from tests.text.helpers import TEXTS, write_bpe, write_jsonl
 from train.config_sections import DataConfig
 from train.data import shards
 from train.data.documents import tokenize, tokens_of
