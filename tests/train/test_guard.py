@@ -124,7 +124,7 @@ def test_a_run_stops_at_a_spike(corpus, tmp_path, monkeypatch):
 
         return run
 
-    monkeypatch.setattr("train.run.make_train_step", with_a_spike)
+    monkeypatch.setattr("train.model_and_step.make_train_step", with_a_spike)
     guard = GuardConfig(action="stop", window=3, loss_deviations=1.0, grad_norm_factor=100.0)
     options = {"steps": 8, "eval_every": 9, "checkpoint_every": 4, "log_every": 4}
     config = tiny_config(corpus, tmp_path / "run", guard=guard, **options)
