@@ -135,7 +135,7 @@ def test_a_second_process_resumes(corpus, tmp_path):
         "-W",
         "error",
         "-m",
-        "train.cli.train",
+        "train",
         *flags(corpus, tmp_path / "run"),
     ]
     first = subprocess.run(command, capture_output=True, text=True)
