@@ -249,10 +249,12 @@ def test_an_empty_shard_is_named(tmp_path, size):
 
 def test_a_missing_shard_is_noticed(tmp_path):
     paths = make(tmp_path, TEXTS)
-    with pytest.raises(RunError, match=r"expected all of the 3 shards of .*, got 2; run mdn-tok"):
+    with pytest.raises(
+        RunError, match=r"expected all of the 3 shards of .*, got 2; run `python -m train tok"
+    ):
         opened(paths[:2])
     beyond = paths[2].rename(tmp_path / "00007-of-00003.tokens")
-    with pytest.raises(RunError, match=r"expected all of the 3 shards of .*, got 3; run mdn-tok"):
+    with pytest.raises(RunError, match=r"expected all of the 3 shards of .*, got 3; run `python"):
         opened([*paths[:2], beyond])
     many = paths[0].rename(tmp_path / f"00000-of-{10**17}.tokens")
     with pytest.raises(RunError, match=rf"expected all of the {10**17} shards of .*, got 1; run"):
