@@ -31,17 +31,17 @@ def guard(config: Annotated[GuardConfig, tyro.conf.arg(name="")]) -> None:
 
     if config.name not in CONFIGS:
         raise SystemExit(f"name: expected one of {', '.join(CONFIGS)}, got {config.name}")
-    trainer = Run(CONFIGS[config.name]().resolved())
-    state = trainer.initial_state()
+    run = Run(CONFIGS[config.name]().resolved())
+    state = run.initial_state()
     steps, guards = [], []
-    with trainer.data.batches(trainer.share) as batches:
+    with run.data.batches(run.share) as batches:
         for _ in range(config.runs + 1):
-            batch = trainer.place(next(batches))
+            batch = run.place(next(batches))
             began = time.perf_counter()
-            state, metrics = trainer.train_step(state, batch)
+            state, metrics = run.train_step(state, batch)
             jax.block_until_ready(metrics)
             between = time.perf_counter()
-            jax.device_get(trainer.stability(state.params, batch))
+            jax.device_get(run.stability(state.params, batch))
             steps.append(between - began)
             guards.append(time.perf_counter() - between)
     step, measured = (statistics.median(x[1:]) for x in (steps, guards))  # without compiling

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.config import TrainConfig
+from train.model_and_step import ModelAndStep
 from train.parallel.sharding import from_global, on_mesh
-from train.run import ModelAndStep
 from train.step import TrainState
 
 

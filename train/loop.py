@@ -90,24 +90,24 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     check_configuration(config)
     directory = config.directory
     print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
-    trainer = Run(config, devices=devices)
-    trainer.check_alike()
-    print(trainer.describe(), flush=True)
+    run = Run(config, devices=devices)
+    run.check_alike()
+    print(run.describe(), flush=True)
     with Checkpoints(config) as checkpoints, together():
         if not config.resume:
-            state, position, known = trainer.initial_state(), None, None
+            state, position, known = run.initial_state(), None, None
         else:
             state, position, known = checkpoints.restore(
-                trainer.like, corpus=trainer.data.fingerprint, begin=trainer.begin
+                run.like, corpus=run.data.fingerprint, begin=run.begin
             )
             print(f"resumed after step {int(state.step)} of {config.steps}", flush=True)
             if int(state.step) >= config.steps:
                 print(f"no steps left; to train on, add for example --steps {2 * config.steps}")
-        batches = trainer.data.batches(trainer.share, position)
+        batches = run.data.batches(run.share, position)
         if is_first():
             # another version of the library would write it differently
             if known is None or file_digest(directory / TOKENIZER_FILE) != known:
-                trainer.data.tokenizer.save(directory)
+                run.data.tokenizer.save(directory)
             write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
         path = directory / METRICS_FILE
         done = int(state.step)
@@ -116,14 +116,14 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
         with batches, log:
             try:
                 with Interrupt() as interrupt:
-                    result = _run_steps(trainer, state, batches, checkpoints, log, interrupt)
+                    result = _run_steps(run, state, batches, checkpoints, log, interrupt)
             except DivergedError as error:
                 checkpoints.wait()
                 raise DivergedError(f"{error}; {way_on(directory)}", step=error.step) from None
-            _save(trainer, batches, checkpoints, result.state, result.held_out_loss)
+            _save(run, batches, checkpoints, result.state, result.held_out_loss)
             checkpoints.wait()
             if result.signal is None:
-                _finish(trainer, result, log)
+                _finish(run, result, log)
     return result
 
 
@@ -153,7 +153,7 @@ def _with_saved_schedule(config: TrainConfig) -> TrainConfig:
 
 
 def _save(
-    trainer: Run,
+    run: Run,
     batches: Batches,
     checkpoints: Checkpoints,
     state: TrainState,
@@ -162,13 +162,13 @@ def _save(
     checkpoints.save(
         state,
         data=batches.position(),
-        corpus=trainer.data.fingerprint,
+        corpus=run.data.fingerprint,
         held_out_loss=held_out_loss,
     )
 
 
 def _run_steps(
-    trainer: Run,
+    run: Run,
     state: TrainState,
     batches: Batches,
     checkpoints: Checkpoints,
@@ -179,27 +179,27 @@ def _run_steps(
 
     The first line of metrics is that of the first step: its speed includes the compilation.
     """
-    config = trainer.config
+    config = run.config
     start, last = int(state.step), config.steps
     held_out, pending = None, None
     agreed = Agreement()  # processes stop after the same step
     result = partial(
         Result,
-        unigram_entropy=trainer.unigram,
-        unit=trainer.data.unit,
-        bytes_per_token=trainer.data.bytes_per_token,
+        unigram_entropy=run.unigram,
+        unit=run.data.unit,
+        bytes_per_token=run.data.bytes_per_token,
     )
     # since the last line of metrics, checkpoints and evaluations apart; and until it
     seconds, counted, waited = 0.0, 0, 0.0
     monitor = Monitor(
-        config, state.params, list(trainer.mesh.devices.flat), start=start, traces=is_first()
+        config, state.params, list(run.mesh.devices.flat), start=start, traces=is_first()
     )
     with monitor, Progress(start=start, steps=last, shown=is_first()) as progress:
         for step in range(start + 1, last + 1):
             monitor.before(step)
             began = time.perf_counter()
-            batch = trainer.place(next(batches))
-            state, metrics = trainer.train_step(state, batch)
+            batch = run.place(next(batches))
+            state, metrics = run.train_step(state, batch)
             if pending is not None:  # one step ahead of the device, no more
                 _check_refused(config, step - 1, pending)
             pending = metrics
@@ -217,22 +217,22 @@ def _run_steps(
                 log.write(step=step, **values)
                 progress.report(step, values["loss"], speed, data_wait)
             if config.stability_every and step % config.stability_every == 0:
-                measured = jax.device_get(trainer.stability(state.params, batch))
+                measured = jax.device_get(run.stability(state.params, batch))
                 log.write(step=step, **{name: x.item() for name, x in measured.items()})
             held_out = None
             if step % config.eval_every == 0 or step == last:
-                held_out = trainer.evaluate(state.params)
-                per_byte = held_out / trainer.data.bytes_per_token
+                held_out = run.evaluate(state.params)
+                per_byte = held_out / run.data.bytes_per_token
                 log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte)
-                progress.say(f"step {step}: held-out loss {held_out:.4f} {trainer.data.unit}")
+                progress.say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
             if step % config.checkpoint_every == 0 or step == last:
                 _check_refused(config, step, metrics)
-                _save(trainer, batches, checkpoints, state, held_out)
+                _save(run, batches, checkpoints, state, held_out)
             stop = agreed(interrupt.signal or 0)
             if stop and step < last:
                 return result(state, held_out_loss=None, signal=stop)
     if held_out is None:  # resumed after the last step
-        held_out = trainer.evaluate(state.params)
+        held_out = run.evaluate(state.params)
     return result(state, held_out_loss=held_out)
 
 
@@ -248,20 +248,20 @@ def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None
     )
 
 
-def _finish(trainer: Run, result: Result, log: MetricsLog) -> None:
+def _finish(run: Run, result: Result, log: MetricsLog) -> None:
     """Draws the curve, writes and prints the sample."""
-    config, directory = trainer.config, trainer.config.directory
+    config, directory = run.config, run.config.directory
     text = None
     if config.sample_tokens:
         try:
-            text = on_mesh(trainer.mesh, sample)(
-                trainer.model,
+            text = on_mesh(run.mesh, sample)(
+                run.model,
                 result.state.params,
                 prompt=config.sample_prompt,
                 length=config.sample_tokens,
                 temperature=config.sample_temperature,
                 seed=config.seed,
-                text=text_of(trainer.data.tokenizer),
+                text=text_of(run.data.tokenizer),
             )
         except RunError as error:  # of a model that diverged; the run itself is done
             print(f"no sample: {error}", flush=True)

@@ -1,17 +1,10 @@
-"""What a run computes with: its model and step, its documents, its compiled functions."""
+"""What a run computes with: its documents, its model and its compiled functions."""
 
 from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
-from mdn_jax import MDNForCausalLM
-from mdn_jax.errors import RunError
-from mdn_jax.layers.sharding import FSDP, TENSOR
-from mdn_jax.models.sizes import check_fits
 from mdn_jax.saved.model import DIRECTORY, complete_steps
 from mdn_jax.text.text import text_of
 from mdn_jax.text.tokenizer import BYTES, TOKENIZER_FILE, FileTokenizer, Tokenizer
@@ -20,87 +13,10 @@ from train.config import TrainConfig
 from train.data.batches import find_source, load_data
 from train.data.packing import Batch, unigram_entropy
 from train.evaluation.held_out import make_evaluate
-from train.initialize import abstract_state, initial_params, place_state
 from train.metrics.stability import make_stability
-from train.optimizer import Params, make_optimizer, make_schedule
+from train.model_and_step import ModelAndStep
 from train.parallel.distributed import check_alike
-from train.parallel.sharding import (
-    batch_sharding,
-    check_divisible,
-    from_global,
-    from_local,
-    make_mesh,
-    on_mesh,
-    process_share,
-    replicated,
-)
-from train.step import TrainState, make_train_step, split_model
-
-# float32 parameters and the two moments of AdamW
-_STATE_BYTES = 12
-
-
-class ModelAndStep:
-    """The model and the step of one resolved configuration.
-
-    Attributes:
-      config: the configuration.
-      mesh: of the devices.
-      schedule: of the learning rate.
-      optimizer: update rule.
-      model: shapes, without arrays.
-      loss: of parameters and a batch, summed over targets.
-      like: shapes and shardings of the training state.
-      step: compiled at its first call, which the mesh has to be ambient for.
-    """
-
-    def __init__(self, config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -> None:
-        """Builds the functions; nothing is compiled yet.
-
-        Args:
-          config: resolved configuration.
-          devices: to run on; None: all of all processes.
-
-        Raises:
-          RunError: a mesh that does not fit, or a model that no device can hold.
-        """
-        self.config = config
-        self.schedule = make_schedule(config.optimizer, config.decay_steps)
-        self.optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.mesh = make_mesh(config.mesh, devices)
-        _check_size(config, self.mesh)
-        self.model = nnx.eval_shape(
-            lambda: MDNForCausalLM(
-                config.model,
-                implementation=config.implementation,
-                remat=config.remat,
-                dtype=jnp.dtype(config.dtype),
-                rngs=nnx.Rngs(0),
-            )
-        )
-        self.loss, params = split_model(self.model)
-        check_divisible(config, self.mesh, params)
-        self.like = abstract_state(params, self.optimizer, self.mesh)
-        self.step = make_train_step(
-            self.loss,
-            self.optimizer,
-            self.schedule,
-            guard=config.guard,
-            accumulation=config.accumulation,
-            dtype=jnp.dtype(config.dtype),
-            state_sharding=jax.tree.map(lambda x: x.sharding, self.like),
-            batch_sharding=batch_sharding(self.mesh),
-            metrics_sharding=replicated(self.mesh),
-        )
-
-    def initial_state(self) -> TrainState:
-        """The state before the first step."""
-        config = self.config
-        return self.begin(initial_params(config.model, seed=config.seed, like=self.like.params))
-
-    def begin(self, params: Params) -> TrainState:
-        """The state before the first step with these parameters, whose buffers it takes over."""
-        return place_state(params, self.optimizer, self.like)
+from train.parallel.sharding import from_global, from_local, on_mesh, process_share
 
 
 class Run(ModelAndStep):
@@ -197,14 +113,3 @@ def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"({'bytes' if expected == BYTES else saved}), got "
             f"{config.data.tokenizer or 'bytes'}, which gives other tokens"
         )
-
-
-def _check_size(config: TrainConfig, mesh: Mesh) -> None:
-    """Before any of it is built."""
-    pieces = mesh.shape[FSDP] * mesh.shape[TENSOR]
-    try:
-        check_fits(
-            config.model, bytes_each=_STATE_BYTES, device=jax.local_devices()[0], pieces=pieces
-        )
-    except ValueError as error:
-        raise RunError(str(error)) from None

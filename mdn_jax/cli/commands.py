@@ -8,6 +8,8 @@ from mdn_jax._version import __version__
 from mdn_jax.cli.interrupt import CommandSignals, status_of
 from mdn_jax.extras import install
 
+_OURS = {"", "mdn_jax", "pallas_kernels", "train", "configs", "benchmarks"}
+
 
 def generate() -> int:
     """`mdn-generate`."""
@@ -54,6 +56,8 @@ def command(
         print(f"{program}: interrupted", file=sys.stderr)
         status = status_of(interrupt)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OURS:
+            raise
         print(
             f"{program}: error: expected the package {error.name}, got none: {install(extra)}",
             file=sys.stderr,

@@ -14,7 +14,7 @@ from mdn_jax.cli.inspect_checkpoint import choose_rows
 from mdn_jax.errors import RunError
 from mdn_jax.evaluation.token_losses import Row
 from mdn_jax.models import AttentionConfig
-from tests.train.helpers import TINY_MODEL
+from tests.tiny import TINY_MODEL
 
 
 def build(**changes):

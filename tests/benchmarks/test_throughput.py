@@ -51,7 +51,7 @@ def test_a_model_that_does_not_fit(monkeypatch):
     def fails(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("train.run.make_train_step", fails)
+    monkeypatch.setattr("train.model_and_step.make_train_step", fails)
     config = ThroughputConfig(smoke=True, tokens=32, lengths=(16,))
     row, state = command._run(config, "mdn_400m", 16)
     assert row.seconds == []

@@ -21,7 +21,8 @@ from mdn_jax.cli.convert import main
 from mdn_jax.models import AttentionConfig
 from mdn_jax.saved.model import find_checkpoint, load_model, read_params
 from tests.interop.test_folder import assert_same, make_folder, published, tensors_of
-from tests.train.helpers import TINY_MODEL, tiny_config
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import tiny_config
 from train.loop import train
 from train.step import split_model
 

@@ -9,17 +9,11 @@ from mdn_jax.cli import documents, evaluate, inspect_checkpoint
 from mdn_jax.cli.documents import TextConfig, open_documents
 from mdn_jax.errors import RunError
 from mdn_jax.text.corpus import load_corpus
+from mdn_jax.text.files import TextFiles
 from mdn_jax.text.text import ByteText, FileText
-from tests.train.data.helpers import (
-    TEXTS,
-    data_of,
-    write_bpe,
-    write_hostile,
-    write_jsonl,
-    write_parquet,
-)
+from tests.text.helpers import TEXTS, write_bpe, write_hostile, write_jsonl, write_parquet
+from tests.train.data.helpers import data_of
 from train.cli import tokenize
-from train.config_sections import DataConfig
 
 
 @pytest.fixture
@@ -80,7 +74,7 @@ def test_what_cannot_be_read_is_the_same_line_everywhere(tmp_path, capsys):
     assert len(paths) == 17
     for path in paths:
         with pytest.raises(RunError) as error:
-            load_corpus(DataConfig(files=(str(path),)))
+            load_corpus(TextFiles(files=(str(path),)))
         expected = str(error.value)
         assert expected.isprintable()
         assert str(path) in expected

@@ -11,8 +11,8 @@ from mdn_jax.cli.evaluate import main
 from mdn_jax.saved.model import find_checkpoint, load_model, save_model
 from mdn_jax.text.tokenizer import encode
 from tests.evaluation.test_token_losses import naive
-from tests.train.data.helpers import write_jsonl
-from tests.train.helpers import break_model, chain_model
+from tests.text.helpers import write_jsonl
+from tests.tiny import break_model, chain_model
 from train.step import split_model
 
 SCAN = ["--implementation", "scan", "--batch-size", "4"]

@@ -13,7 +13,7 @@ from mdn_jax import Sampling, generate
 from mdn_jax.cli.generate import main
 from mdn_jax.saved.model import find_checkpoint, load_model, save_model
 from mdn_jax.text.tokenizer import decode, encode
-from tests.train.helpers import break_model, chain_model
+from tests.tiny import break_model, chain_model
 from train.step import split_model
 
 SCAN = ["--implementation", "scan", "--block", "8"]

@@ -12,15 +12,15 @@ from mdn_jax.cli.interrupt import CommandSignals, Interrupt, status_of
 WAIT = "print(1, flush=True); time.sleep(60)"
 COMMANDS = {
     "imported": f"import time; {WAIT}",
-    "at work": f"import time\ndef main(): {WAIT}",
-    "cleaning up": f"import time\ndef main():\n try: {WAIT}\n finally: {WAIT}",
-    "in a loop": "import time\nfrom train.interrupt import Interrupt\n"
-    "def main():\n with Interrupt() as interrupt:\n  print(1, flush=True)\n"
+    "at work": f"import time\ndef main(arguments): {WAIT}",
+    "cleaning up": f"import time\ndef main(arguments):\n try: {WAIT}\n finally: {WAIT}",
+    "in a loop": "import time\nfrom mdn_jax.cli.interrupt import Interrupt\n"
+    "def main(arguments):\n with Interrupt() as interrupt:\n  print(1, flush=True)\n"
     f"  while interrupt.signal is None: time.sleep(0.01)\n  {WAIT}",
     "at its end": f"import atexit, time\natexit.register(lambda: exec('import time; {WAIT}'))\n"
-    "def main(): return 0",
-    "in a callback": f"import time\nclass A:\n def __del__(self): {WAIT}\ndef main():\n a = A()\n"
-    " del a\n time.sleep(60)",
+    "def main(arguments): return 0",
+    "in a callback": f"import time\nclass A:\n def __del__(self): {WAIT}\n"
+    "def main(arguments):\n a = A()\n del a\n time.sleep(60)",
 }
 
 
@@ -40,7 +40,7 @@ def test_signals_end_a_command_without_a_stack(tmp_path, command, numbers, statu
     (tmp_path / "it.py").write_text(COMMANDS[command])
     code = (
         f"import sys; sys.path.append({str(tmp_path)!r})\n"
-        "from train.commands import _command; sys.exit(_command('it', 'it'))"
+        "from mdn_jax.cli.commands import command; sys.exit(command('it', 'it'))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

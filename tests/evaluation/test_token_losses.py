@@ -13,7 +13,8 @@ from mdn_jax.evaluation.token_losses import packed_rows, strided_rows, token_los
 from mdn_jax.models.loss import IGNORED
 from mdn_jax.text.tokenizer import encode
 from tests.layers.helpers import call
-from tests.train.helpers import TINY_MODEL, byte_documents
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import byte_documents
 from train.data.packing import held_out_batches
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests.train.data.helpers import write_bpe
+from tests.text.helpers import write_bpe
 from tests.train.parallel.processes import start, tiny_flags
 
 STEPS, MORE_STEPS = 8, 9

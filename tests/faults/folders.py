@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mdn_jax.cli import evaluate, inspect_checkpoint
 from tests.faults.common import Attempt, Place, call, wrong_words
-from tests.train.data.helpers import TEXTS, write_hostile, write_jsonl, write_parquet
+from tests.text.helpers import TEXTS, write_hostile, write_jsonl, write_parquet
 from tests.train.parallel.processes import compile_once
 from train.cli import tokenize
 from train.cli.train import main as train

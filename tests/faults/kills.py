@@ -57,9 +57,8 @@ def _go_on(
         arguments.append("--resume")
     if way == COMMAND:
         delay = rng.uniform(0.05, 6)
-        code = "import sys; from train.commands import train; sys.exit(train())"
         with output.open("w") as file:
-            command = [sys.executable, "-c", code, *arguments]
+            command = [sys.executable, "-m", "train", *arguments]
             process = subprocess.Popen(command, stdout=file, stderr=file)
             try:
                 status = process.wait(delay)

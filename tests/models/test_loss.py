@@ -11,7 +11,8 @@ from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models.loss import IGNORED, LOGIT_BYTES, _parts, summed_loss, token_losses
-from tests.train.helpers import TINY_MODEL, random_batch
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import random_batch
 from train.step import split_model
 
 ROWS, LENGTH, HIDDEN, VOCAB = 3, 10, 8, 37

@@ -14,7 +14,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.models import AttentionConfig, sizes
 from mdn_jax.models.sizes import check_fits, parameter_count
 from tests.layers.helpers import TINY
-from train.run import ModelAndStep
+from train.model_and_step import ModelAndStep
 
 MODELS = [
     TINY,

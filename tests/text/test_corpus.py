@@ -5,8 +5,7 @@ import pytest
 
 from mdn_jax.errors import RunError
 from mdn_jax.text.corpus import load_corpus
-from mdn_jax.text.files import find_files, standard_library_files
-from train.config_sections import DataConfig
+from mdn_jax.text.files import TextFiles, find_files, standard_library_files
 
 
 def write(directory: Path, texts: dict[str, str]) -> str:
@@ -33,12 +32,12 @@ def test_the_default_corpus_is_the_standard_library():
 def test_a_standard_library_without_source_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(RunError, match=r"data\.files: expected the standard library.*found no"):
-        load_corpus(DataConfig())
+        load_corpus(TextFiles())
 
 
 def test_split_is_deterministic_disjoint_and_complete(tmp_path):
     pattern = write(tmp_path, numbered(200))
-    config = DataConfig(files=(pattern,), held_out_fraction=0.2)
+    config = TextFiles(files=(pattern,), held_out_fraction=0.2)
     first, second = load_corpus(config), load_corpus(config)
     assert first == second
     assert not set(first.train) & set(first.held_out)
@@ -49,7 +48,7 @@ def test_split_is_deterministic_disjoint_and_complete(tmp_path):
 def test_split_depends_on_nothing_but_the_content(tmp_path):
     here = write(tmp_path / "here", numbered(50))
     there = write(tmp_path / "there", {f"{99 - i}/a.txt": f"document {i}" for i in range(60)})
-    one, other = (load_corpus(DataConfig(files=(p,), held_out_fraction=0.3)) for p in (here, there))
+    one, other = (load_corpus(TextFiles(files=(p,), held_out_fraction=0.3)) for p in (here, there))
     assert set(one.held_out) < set(other.held_out)
     assert set(one.train) < set(other.train)
     assert one.fingerprint != other.fingerprint
@@ -57,14 +56,14 @@ def test_split_depends_on_nothing_but_the_content(tmp_path):
 
 def test_copies_are_one_document(tmp_path):
     pattern = write(tmp_path, {f"{i}.txt": "same" for i in range(9)} | {"other.txt": "other"})
-    corpus = load_corpus(DataConfig(files=(pattern, pattern)))
+    corpus = load_corpus(TextFiles(files=(pattern, pattern)))
     assert sorted(corpus.train + corpus.held_out) == [b"other", b"same"]
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])
 def test_neither_set_is_empty(tmp_path, fraction):
     pattern = write(tmp_path, numbered(3))
-    corpus = load_corpus(DataConfig(files=(pattern,), held_out_fraction=fraction))
+    corpus = load_corpus(TextFiles(files=(pattern,), held_out_fraction=fraction))
     assert corpus.train
     assert corpus.held_out
 
@@ -72,7 +71,7 @@ def test_neither_set_is_empty(tmp_path, fraction):
 def test_a_single_file_is_cut_at_its_end(tmp_path):
     write(tmp_path, {"a.txt": "0123456789" * 10})
     path = str(tmp_path / "a.txt")
-    corpus = load_corpus(DataConfig(files=(path,), held_out_fraction=0.05))
+    corpus = load_corpus(TextFiles(files=(path,), held_out_fraction=0.05))
     assert corpus.train == [b"0123456789" * 9 + b"01234"]
     assert corpus.held_out == [b"56789"]
 
@@ -80,7 +79,7 @@ def test_a_single_file_is_cut_at_its_end(tmp_path):
 def test_files_and_globs_name_each_file_once(tmp_path):
     write(tmp_path, {"a.txt": "a", "b/c.txt": "c"})
     patterns = (str(tmp_path / "a.txt"), str(tmp_path / "*.txt"), str(tmp_path / "**" / "*.txt"))
-    found = [path for path, _ in find_files(DataConfig(files=patterns))]
+    found = [path for path, _ in find_files(TextFiles(files=patterns))]
     assert found == [tmp_path / "a.txt", tmp_path / "b" / "c.txt"]
 
 
@@ -88,12 +87,12 @@ def test_a_pattern_without_files_is_named(tmp_path):
     write(tmp_path, {"a.txt": "a"})
     pattern = str(tmp_path / "*.md")
     with pytest.raises(RunError, match=r"data\.files: expected a file or a glob.*\.md'.*none"):
-        load_corpus(DataConfig(files=(str(tmp_path / "a.txt"), pattern)))
+        load_corpus(TextFiles(files=(str(tmp_path / "a.txt"), pattern)))
     with pytest.raises(RunError, match=r"a directory: try"):
-        load_corpus(DataConfig(files=(str(tmp_path),)))
+        load_corpus(TextFiles(files=(str(tmp_path),)))
 
 
 def test_files_without_text_are_named(tmp_path):
     pattern = write(tmp_path, {"a.txt": "", "b.txt": ""})
     with pytest.raises(RunError, match=r"data\.files: expected files with text.*2 file"):
-        load_corpus(DataConfig(files=(pattern,)))
+        load_corpus(TextFiles(files=(pattern,)))

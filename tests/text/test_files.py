@@ -9,21 +9,20 @@ import pytest
 
 from mdn_jax.errors import RunError
 from mdn_jax.text.corpus import load_corpus, read_texts
-from mdn_jax.text.files import find_files
-from tests.train.data.helpers import TEXTS, write_jsonl, write_parquet
-from train.config_sections import DataConfig
+from mdn_jax.text.files import TextFiles, find_files
+from tests.text.helpers import TEXTS, write_jsonl, write_parquet
 
 
 def names(*files, **config):
-    return [path.name for path, _ in find_files(DataConfig(files=tuple(map(str, files)), **config))]
+    return [path.name for path, _ in find_files(TextFiles(files=tuple(map(str, files)), **config))]
 
 
 def corpus(*files, **config):
-    return load_corpus(DataConfig(files=tuple(map(str, files)), held_out_fraction=0.2, **config))
+    return load_corpus(TextFiles(files=tuple(map(str, files)), held_out_fraction=0.2, **config))
 
 
 def texts(*files, **config):
-    found = read_texts(DataConfig(files=tuple(map(str, files)), **config))
+    found = read_texts(TextFiles(files=tuple(map(str, files)), **config))
     return [text.decode() for text in found]
 
 
@@ -35,7 +34,7 @@ def link(place, target):
 
 def refused(*files):
     with pytest.raises(RunError) as error:
-        find_files(DataConfig(files=tuple(map(str, files))))
+        find_files(TextFiles(files=tuple(map(str, files))))
     message = str(error.value)
     assert message.isprintable()  # of one line
     return message
@@ -97,7 +96,7 @@ def test_shards_behind_links_are_all_of_their_directory(tmp_path):
     for i in range(2):
         (tmp_path / f"blob{i}").write_bytes(b"")
         link(tmp_path / "shards" / f"0000{i}-of-00002.tokens", tmp_path / f"blob{i}")
-    found = find_files(DataConfig(files=(str(tmp_path / "shards"),)))
+    found = find_files(TextFiles(files=(str(tmp_path / "shards"),)))
     assert [(path.parent.name, format) for path, format in found] == [("shards", "tokens")] * 2
 
 
@@ -233,4 +232,4 @@ def test_find_files_sorts_and_names_each_once(tmp_path):
 def test_a_format_is_of_the_last_suffix(tmp_path, name, format):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("x")
-    assert [x for _, x in find_files(DataConfig(files=(str(tmp_path / name),)))] == [format]
+    assert [x for _, x in find_files(TextFiles(files=(str(tmp_path / name),)))] == [format]

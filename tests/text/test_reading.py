@@ -13,16 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from mdn_jax.errors import RunError
-from mdn_jax.text.files import find_files
+from mdn_jax.text.files import TextFiles, find_files
 from mdn_jax.text.reading import Piece, cut_files, read_documents
-from tests.train.data.helpers import TEXTS, write_jsonl, write_parquet
-from train.config_sections import DataConfig
+from tests.text.helpers import TEXTS, write_jsonl, write_parquet
 
 WHOLE = 1 << 62
 
 
 def read(*files, size=WHOLE, field="text", utf8=False, **config):
-    found = find_files(DataConfig(files=tuple(map(str, files)), **config))
+    found = find_files(TextFiles(files=tuple(map(str, files)), **config))
     pieces = list(cut_files(found, size=size))
     texts = [t for piece in pieces for t in read_documents(piece, field, utf8=utf8)]
     return [text.decode(errors="surrogateescape") for text in texts], pieces
@@ -187,7 +186,7 @@ def test_a_file_that_vanishes_is_named(tmp_path):
     paths = [write_jsonl(tmp_path / "a.jsonl"), write_parquet(tmp_path / "b.parquet")]
     (tmp_path / "c.txt").write_text("text")
     for path in (*paths, tmp_path / "c.txt"):
-        found = find_files(DataConfig(files=(str(path),)))
+        found = find_files(TextFiles(files=(str(path),)))
         pieces = list(cut_files(found, size=WHOLE))
         path.unlink()
         for late in (

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from mdn_jax.errors import RunError
 from mdn_jax.text.text import FileText
 from mdn_jax.text.tokenizer import BYTES, ByteTokenizer, FileTokenizer, make_tokenizer
-from tests.train.data.helpers import TEXTS, write_bpe
+from tests.text.helpers import TEXTS, write_bpe
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 from mdn_jax.errors import RunError
 from mdn_jax.models.loss import summed_loss
 from tests.train.helpers import assert_identical, random_batch, tiny_config
-from train import run as program
 from train.config_sections import GuardConfig, OptimizerConfig
 from train.guard import DivergedError, init_guard, judge, raise_refused
 from train.loop import train
@@ -113,7 +112,7 @@ def test_a_step_that_is_a_spike_changes_nothing_but_the_counts():
 
 @pytest.mark.slow
 def test_a_run_stops_at_a_spike(corpus, tmp_path, monkeypatch):
-    make = program.make_train_step
+    make = make_train_step
 
     def with_a_spike(*arguments, **options):
         step = make(*arguments, **options)
@@ -125,7 +124,7 @@ def test_a_run_stops_at_a_spike(corpus, tmp_path, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(program, "make_train_step", with_a_spike)
+    monkeypatch.setattr("train.model_and_step.make_train_step", with_a_spike)
     guard = GuardConfig(action="stop", window=3, loss_deviations=1.0, grad_norm_factor=100.0)
     options = {"steps": 8, "eval_every": 9, "checkpoint_every": 4, "log_every": 4}
     config = tiny_config(corpus, tmp_path / "run", guard=guard, **options)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models import AttentionConfig, Mixer
-from tests.train.helpers import TINY_MODEL
+from tests.tiny import TINY_MODEL
 from train.config_sections import OptimizerConfig
 from train.optimizer import decay_mask, group, group_norms, make_optimizer, make_schedule
 from train.parallel.sharding import partition

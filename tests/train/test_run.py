@@ -18,8 +18,10 @@ from mdn_jax.cli.generate import main as generate
 from mdn_jax.errors import RunError
 from mdn_jax.saved.digest import file_digest
 from mdn_jax.saved.model import find_checkpoint
-from tests.train.data.helpers import data_of, write_bpe
-from tests.train.helpers import TINY_MODEL, assert_identical, tiny_config
+from tests.text.helpers import write_bpe
+from tests.tiny import TINY_MODEL
+from tests.train.data.helpers import data_of
+from tests.train.helpers import assert_identical, tiny_config
 from train.config import from_dict
 from train.config_sections import OptimizerConfig
 from train.data.packing import PackedRows

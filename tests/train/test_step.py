@@ -7,7 +7,8 @@ from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models.loss import IGNORED, summed_loss
-from tests.train.helpers import TINY_MODEL, assert_identical, random_batch
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import assert_identical, random_batch
 from train.config_sections import OptimizerConfig
 from train.data import Batch
 from train.evaluation.held_out import make_evaluate

@@ -103,7 +103,7 @@ def _start(config: DistributedConfig) -> None:
     with together():
         names = ("jax", "jaxlib", "mdn-jax")
         check_alike("versions", {name: version(name) for name in names})
-        # signals are the run's own (train.interrupt)
+        # signals are the run's own (mdn_jax.cli.interrupt)
         jax.config.update("jax_enable_preemption_service", False)
         if _PROXIES & os.environ.keys():  # not for this host
             os.environ.setdefault("no_grpc_proxy", "127.0.0.1")

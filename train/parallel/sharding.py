@@ -57,7 +57,7 @@ def partition(path: tuple[Any, ...], x: Any) -> PartitionSpec:
         spec = PARTITION.get(".".join(words[-count:]))
         if spec is not None:
             return spec
-    raise KeyError(f"{name}: expected a parameter named in train.sharding's PARTITION")
+    raise KeyError(f"{name}: expected a parameter named in train.parallel.sharding's PARTITION")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -86,7 +86,7 @@ def test_calls_that_the_library_does_not_take(library, monkeypatch):
     with jax.default_matmul_precision("highest"):
         assert 'default_matmul_precision below "highest"' in lacking("kda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "mdn-jax[mosaic]" in lacking("kda")
+    assert "extra 'mosaic'" in lacking("kda")
     RULES["kda"](**inputs)  # by another implementation
     assert not library
 

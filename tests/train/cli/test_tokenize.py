@@ -12,7 +12,7 @@ import pytest
 
 from mdn_jax.text.files import find_files
 from mdn_jax.text.tokenizer import FileTokenizer
-from tests.train.data.helpers import TEXTS, write_bpe, write_jsonl, write_parquet
+from tests.text.helpers import TEXTS, write_bpe, write_jsonl, write_parquet
 from train.cli.tokenize import main
 from train.config_sections import DataConfig
 from train.data.shards import open_shards, read_header

@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from tests.train.helpers import TINY_MODEL, TINY_RUN
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import TINY_RUN
 from train.checkpointing.run_directory import only_run
 from train.cli.train import main, parse
 
@@ -134,7 +135,7 @@ def test_a_second_process_resumes(corpus, tmp_path):
         "-W",
         "error",
         "-m",
-        "train.cli.train",
+        "train",
         *flags(corpus, tmp_path / "run"),
     ]
     first = subprocess.run(command, capture_output=True, text=True)

@@ -20,9 +20,11 @@ from mdn_jax.errors import RunError
 from mdn_jax.text import corpus, files
 from mdn_jax.text.corpus import digest_of, place
 from mdn_jax.text.tokenizer import FileTokenizer
+from tests.text.helpers import TEXTS, write_bpe
+from tests.tiny import TINY_MODEL
 from tests.train.data import helpers
-from tests.train.data.helpers import TEXTS, data_of, write_bpe
-from tests.train.helpers import TINY_MODEL, TINY_RUN, assert_identical
+from tests.train.data.helpers import data_of
+from tests.train.helpers import TINY_RUN, assert_identical
 from train.config import TrainConfig
 from train.config_sections import DataConfig, OptimizerConfig
 from train.data.batches import find_source, load_data

@@ -10,7 +10,8 @@ from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.errors import RunError
 from mdn_jax.models.loss import IGNORED
 from mdn_jax.text.tokenizer import DOCUMENT_START, decode, encode
-from tests.train.helpers import TINY_MODEL, byte_documents
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import byte_documents
 from train.data.packing import PackedRows, held_out_batches, unigram_entropy
 
 DOCUMENTS = [bytes([65 + i]) * (3 + 7 * i % 20) for i in range(12)]

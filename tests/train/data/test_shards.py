@@ -13,7 +13,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.text.corpus import load_corpus
 from mdn_jax.text.files import find_files
 from mdn_jax.text.tokenizer import ByteTokenizer, make_tokenizer
-from tests.train.data.helpers import TEXTS, write_bpe, write_jsonl
+from tests.text.helpers import TEXTS, write_bpe, write_jsonl
 from train.config_sections import DataConfig
 from train.data import shards
 from train.data.documents import tokenize, tokens_of
@@ -249,10 +249,12 @@ def test_an_empty_shard_is_named(tmp_path, size):
 
 def test_a_missing_shard_is_noticed(tmp_path):
     paths = make(tmp_path, TEXTS)
-    with pytest.raises(RunError, match=r"expected all of the 3 shards of .*, got 2; run mdn-tok"):
+    with pytest.raises(
+        RunError, match=r"expected all of the 3 shards of .*, got 2; run `python -m train tok"
+    ):
         opened(paths[:2])
     beyond = paths[2].rename(tmp_path / "00007-of-00003.tokens")
-    with pytest.raises(RunError, match=r"expected all of the 3 shards of .*, got 3; run mdn-tok"):
+    with pytest.raises(RunError, match=r"expected all of the 3 shards of .*, got 3; run `python"):
         opened([*paths[:2], beyond])
     many = paths[0].rename(tmp_path / f"00000-of-{10**17}.tokens")
     with pytest.raises(RunError, match=rf"expected all of the {10**17} shards of .*, got 1; run"):

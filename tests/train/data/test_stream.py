@@ -11,7 +11,8 @@ from mdn_jax.errors import RunError
 from mdn_jax.models.loss import IGNORED
 from mdn_jax.text.corpus import digest_of, place
 from mdn_jax.text.tokenizer import DOCUMENT_START, ByteTokenizer, make_tokenizer
-from tests.train.data.helpers import TEXTS, data_of, texts_of, write_bpe, write_jsonl, write_parquet
+from tests.text.helpers import TEXTS, write_bpe, write_jsonl, write_parquet
+from tests.train.data.helpers import data_of, texts_of
 from tests.train.helpers import assert_identical
 from train.config_sections import DataConfig
 from train.data.stream import (

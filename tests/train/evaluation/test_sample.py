@@ -8,7 +8,7 @@ from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models import AttentionConfig
 from mdn_jax.text.decoding import ByteDecoder
 from mdn_jax.text.tokenizer import encode
-from tests.train.helpers import TINY_MODEL
+from tests.tiny import TINY_MODEL
 from train.evaluation.sample import sample
 from train.step import split_model
 

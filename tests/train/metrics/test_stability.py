@@ -9,7 +9,8 @@ from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models import AttentionConfig
-from tests.train.helpers import TINY_MODEL, assert_identical, random_batch, tiny_config
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import assert_identical, random_batch, tiny_config
 from train.loop import train
 from train.metrics.log import read_metrics
 from train.metrics.stability import make_stability

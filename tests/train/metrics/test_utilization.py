@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from mdn_jax import MDNConfig
-from tests.train.helpers import TINY_MODEL, tiny_config
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import tiny_config
 from train.loop import train
 from train.metrics.flops import flops_per_token
 from train.metrics.utilization import PROFILE_DIRECTORY, Monitor

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from mdn_jax import MDNConfig
-from tests.train.helpers import TINY_MODEL, random_batch, tiny_config
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import random_batch, tiny_config
 from train.checkpointing.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.config_sections import DistributedConfig, MeshConfig

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from tests.train.helpers import TINY_MODEL, TINY_RUN
+from tests.tiny import TINY_MODEL
+from tests.train.helpers import TINY_RUN
 from train.cli.train import main
 from train.metrics.log import read_metrics
 from train.parallel.relay import free_port
