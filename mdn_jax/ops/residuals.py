@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-RULE_OUTPUT = "mdn_output_fwd"
+RULE_OUTPUT = "mdn_output"
 """Name that layers give the rule's outputs, for policies of `jax.checkpoint`."""
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import stages as command
-from benchmarks.costs import STAGES
+from benchmarks.costs import STAGES, Cost
 from benchmarks.reference import scan_outputs_and_gradients
 from benchmarks.stages import StagesConfig, several
+from benchmarks.timing import Timing
 
 TINY = StagesConfig(shape=(1, 128, 1, 16, 16), dtype="float32", runs=2, interpret=True)
 
@@ -95,3 +96,18 @@ def test_a_cpu_is_told_of_the_interpreter(monkeypatch):
     monkeypatch.setattr(command.api, "_capability", lambda: None)
     with pytest.raises(SystemExit, match="a CUDA GPU, got none; --interpret"):
         command.stages(with_(interpret=False))
+
+
+def test_a_table_of_some_kernels():
+    """Sums stand there only where all their parts do."""
+    timing = Timing(median=1e-3, spread=0.0, compile=1.0, memory=0, peak=None, calls=4)
+    costs = {name: Cost(10**9, 10**6) for name in STAGES}
+    one, forward = (
+        command.table(costs, dict.fromkeys(names, timing), "cpu", "bfloat16")
+        for names in (STAGES[2:3], STAGES[:3])
+    )
+    assert "output_fwd" in one
+    assert "state_fwd" not in one
+    assert "forward" not in one
+    assert "| forward " in forward
+    assert "backward" not in forward

@@ -1,4 +1,4 @@
-"""float16 in units: what the kernels hand on keeps its digits, whatever its size."""
+"""Block scaling: what the kernels hand on in float16 keeps its digits, whatever its size."""
 
 from functools import partial
 
@@ -33,17 +33,17 @@ def test_powers_of_two():
 
 def test_numbers_fill_the_upper_half_of_float16():
     bounds = jnp.asarray(np.float32([1e-30, 1e-3, 0.99, 1, 5e4, 3e30]))
-    unit = scale_for(bounds)
-    inside = np.asarray(bounds * unit.inverse)
+    scale = scale_for(bounds)
+    inside = np.asarray(bounds * scale.inverse)
     assert np.all((inside >= 2**13) & (inside < 2**14))
-    np.testing.assert_array_equal(inside * np.asarray(unit.size), bounds)
+    np.testing.assert_array_equal(inside * np.asarray(scale.size), bounds)
 
 
 @pytest.mark.parametrize("bound", [0.0, 1e-40])
-def test_nothing_has_a_unit_too(bound):
-    unit = scale_for(jnp.float32(bound))
-    assert float(unit.size) > 0
-    assert np.isfinite(float(unit.inverse))
+def test_nothing_has_a_scale_too(bound):
+    scale = scale_for(jnp.float32(bound))
+    assert float(scale.size) > 0
+    assert np.isfinite(float(scale.inverse))
 
 
 def gradient_errors(inputs):
@@ -80,7 +80,7 @@ def test_sizes_of_values_and_cotangents_do_not_matter(exponents):
 @pytest.mark.slow
 @pytest.mark.parametrize("doublings", [12, 40])
 def test_blocks_of_values_of_different_sizes(doublings):
-    """What adds up over V has operands in other units in each block (of 16, the tests' tiles).
+    """What adds up over V has operands in other scales in each block (of 16, the tests' tiles).
 
     Large values have small cotangents, so that both blocks count in the gradients of q and k.
     """
@@ -134,7 +134,7 @@ def test_one_head_in_every_regime(explicit_p):
 @pytest.mark.parametrize(("dtype", "limit"), [(jnp.bfloat16, 1e-2), (jnp.float16, 2e-3)])
 @pytest.mark.parametrize("explicit_p", [False, True])
 def test_short_keys(dtype, limit, explicit_p):
-    """Their inverse norms are up to 1000, which times an error in a unit does not fit float16."""
+    """Their inverse norms are up to 1000, which times v_new in its scale does not fit float16."""
     inputs = inputs_of(seed=5, explicit_p=explicit_p, dtype=dtype, initial_state=False)
     for name in ("q", "k", "p") if explicit_p else ("q", "k"):
         for size in (0.0, 1e-3):
@@ -145,7 +145,7 @@ def test_short_keys(dtype, limit, explicit_p):
 @pytest.mark.slow
 @pytest.mark.parametrize("initial_state", [True, False])
 def test_walks_in_halves(initial_state):
-    """Units begin anew with the second half of a walk."""
+    """Scales begin anew with the second half of a walk."""
     inputs = random_inputs(
         seed=4, batch=1, length=130, heads=1, value_heads=2, key_dim=16, value_dim=32,
         dtype=jnp.bfloat16, documents=2, initial_state=initial_state,

@@ -34,35 +34,35 @@ def places(rows, columns):
     return jnp.arange(2 * rows * columns, dtype=jnp.float32).reshape(2, rows, columns)
 
 
-def load(ref, out, *, fragments, rows, count):
-    out[...] = fragments.load(ref, count, 1, first=rows - count)
+def load(ref, out, *, layout, rows, count):
+    out[...] = layout.load(ref, count, 1, first=rows - count)
 
 
-def store(ref, out, *, fragments, rows, count):
+def store(ref, out, *, layout, rows, count):
     out[...] = jnp.full(out.shape, jnp.nan)
-    fragments.store(ref[1, rows - count :, :], out, 1, first=rows - count)
+    layout.store(ref[1, rows - count :, :], out, 1, first=rows - count)
 
 
 @pytest.mark.parametrize(("rows", "columns", "warps"), TILES)
 def test_rows_keep_their_places_and_columns_share_one_order(rows, columns, warps):
     """Products of tiles of all heights agree only if the order depends on nothing but columns."""
-    fragments, x = RegisterLayout(warps, columns), places(rows, columns)
+    layout, x = RegisterLayout(warps, columns), places(rows, columns)
     group = min(columns, 32)
     block, eight, lane, one = np.unravel_index(
         np.arange(columns), (columns // group, group // 8, 4, 2)
     )
     order = group * block + group // 4 * lane + 2 * eight + one
-    np.testing.assert_array_equal(fragments.order(), order)
+    np.testing.assert_array_equal(layout.order(), order)
     for count in sorted({rows, min(rows, 64)}):
-        body = partial(load, fragments=fragments, rows=rows, count=count)
+        body = partial(load, layout=layout, rows=rows, count=count)
         np.testing.assert_array_equal(run(body, x, (count, columns)), x[1, rows - count :, order].T)
 
 
 @pytest.mark.parametrize(("rows", "columns", "warps"), TILES)
 def test_a_stored_tile_is_where_loads_find_it(rows, columns, warps):
-    fragments, x = RegisterLayout(warps, columns), places(rows, columns)
+    layout, x = RegisterLayout(warps, columns), places(rows, columns)
     count = min(rows, 64)
-    cut = {"fragments": fragments, "rows": rows, "count": count}
+    cut = {"layout": layout, "rows": rows, "count": count}
     stored = run(partial(store, **cut), x, x.shape)
     np.testing.assert_array_equal(
         run(partial(load, **cut), stored, (count, columns)), x[1, rows - count :]
