@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 
+from mdn_jax.errors import RunError
 from mdn_jax.saved.model import DIRECTORY, complete_steps
 from mdn_jax.text.text import text_of
 from mdn_jax.text.tokenizer import BYTES, TOKENIZER_FILE, FileTokenizer, Tokenizer
