@@ -7,6 +7,9 @@ LIBRARIES := jax flax optax orbax-checkpoint
 PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$p; break; fi; done)
 
+# a file's tests share compiled functions, which each process would compile for itself
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 SMOKE := smoke-tasks smoke-language smoke-throughput
 
 .PHONY: help setup train test test-fast test-newest faults faults-quick smoke $(SMOKE) lint types format bench clean
@@ -31,10 +34,10 @@ train: $(READY)  ## train a small Momentum DeltaNet on this machine (ARGS="--res
 	@$(BIN)/python -m train smoke $(ARGS)
 
 test: $(READY)  ## all tests
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(READY)  ## the tests that take seconds
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 # the second installation goes beyond the bounds of pyproject.toml, which pip says and allows
 test-newest: $(READY)  ## tests on the newest jax, flax, optax, orbax in .venv-newest (ARGS="tests/ops", ...)
@@ -44,7 +47,7 @@ test-newest: $(READY)  ## tests on the newest jax, flax, optax, orbax in .venv-n
 	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(LIBRARIES)
 	@$(NEWEST)/bin/python -c 'import sys; from importlib.metadata import version; \
 	  print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")' jaxlib $(LIBRARIES)
-	@$(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@$(NEWEST)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 faults: $(READY)  ## kill runs, damage files, fill disks; a table (ARGS="--seed 1", ...), ten minutes at most
 	@timeout 600 $(BIN)/python -m tests.faults $(ARGS)

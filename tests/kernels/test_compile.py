@@ -60,7 +60,9 @@ def test_kernels_lower_compile_and_fit(case):
         assert ("tt.dot" in kernel.source) == (kernel.name in KERNELS), kernel.name
     if not HAS_TRITON:
         return
-    reports = [offline_compile.compile_kernel(kernel, case.capability) for kernel in kernels]
+    # launches of one walk differ in the number of their first program and in what they alias
+    different = {kernel.name: kernel for kernel in kernels}.values()
+    reports = [offline_compile.compile_kernel(kernel, case.capability) for kernel in different]
     assert not [report for report in reports if report.over_limit]
     for report in reports:
         assert (report.wgmma + report.mma > 0) == (report.name in KERNELS), report
