@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Annotated, Any, Literal, get_args
 import jax
 import tyro
 
-from benchmarks.equal_models import SHOWN
 from benchmarks.mqar import report
 from benchmarks.mqar.data import (
     EXTRAPOLATED,
@@ -149,11 +149,21 @@ def mqar(config: Annotated[MqarConfig, tyro.conf.arg(name="")]) -> None:
         return
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
+    # the default leaves a quarter of the device unused; read when jax first asks for devices
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     clock, path = Clock(config.minutes), config.output / "results.jsonl"
     commit = config.commit or _commit(needed=not config.smoke)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
     with Records(path) as records, compiled_once(config.output):
-        complete = _train(config, records, clock, commit)
+        try:
+            complete = _train(config, records, clock, commit)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise SystemExit(
+                f"side_by_side: expected what fits into the memory, got {config.side_by_side} "
+                "runs at once"
+            ) from error
         found = records.find({"experiment": "mqar", "recipe": recipe_of(config)._asdict()})
     if found:
         print(report.write(found, config.output))
@@ -259,11 +269,10 @@ def _add(
         }
     )
     accuracies = " ".join(f"{name} {100 * x:.1f}" for name, x in test.items())
-    name = setting["variant"]
     print(
-        f"{SHOWN.get(name, name):22} width {setting['width']:3} ({setting['value_width']:g}) seed "
-        f"{done.run.seed} rate {done.run.learning_rate:g} epochs {done.epochs} ({done.end}): "
-        f"{accuracies}",
+        f"{report.NAMES[setting['variant']]:24} width {setting['width']:3} "
+        f"({setting['value_width']:g}) seed {done.run.seed} rate {done.run.learning_rate:g} "
+        f"epochs {done.epochs} ({done.end}): {accuracies}",
         flush=True,
     )
 

@@ -39,7 +39,7 @@ class Setting(NamedTuple):
         return (self.length - 2 * self.pairs) // 2
 
 
-TRAINED = (
+TRAINED: tuple[Setting, ...] = (
     Setting(4, 64, 100_000),
     Setting(8, 128, 20_000),
     Setting(16, 256, 20_000),
@@ -48,7 +48,7 @@ TRAINED = (
 )
 """Rows of the training."""
 
-MEASURED = (
+MEASURED: tuple[Setting, ...] = (
     Setting(4, 64, 1_000),
     Setting(8, 64, 1_000),
     Setting(16, 64, 1_000),
@@ -57,7 +57,7 @@ MEASURED = (
 )
 """Rows that accuracy is measured on, with numbers of pairs that the training has."""
 
-EXTRAPOLATED = (Setting(128, 512, 1_000), Setting(256, 1024, 1_000))
+EXTRAPOLATED: tuple[Setting, ...] = (Setting(128, 512, 1_000), Setting(256, 1024, 1_000))
 """Rows with more pairs, and longer, than any of the training."""
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.mqar.train import Data, Member, Recipe, Steps, batch_order, epoch_factor
+from benchmarks.mqar.train import Data, Member, Recipe, Steps, batch_order, epoch_factor, row_order
 from mdn_jax.new_file import new_file
 
 CALL_STEPS = 100
@@ -178,6 +178,7 @@ def _call(steps: Steps, recipe: Recipe, data: Data, at: Progress, most: int) -> 
             at.members,
             jnp.asarray([run.seed for run in at.runs]),
             jnp.asarray([factor * run.learning_rate for run in at.runs]),
+            row_order(recipe, tuple(run.seed for run in at.runs), at.epoch),
             data.trained,
             jnp.asarray(settings),
             jnp.asarray(numbers),

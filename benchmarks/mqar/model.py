@@ -29,9 +29,9 @@ Variant = Literal[
     "comba",
     "mamba2",
     "mdn",
-    "mdn-slow",
-    "mdn-no-correction",
-    "mdn-slow-no-correction",
+    "mdn_slow",
+    "mdn_uncorrected",
+    "mdn_slow_uncorrected",
 ]
 """Mixers under test; MDN as published, slow to forget at first, and without output correction."""
 
@@ -215,7 +215,7 @@ def mixer_config(shape: Shape) -> MDNConfig:
         mixer=shape.mixer,
         use_gate=shape.mixer == "mamba2",
         conv_bias=shape.mixer == "mamba2",
-        use_output_correction="no-correction" not in shape.variant,
+        use_output_correction="uncorrected" not in shape.variant,
         intermediate_size=0,
         norm_eps=_NORM_EPSILON,
         initializer_range=_STD,

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from benchmarks.equal_models import SHOWN
-from benchmarks.records import Records
+from benchmarks.records import read_records
 from mdn_jax.new_file import new_file
 
-_NAMES: dict[str, str] = {
-    **SHOWN,
-    "mdn-slow": "MDN, slow to forget",
-    "mdn-no-correction": "MDN, no correction",
-    "mdn-slow-no-correction": "MDN, slow, no correction",
+NAMES: Mapping[str, str] = {
+    **{str(mixer): name for mixer, name in SHOWN.items()},
+    "mdn_slow": "MDN, slow to forget",
+    "mdn_uncorrected": "MDN, no correction",
+    "mdn_slow_uncorrected": "MDN, slow, no correction",
 }
+"""Of the variants, in tables."""
 
 # Okabe and Ito's colours, which the colour-blind tell apart; a marker each as well
 _STYLES: dict[str, tuple[str, str]] = {
@@ -27,9 +28,9 @@ _STYLES: dict[str, tuple[str, str]] = {
     "comba": ("#009E73", "v"),
     "mamba2": ("#CC79A7", "P"),
     "mdn": ("#D55E00", "o"),
-    "mdn-slow": ("#E69F00", "o"),
-    "mdn-no-correction": ("#D55E00", "X"),
-    "mdn-slow-no-correction": ("#E69F00", "X"),
+    "mdn_slow": ("#E69F00", "o"),
+    "mdn_uncorrected": ("#D55E00", "X"),
+    "mdn_slow_uncorrected": ("#E69F00", "X"),
 }
 
 
@@ -69,8 +70,8 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         if not path.is_file():
             raise SystemExit(f"report: expected files of records, got {path}, which is not there")
-        with Records(path) as own:
-            records += own.find({"experiment": "mqar"})
+        lines = read_records(path)
+        records += [record for record in lines if record.get("experiment") == "mqar"]
     if not records:
         raise SystemExit(f"report: expected records of mqar, got none in {len(paths)} files")
     recipes = [r["recipe"] for r in records]
@@ -133,7 +134,7 @@ def table(chosen: Sequence[Model]) -> str:
         seeds = len(next(iter(accuracies.values())))
         lines.append(
             [
-                _NAMES[model.variant],
+                NAMES[model.variant],
                 f"{model.width} ({model.value_width:g})",
                 f"{model.parameters:,}",
                 f"{model.states[0]:,}",
@@ -173,7 +174,7 @@ def draw(chosen: Sequence[Model], path: Path) -> None:
             x = [state for state, means in zip(states, seeds, strict=True) for _ in means]
             y = [mean for means in seeds for mean in means]
             panel.plot(x, y, marker, color=colour, markersize=5, alpha=0.7, markeredgewidth=0)
-            (handles[_NAMES[variant]],) = panel.plot(
+            (handles[NAMES[variant]],) = panel.plot(
                 states,
                 [statistics.fmean(means) for means in seeds],
                 linestyle="--" if variant == "attention" else "-",

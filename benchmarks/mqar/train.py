@@ -8,6 +8,7 @@
 - A member that is done stays as it is while the others go on.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from benchmarks.mqar.model import RecallModel, Shape, initial_params
 from mdn_jax.ops.api import Implementation
 from train.optimizer import decay_mask
 
-_TRAINED, _CHOICE, _TEST, _BATCHES = range(4)  # what is drawn with the seed of the data
-_ORDER, _DROPOUT, _WEIGHTS = range(3)  # what is drawn with the seed of a member
+_TRAINED, _CHOICE, _TEST, _BATCHES, _ORDER = range(5)  # what is drawn with the seed of the data
+_DROPOUT, _WEIGHTS = range(2)  # what is drawn on the device with the seed of a member
 _QUERIES = 12_800  # most of a measurement at once, for each member
 
 
@@ -94,6 +95,24 @@ def batch_order(recipe: Recipe, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return settings[order], numbers[order]
 
 
+@functools.lru_cache(maxsize=1)  # asked for again by every call of an epoch
+def row_order(recipe: Recipe, seeds: tuple[int, ...], epoch: int) -> tuple[Array, ...]:
+    """The order of each setting's rows in an epoch, `[M, R]`: one for each of the seeds."""
+    return tuple(
+        jnp.asarray(
+            np.stack(
+                [
+                    np.random.default_rng((recipe.data_seed, _ORDER, seed, epoch, i)).permutation(
+                        np.arange(setting.rows, dtype=np.int32)
+                    )
+                    for seed in seeds
+                ]
+            )
+        )
+        for i, setting in enumerate(recipe.trained)
+    )
+
+
 class Member(NamedTuple):
     """One run; stacked, every leaf has a leading axis of members.
 
@@ -126,7 +145,7 @@ class Steps:
             optax.add_decayed_weights(recipe.weight_decay, mask=decay_mask),
         )
         self.start = jax.vmap(self._start)
-        every = (0, 0, 0, *[None] * 6)
+        every = (0, 0, 0, 0, *[None] * 6)
         self.advance = jax.jit(jax.vmap(self._advance, in_axes=every), donate_argnums=0)
         self.measure = jax.jit(jax.vmap(self._measure, in_axes=(0, None)))
 
@@ -151,6 +170,7 @@ class Steps:
         member: Member,
         seed: Int[Array, ""],
         rate: Float[Array, ""],
+        orders: tuple[Int[Array, " R"], ...],
         rows: tuple[Rows, ...],
         settings: Int[Array, " steps"],
         numbers: Int[Array, " steps"],
@@ -164,6 +184,7 @@ class Steps:
           member: the run.
           seed: its seed.
           rate: its learning rate in this epoch.
+          orders: of the rows of every setting.
           rows: of every setting.
           settings: of the epoch's steps.
           numbers: of the batches.
@@ -172,11 +193,6 @@ class Steps:
           end: behind the last step.
         """
         size = self._recipe.batch_size
-        of_rows = jax.random.fold_in(_key(seed, _ORDER), epoch)
-        orders = [
-            jax.random.permutation(jax.random.fold_in(of_rows, i), len(own.tokens))
-            for i, own in enumerate(rows)
-        ]
         gradient = jax.value_and_grad(self._loss)
 
         def of_setting(i: int) -> Callable[..., Any]:

@@ -97,14 +97,14 @@ def test_states_are_counted(variant):
 def test_variants_of_mdn():
     shapes = {v: model_shape(v, 16, "width", 32) for v in get_args(Variant)}
     factors = {}
-    for variant in ("mdn", "mdn-slow"):
+    for variant in ("mdn", "mdn_slow"):
         params = initial_params(make(variant), shapes[variant])
         factors[variant] = np.exp(params["mixer"]["gates"]["log_factor"])
-    np.testing.assert_allclose(factors["mdn-slow"], factors["mdn"] / 10, rtol=1e-5)
-    assert (factors["mdn-slow"] <= 0.4).all()
+    np.testing.assert_allclose(factors["mdn_slow"], factors["mdn"] / 10, rtol=1e-5)
+    assert (factors["mdn_slow"] <= 0.4).all()
     assert make("mdn").mixer.d_log is not None
-    assert make("mdn-slow-no-correction").mixer.d_log is None
-    assert parameter_count(shapes["mdn"]) - parameter_count(shapes["mdn-no-correction"]) == 2
+    assert make("mdn_slow_uncorrected").mixer.d_log is None
+    assert parameter_count(shapes["mdn"]) - parameter_count(shapes["mdn_uncorrected"]) == 2
 
 
 def test_output_projections_start_smaller():

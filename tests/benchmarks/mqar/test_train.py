@@ -8,7 +8,7 @@ import pytest
 from benchmarks.mqar.data import Setting
 from benchmarks.mqar.group import Progress, Run, train_group
 from benchmarks.mqar.model import model_shape
-from benchmarks.mqar.train import Recipe, Steps, batch_order, draw_data, epoch_factor
+from benchmarks.mqar.train import Recipe, Steps, batch_order, draw_data, epoch_factor, row_order
 
 RECIPE = Recipe(
     trained=(Setting(1, 8, 24), Setting(2, 16, 8)),
@@ -63,6 +63,7 @@ def same(one, other):
     np.testing.assert_allclose(one.curve, other.curve, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_side_by_side_is_one_by_one(steps, data, tmp_path):
     complete, together = train(steps, data, tmp_path)
     assert complete
@@ -73,6 +74,7 @@ def test_side_by_side_is_one_by_one(steps, data, tmp_path):
     assert len(set(losses)) == 3
 
 
+@pytest.mark.slow
 def test_restarts_change_nothing(steps, data, tmp_path):
     _, never = train(steps, data, tmp_path)
     for calls in (1, 2, 2):  # in an epoch, and at the end of one; 8 steps are three calls
@@ -86,6 +88,7 @@ def test_restarts_change_nothing(steps, data, tmp_path):
         assert one._replace(minutes=0.0) == other._replace(minutes=0.0)
 
 
+@pytest.mark.slow
 def test_members_that_are_done_leave(steps, data, tmp_path):
     broken = [Run(0, 1e-3), Run(0, float("inf")), Run(1, float("inf"))]
     complete, found = train(steps, data, tmp_path, broken)
@@ -99,18 +102,21 @@ def test_members_that_are_done_leave(steps, data, tmp_path):
     same(train(steps, data, tmp_path, broken[:1])[1][0], found[2])
 
 
+@pytest.mark.slow
 def test_a_member_that_is_done_stays_as_it_is(steps, data):
-    members = steps.start(jnp.asarray([0, 0]))
-    members = members._replace(done=jnp.asarray([True, False]))
+    seeds = jnp.asarray([0, 0, 1])
+    members = steps.start(seeds)._replace(done=jnp.asarray([True, False, False]))
     order = [jnp.asarray(x) for x in batch_order(RECIPE, 0)]
     before = jax.tree.map(np.asarray, members.params)
-    rates = jnp.asarray([1e-2, 1e-2])
-    after = steps.advance(members, jnp.asarray([0, 0]), rates, data.trained, *order, 0, 0, 2)
+    rows, place = row_order(RECIPE, (0, 0, 1), 0), [jnp.asarray(i) for i in (0, 0, 2)]
+    rates = jnp.asarray([1e-2] * 3)
+    after = steps.advance(members, seeds, rates, rows, data.trained, *order, *place)
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after.params), strict=True):
         np.testing.assert_array_equal(x[0], y[0])
     assert (after.params["embeddings"][1] != before["embeddings"][1]).any()
 
 
+@pytest.mark.slow
 def test_early_stop(steps, data, tmp_path):
     recipe = RECIPE._replace(stop_at=-1.0)
     _, found = train(steps, data, tmp_path, recipe=recipe)
@@ -126,6 +132,7 @@ def test_batches_of_an_epoch():
     assert settings.tolist() != batch_order(RECIPE, 1)[0].tolist()
 
 
+@pytest.mark.slow
 def test_every_row_is_seen_once_an_epoch(data, monkeypatch):
     steps = Steps(model_shape("attention", 8, "width", VOCABULARY), RECIPE)
     seen = []
@@ -136,15 +143,24 @@ def test_every_row_is_seen_once_an_epoch(data, monkeypatch):
 
     monkeypatch.setattr(steps, "_loss", loss)
     settings, numbers = (jnp.asarray(x) for x in batch_order(RECIPE, 0))
-    member = jax.tree.map(lambda x: x[0], steps.start(jnp.asarray([0])))
+    member, rows = jax.tree.map(
+        lambda x: x[0], (steps.start(jnp.asarray([0])), row_order(RECIPE, (0,), 0))
+    )
+    end = len(settings)
     jax.block_until_ready(
-        steps._advance(member, 0, 0.0, data.trained, settings, numbers, 0, 0, len(settings))
+        steps._advance(member, 0, 0.0, rows, data.trained, settings, numbers, 0, 0, end)
     )
     jax.effects_barrier()
     for rows in data.trained:
         length = rows.tokens.shape[1]
         got = np.concatenate([x for x in seen if x.shape[1] == length])
         assert sorted(got.tolist()) == sorted(rows.tokens.tolist())
+
+
+def test_seeds_and_epochs_have_their_own_order():
+    first, second = (row_order(RECIPE, (0, 1), epoch)[0].tolist() for epoch in (0, 1))
+    assert len({tuple(order) for order in first + second}) == 4
+    assert row_order(RECIPE, (1,), 1)[0][0].tolist() == second[1]
 
 
 def test_rows_of_the_parts_differ(data):
