@@ -58,7 +58,7 @@ faults-quick: $(READY)  ## a part of it, two minutes at most
 smoke: $(SMOKE)  ## the comparisons of docs/comparisons.md at their smallest size
 
 $(SMOKE): OPTIONS :=
-smoke-mqar: OPTIONS := --mixers attention mdn_slow --equal state
+smoke-mqar: OPTIONS := --mixers mdn_slow --equal state
 smoke-language: OPTIONS := --ablations no-momentum no-output-correction no-beta-bound no-alpha-bound no-mu-clamp
 $(SMOKE): smoke-%: $(READY)  # compiling is most of it
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \

@@ -55,6 +55,8 @@ class Clock:
     """
 
     def __init__(self, minutes: float | None):
+        # what the last group's first steps and first end of an epoch took: they compile
+        self.first = {"steps": 0.0, "epoch": 0.0}
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
 
     def allows(self, seconds: float) -> bool:
@@ -126,6 +128,8 @@ def train_group(
 ) -> bool:
     """Trains until every run is done, or the clock says stop; then there is a checkpoint.
 
+    Steps are not begun if they would not be over in time, as far as one knows from those before.
+
     Args:
       steps: of the model.
       recipe: of the training.
@@ -145,13 +149,14 @@ def train_group(
     else:
         members = steps.start(jnp.asarray([run.seed for run in runs]))
         at = Progress(list(runs), members, np.zeros((len(runs), recipe.epochs, 2)), 0, 0, 0.0)
-    took = {"steps": 0.0, "epoch": 0.0}  # seconds, the last time
+    took, new = dict(clock.first), {"steps", "epoch"}  # seconds, the last time
     saved = time.monotonic()
     while at.runs:
         length = len(batch_order(recipe, at.epoch)[0])
         last = at.step + call_steps >= length
         if not clock.allows(took["steps"] + (took["epoch"] if last else 0.0)):
-            at.save(checkpoint)
+            if at.minutes:
+                at.save(checkpoint)
             return False
         began = time.monotonic()
         _call(steps, recipe, data, at, call_steps)
@@ -159,6 +164,9 @@ def train_group(
         if last:
             _end_of_epoch(steps, recipe, data, at, finished, began)
             took["epoch"] = time.monotonic() - began - took["steps"]
+        for part in new & {"steps", "epoch" if last else "steps"}:
+            clock.first[part] = took[part]
+            new.remove(part)
         at.minutes += (time.monotonic() - began) / 60
         if time.monotonic() - saved > save_seconds:
             at.save(checkpoint)

@@ -155,7 +155,11 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(chosen: Sequence[Model], path: Path) -> None:
-    """Mean accuracy of the settings against the state, trained and extrapolated: a point a seed."""
+    """Mean accuracy of the settings against the state, trained and extrapolated.
+
+    A point is a seed; a line joins the widths of a mixer. Hollow points and dotted lines are of
+    values that are not as wide as published, so that states are equal.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,26 +167,28 @@ def draw(chosen: Sequence[Model], path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     handles: dict[str, Any] = {}
+    kinds = list(dict.fromkeys((model.variant, model.value_width) for model in chosen))
     for i, (panel, part) in enumerate(zip(panels, ("trained", "extrapolated"), strict=True)):
-        for variant, (colour, marker) in _STYLES.items():
-            own = [model for model in chosen if model.variant == variant]
+        for variant, values in kinds:
+            own = [m for m in chosen if (m.variant, m.value_width) == (variant, values)]
             own.sort(key=lambda model: model.states[i])
-            if not own:
-                continue
             seeds = [_means(getattr(model, part)) for model in own]
             states = [model.states[i] for model in own]
+            published = values == (1 if variant in ("attention", "kda") else 2)
+            colour, marker = _STYLES[variant]
+            style: dict[str, Any] = {
+                "color": colour,
+                "marker": marker,
+                "markersize": 5,
+                "markerfacecolor": colour if published else "none",
+            }
             x = [state for state, means in zip(states, seeds, strict=True) for _ in means]
-            y = [mean for means in seeds for mean in means]
-            panel.plot(x, y, marker, color=colour, markersize=5, alpha=0.7, markeredgewidth=0)
-            (handles[NAMES[variant]],) = panel.plot(
-                states,
-                [statistics.fmean(means) for means in seeds],
-                linestyle="--" if variant == "attention" else "-",
-                color=colour,
-                marker=marker,
-                markersize=0 if len(own) > 1 else 5,
-                linewidth=1.5,
-            )
+            panel.plot(x, [mean for means in seeds for mean in means], linestyle="", **style)
+            line = "--" if variant == "attention" else "-" if published else ":"
+            means = [statistics.fmean(means) for means in seeds]
+            panel.plot(states, means, linestyle=line, color=colour, linewidth=1.5)
+            label = NAMES[variant] + ("" if published else ", equal state")
+            (handles[label],) = panel.plot([], [], linestyle=line, **style)
         pairs = ", ".join(name.split("/")[0] for name in getattr(chosen[0], part))
         panel.set_xscale("log", base=2)
         panel.set(title=f"{part}: {pairs} pairs", xlabel="state of the mixer, numbers")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.mqar.data import Setting
-from benchmarks.mqar.group import Progress, Run, train_group
+from benchmarks.mqar.group import Clock, Progress, Run, train_group
 from benchmarks.mqar.model import model_shape
 from benchmarks.mqar.train import Recipe, Steps, batch_order, draw_data, epoch_factor, row_order
 
@@ -26,10 +26,11 @@ VOCABULARY = 16
 RUNS = [Run(0, 1e-2), Run(0, 1e-3), Run(1, 1e-2)]
 
 
-class Stop:
+class Stop(Clock):
     """A clock that says stop after a number of calls."""
 
     def __init__(self, calls):
+        super().__init__(None)
         self.calls = calls
 
     def allows(self, seconds):
@@ -52,7 +53,7 @@ def train(steps, data, path, runs=RUNS, calls=1000, recipe=RECIPE):
     checkpoint = path / "group.npz"
     options = {"checkpoint": checkpoint, "clock": Stop(calls), "finished": found.append}
     complete = train_group(steps, recipe, data, runs, call_steps=3, **options)
-    assert complete != checkpoint.exists()
+    assert checkpoint.exists() == (not complete and calls > 0)
     return complete, found
 
 
@@ -86,6 +87,24 @@ def test_restarts_change_nothing(steps, data, tmp_path):
     assert complete
     for one, other in zip(never, rest, strict=True):
         assert one._replace(minutes=0.0) == other._replace(minutes=0.0)
+
+
+@pytest.mark.slow
+def test_nothing_begins_that_would_not_be_over(steps, data, tmp_path):
+    asked = []
+
+    class Watch(Stop):
+        def allows(self, seconds):
+            asked.append(seconds)
+            return super().allows(seconds)
+
+    clock = Watch(4)
+    clock.first = {"steps": 7.0, "epoch": 5.0}
+    options = {"checkpoint": tmp_path / "group.npz", "clock": clock, "finished": asked.append}
+    assert not train_group(steps, RECIPE, data, RUNS, call_steps=3, **options)
+    assert asked[0] == 7.0  # as long as the last group's first steps
+    assert 5.0 < asked[2] < 12.0  # with an end of the epoch, which there was none of yet
+    assert max(asked[1], asked[3], asked[4], *clock.first.values()) < 5.0
 
 
 @pytest.mark.slow
