@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
 # a file's tests share compiled functions, which each process would compile for itself
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-SMOKE := smoke-tasks smoke-language smoke-throughput
+SMOKE := smoke-tasks smoke-mqar smoke-language smoke-throughput
 
 .PHONY: help setup train test test-fast test-newest faults faults-quick smoke $(SMOKE) lint types format bench clean
 
@@ -58,6 +58,7 @@ faults-quick: $(READY)  ## a part of it, two minutes at most
 smoke: $(SMOKE)  ## the comparisons of docs/comparisons.md at their smallest size
 
 $(SMOKE): OPTIONS :=
+smoke-mqar: OPTIONS := --mixers mdn_slow --equal state
 smoke-language: OPTIONS := --ablations no-momentum no-output-correction no-beta-bound no-alpha-bound no-mu-clamp
 $(SMOKE): smoke-%: $(READY)  # compiling is most of it
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \

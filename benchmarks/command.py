@@ -12,6 +12,7 @@ from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.language import language
 from benchmarks.mixers import mixers
+from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics
 from benchmarks.parity import parity
 from benchmarks.scaling import scaling
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "kernels": kernels,
             "language": language,
             "mixers": mixers,
+            "mqar": mqar,
             "numerics": numerics,
             "parity": parity,
             "scaling": scaling,

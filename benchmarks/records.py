@@ -59,6 +59,15 @@ class Records:
         self._file.flush()
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that is only read.
+
+    Raises:
+      SystemExit: a file of something else.
+    """
+    return [_parsed(path, line) for line in path.read_text().splitlines()]
+
+
 def _parsed(path: Path, line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))

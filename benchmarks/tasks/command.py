@@ -11,12 +11,13 @@ import jax
 import tyro
 
 from benchmarks.equal_models import Equal, model_config, model_size
+from benchmarks.initial_factors import PUBLISHED_FACTOR
 from benchmarks.records import Records
 from benchmarks.tasks.report import Result, draw, table
 from benchmarks.tasks.retrieval import Copying, Induction, Needle, Recall
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.tracking import Tracking
-from benchmarks.tasks.train import PUBLISHED_FACTOR, Recipe, Score, train_task
+from benchmarks.tasks.train import Recipe, Score, train_task
 from mdn_jax.models import Mixer
 from mdn_jax.ops.api import Implementation
 

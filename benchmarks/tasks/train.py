@@ -10,14 +10,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from benchmarks.initial_factors import PUBLISHED_FACTOR, with_largest_factor
 from benchmarks.tasks.task import IGNORED, Examples, Task
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.ops.api import Implementation
 from train.config_sections import OptimizerConfig
 from train.optimizer import make_optimizer, make_schedule
-
-PUBLISHED_FACTOR = 4.0
-"""MDN's factors start uniform in (0, 4)."""
 
 
 class Recipe(NamedTuple):
@@ -147,11 +145,8 @@ class Steps:
         """Before the first step."""
         weights, data = jax.random.split(jax.random.key(seed))
         model = self._make(rngs=nnx.Rngs(params=weights))
-        change = jnp.log(self._recipe.largest_factor / PUBLISHED_FACTOR)
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x + change if path[-1].key == "log_factor" else x,
-            nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-        )
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        params = with_largest_factor(params, self._recipe.largest_factor)
         return _Run(params, self._optimizer.init(params), rate, data)
 
     def advance(

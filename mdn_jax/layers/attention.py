@@ -1,4 +1,4 @@
-"""Softmax attention with rotary positions, grouped heads and a window, for hybrid models."""
+"""Softmax attention: rotary positions or none, grouped heads, a window, for hybrid models."""
 
 import dataclasses
 import functools
@@ -64,7 +64,7 @@ class SoftmaxAttention(nnx.Module):
       num_kv_heads: key and value heads, each shared by consecutive query heads; None: `num_heads`.
       qkv_bias: biases in the query, key and value projections.
       window_size: a token sees itself and the `window_size - 1` tokens before it; None: all.
-      rope_theta: base of the rotary embedding.
+      rope_theta: base of the rotary embedding; None: no positions.
       initializer_range: standard deviation of the weights.
       dtype: of the computation; the softmax is float32 (float64 for float64).
       param_dtype: of the parameters.
@@ -79,7 +79,7 @@ class SoftmaxAttention(nnx.Module):
         num_kv_heads: int | None = None,
         qkv_bias: bool = False,
         window_size: int | None = None,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = 10000.0,
         initializer_range: float = 0.02,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -180,8 +180,9 @@ class SoftmaxAttention(nnx.Module):
         q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
-        q = rotate(q, queries.positions, theta=self.rope_theta)
-        k = rotate(k, queries.positions, theta=self.rope_theta)
+        if self.rope_theta is not None:
+            q = rotate(q, queries.positions, theta=self.rope_theta)
+            k = rotate(k, queries.positions, theta=self.rope_theta)
 
         k = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)  # [B, L + T, KVH, D]
         v = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)

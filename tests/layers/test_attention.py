@@ -39,6 +39,8 @@ def naive(layer, x, ids):
         return y.reshape(*x.shape[:2], -1, width)
 
     def turn(vector, position):
+        if layer.rope_theta is None:
+            return vector
         half = width // 2
         angle = position * layer.rope_theta ** (-np.arange(half) / half)
         turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * angle)
@@ -70,6 +72,14 @@ def test_against_the_definition(kv_heads, window):
     assert_close(y, jnp.asarray(naive(layer, X, ids), jnp.float32), 2e-6)
     without, _ = call(layer, X[:1])
     assert_close(without, y[:1], 1e-6)
+
+
+def test_without_positions():
+    layer = make(rope_theta=None)
+    y, _ = call(layer, X)
+    assert_close(y, jnp.asarray(naive(layer, X, [[0] * T] * 2), jnp.float32), 2e-6)
+    swapped, _ = call(layer, X.at[:, jnp.asarray([0, 1])].set(X[:, jnp.asarray([1, 0])]))
+    assert_close(swapped[:, 2:], y[:, 2:], 2e-6)  # the order of what came before does not count
 
 
 def check_split(layer, split, max_length):
