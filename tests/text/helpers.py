@@ -15,8 +15,7 @@ TEXTS = [
 ]
 
 
-def write_jsonl(path, texts=None):
-    texts = TEXTS if texts is None else texts
+def write_jsonl(path, texts=TEXTS):
     path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)))
     return path
 

@@ -1,5 +1,6 @@
 """Documents in every form that training reads, and a tokenizer of merged bytes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +10,23 @@ from train.config_sections import DataConfig
 from train.data.tokenizing import write_shards
 
 
-def data_of(kind: str, directory: Path, **changes) -> DataConfig:
+def data_of(kind: str, directory: Path, texts: Sequence[str] = TEXTS, **changes) -> DataConfig:
     """The same documents as files of text, JSONL, Parquet, shards of tokens, or a stream."""
     directory.mkdir(parents=True, exist_ok=True)
     if kind == "text":
-        for i, text in enumerate(TEXTS):
+        for i, text in enumerate(texts):
             (directory / f"{i:03}.txt").write_text(text)
         return DataConfig(files=(str(directory / "*.txt"),), **changes)
     if kind == "jsonl":
-        return DataConfig(files=(str(write_jsonl(directory / "a.jsonl")),), **changes)
+        return DataConfig(files=(str(write_jsonl(directory / "a.jsonl", texts)),), **changes)
     if kind in ("parquet", "stream"):
         for i in range(3):
             name = f"train-{i:05}-of-00003.parquet"
-            write_parquet(directory / "data" / name, TEXTS[i * 20 : i * 20 + 20])
+            write_parquet(directory / "data" / name, texts[i * 20 : i * 20 + 20])
         if kind == "parquet":
             return DataConfig(files=(str(directory),), **changes)
         return DataConfig(dataset=str(directory), shuffle_buffer=16, **changes)
-    write_jsonl(directory / "a.jsonl")
+    write_jsonl(directory / "a.jsonl", texts)
     source = DataConfig(
         files=(str(directory / "a.jsonl"),), tokenizer=changes.pop("tokenizer", None)
     )

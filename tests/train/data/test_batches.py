@@ -22,7 +22,6 @@ from mdn_jax.text.corpus import digest_of, place
 from mdn_jax.text.tokenizer import FileTokenizer
 from tests.text.helpers import TEXTS, write_bpe
 from tests.tiny import TINY_MODEL
-from tests.train.data import helpers
 from tests.train.data.helpers import data_of
 from tests.train.helpers import TINY_RUN, assert_identical
 from train.config import TrainConfig
@@ -295,22 +294,26 @@ def out(text):
 
 
 @pytest.mark.parametrize("kind", ["text", "tokens", "stream"])
-def test_held_out_documents_of_one_token_are_refused_before_training(tmp_path, monkeypatch, kind):
+def test_held_out_documents_of_one_token_are_refused_before_training(tmp_path, kind):
     words = [f"w{i}" for i in range(59)]
     library = Tokenizer(WordLevel({word: i for i, word in enumerate(["?", *words])}, "?"))
     library.pre_tokenizer = Whitespace()
     library.save(str(tmp_path / "words.json"))
     fraction = min(map(out, words)) + 1e-9
     long = next(t for t in (" ".join(words[i:]) for i in range(20)) if out(t) > fraction)
-    monkeypatch.setattr(helpers, "TEXTS", [*words, long])
-    name = str(tmp_path / "words.json")
-    data = data_of(kind, tmp_path / "data", tokenizer=name, held_out_fraction=fraction)
+    data = data_of(
+        kind,
+        tmp_path / "data",
+        [*words, long],
+        tokenizer=str(tmp_path / "words.json"),
+        held_out_fraction=fraction,
+    )
     run = run_of(data, tmp_path / "run", sample_tokens=0)
     with pytest.raises(RunError, match=r"data\.held_out_fraction: expected .*, got 1 of 1 togeth"):
         load_data(run)
 
 
-def test_the_digest_is_that_of_the_documents(tmp_path, monkeypatch):
+def test_the_digest_is_that_of_the_documents(tmp_path):
     def digest(data):
         return load_data(run_of(data, tmp_path / "run")).fingerprint
 
@@ -321,7 +324,10 @@ def test_the_digest_is_that_of_the_documents(tmp_path, monkeypatch):
     before = digest(shards), digest(stream)
     assert before == (digest(shards), digest(stream))
     expected = digest(data)
-    monkeypatch.setattr(helpers, "TEXTS", [text.replace("word1", "word2") for text in TEXTS])
-    assert digest(data_of("jsonl", tmp_path / "a")) != expected
-    changed = (data_of("tokens", tmp_path / "changed"), data_of("stream", tmp_path / "stream"))
+    texts = [text.replace("word1", "word2") for text in TEXTS]
+    assert digest(data_of("jsonl", tmp_path / "a", texts)) != expected
+    changed = (
+        data_of("tokens", tmp_path / "changed", texts),
+        data_of("stream", tmp_path / "stream", texts),
+    )
     assert not {*map(digest, changed)} & {*before}
