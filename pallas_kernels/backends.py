@@ -46,7 +46,7 @@ def triton_parameters(*, warps: int, stages: int) -> Any:
 def jax_triton_lacks() -> str | None:
     """What `decode_triton` would need that is not installed; None if it can run."""
     if importlib.util.find_spec("jax_triton") is None:
-        return 'jax-triton, which is not installed (pip install "mdn-jax[triton]")'
+        return "jax-triton, which is not installed (mdn-jax's extra 'triton')"
     try:
         version = importlib.metadata.version("jax-triton")
     except importlib.metadata.PackageNotFoundError:  # from a folder

@@ -129,3 +129,9 @@ def test_the_names_of_the_library_are_imported_at_first_use():
         ]
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_message_names_a_package_that_is_not_published():
+    for house in ("mdn_jax", "pallas_kernels", "train", "configs", "benchmarks"):
+        for path in (ROOT / house).rglob("*.py"):
+            assert "mdn-jax[" not in path.read_text(), path

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.mqar.train import Data, Member, Recipe, Steps, batch_order, epoch_factor, row_order
+from benchmarks.mqar.train import (
+    Data,
+    Member,
+    Recipe,
+    Steps,
+    Stretch,
+    batch_order,
+    epoch_factor,
+    row_order,
+)
 from mdn_jax.new_file import new_file
 
 CALL_STEPS = 100
@@ -188,11 +197,7 @@ def _call(steps: Steps, recipe: Recipe, data: Data, at: Progress, most: int) -> 
             jnp.asarray([factor * run.learning_rate for run in at.runs]),
             row_order(recipe, tuple(run.seed for run in at.runs), at.epoch),
             data.trained,
-            jnp.asarray(settings),
-            jnp.asarray(numbers),
-            jnp.asarray(at.epoch),
-            jnp.asarray(at.step),
-            jnp.asarray(end),
+            Stretch(*map(jnp.asarray, (settings, numbers, at.epoch, at.step, end))),
         )
     )
     at.step = end % len(settings)

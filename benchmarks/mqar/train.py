@@ -129,6 +129,24 @@ class Member(NamedTuple):
     loss: Float[Array, "*M"]
 
 
+class Stretch(NamedTuple):
+    """Steps of an epoch, the same for all members.
+
+    Attributes:
+      settings: of every step of the epoch, `[steps]`.
+      numbers: of their batches, `[steps]`.
+      epoch: its number.
+      begin: first step that is taken.
+      end: behind the last one.
+    """
+
+    settings: Int[Array, " steps"]
+    numbers: Int[Array, " steps"]
+    epoch: Int[Array, ""]
+    begin: Int[Array, ""]
+    end: Int[Array, ""]
+
+
 class Steps:
     """The functions of a group of members, compiled once for each number of members.
 
@@ -145,8 +163,8 @@ class Steps:
             optax.add_decayed_weights(recipe.weight_decay, mask=decay_mask),
         )
         self.start = jax.vmap(self._start)
-        every = (0, 0, 0, 0, *[None] * 6)
-        self.advance = jax.jit(jax.vmap(self._advance, in_axes=every), donate_argnums=0)
+        members = (0, 0, 0, 0, None, None)
+        self.advance = jax.jit(jax.vmap(self._advance, in_axes=members), donate_argnums=0)
         self.measure = jax.jit(jax.vmap(self._measure, in_axes=(0, None)))
 
     def _make(self, key: Array) -> RecallModel:
@@ -172,13 +190,9 @@ class Steps:
         rate: Float[Array, ""],
         orders: tuple[Int[Array, " R"], ...],
         rows: tuple[Rows, ...],
-        settings: Int[Array, " steps"],
-        numbers: Int[Array, " steps"],
-        epoch: Int[Array, ""],
-        begin: Int[Array, ""],
-        end: Int[Array, ""],
+        stretch: Stretch,
     ) -> Member:
-        """Steps from `begin` to `end` of an epoch.
+        """The steps of a stretch.
 
         Args:
           member: the run.
@@ -186,13 +200,9 @@ class Steps:
           rate: its learning rate in this epoch.
           orders: of the rows of every setting.
           rows: of every setting.
-          settings: of the epoch's steps.
-          numbers: of the batches.
-          epoch: its number.
-          begin: first step.
-          end: behind the last step.
+          stretch: which steps of which epoch.
         """
-        size = self._recipe.batch_size
+        size, settings, _numbers = self._recipe.batch_size, stretch.settings, stretch.numbers
         gradient = jax.value_and_grad(self._loss)
 
         def of_setting(i: int) -> Callable[..., Any]:
@@ -206,14 +216,16 @@ class Steps:
         branches = [of_setting(i) for i in range(len(rows))]
 
         def step(i: Array, member: Member) -> Member:
-            key = jax.random.fold_in(_key(seed, _DROPOUT), epoch * len(settings) + i)
-            loss, grads = jax.lax.switch(settings[i], branches, member.params, numbers[i], key)
+            key = jax.random.fold_in(_key(seed, _DROPOUT), stretch.epoch * len(settings) + i)
+            loss, grads = jax.lax.switch(
+                settings[i], branches, member.params, stretch.numbers[i], key
+            )
             updates, opt_state = self._optimizer.update(grads, member.opt_state, member.params)
             params = jax.tree.map(lambda x, change: x - rate * change, member.params, updates)
             new = member._replace(params=params, opt_state=opt_state, loss=member.loss + loss)
             return jax.tree.map(lambda x, y: jnp.where(member.done, x, y), member, new)
 
-        return jax.lax.fori_loop(begin, end, step, member)
+        return jax.lax.fori_loop(stretch.begin, stretch.end, step, member)
 
     def _loss(self, params: Any, batch: Rows, key: Array) -> Float[Array, ""]:
         """Mean cross entropy of the queries."""

@@ -8,7 +8,15 @@ import pytest
 from benchmarks.mqar.data import Setting
 from benchmarks.mqar.group import Clock, Progress, Run, train_group
 from benchmarks.mqar.model import model_shape
-from benchmarks.mqar.train import Recipe, Steps, batch_order, draw_data, epoch_factor, row_order
+from benchmarks.mqar.train import (
+    Recipe,
+    Steps,
+    Stretch,
+    batch_order,
+    draw_data,
+    epoch_factor,
+    row_order,
+)
 
 RECIPE = Recipe(
     trained=(Setting(1, 8, 24), Setting(2, 16, 8)),
@@ -129,7 +137,7 @@ def test_a_member_that_is_done_stays_as_it_is(steps, data):
     before = jax.tree.map(np.asarray, members.params)
     rows, place = row_order(RECIPE, (0, 0, 1), 0), [jnp.asarray(i) for i in (0, 0, 2)]
     rates = jnp.asarray([1e-2] * 3)
-    after = steps.advance(members, seeds, rates, rows, data.trained, *order, *place)
+    after = steps.advance(members, seeds, rates, rows, data.trained, Stretch(*order, *place))
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after.params), strict=True):
         np.testing.assert_array_equal(x[0], y[0])
     assert (after.params["embeddings"][1] != before["embeddings"][1]).any()
@@ -167,7 +175,7 @@ def test_every_row_is_seen_once_an_epoch(data, monkeypatch):
     )
     end = len(settings)
     jax.block_until_ready(
-        steps._advance(member, 0, 0.0, rows, data.trained, settings, numbers, 0, 0, end)
+        steps._advance(member, 0, 0.0, rows, data.trained, Stretch(settings, numbers, 0, 0, end))
     )
     jax.effects_barrier()
     for rows in data.trained:
