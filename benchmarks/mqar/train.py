@@ -202,7 +202,7 @@ class Steps:
           rows: of every setting.
           stretch: which steps of which epoch.
         """
-        size, settings, _numbers = self._recipe.batch_size, stretch.settings, stretch.numbers
+        size, settings, numbers = self._recipe.batch_size, stretch.settings, stretch.numbers
         gradient = jax.value_and_grad(self._loss)
 
         def of_setting(i: int) -> Callable[..., Any]:
@@ -217,9 +217,7 @@ class Steps:
 
         def step(i: Array, member: Member) -> Member:
             key = jax.random.fold_in(_key(seed, _DROPOUT), stretch.epoch * len(settings) + i)
-            loss, grads = jax.lax.switch(
-                settings[i], branches, member.params, stretch.numbers[i], key
-            )
+            loss, grads = jax.lax.switch(settings[i], branches, member.params, numbers[i], key)
             updates, opt_state = self._optimizer.update(grads, member.opt_state, member.params)
             params = jax.tree.map(lambda x, change: x - rate * change, member.params, updates)
             new = member._replace(params=params, opt_state=opt_state, loss=member.loss + loss)
