@@ -12,6 +12,7 @@ from benchmarks import inspect as command
 from pallas_kernels import offline_compile
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 from pallas_kernels.offline_compile import CI, Case, Kernel, KernelReport
+from tests.kernels import compiled
 
 KERNELS = {
     "mdn_intra_chunk_fwd",
@@ -42,7 +43,7 @@ needs_triton = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CI, ids=describe)
 def test_kernels_lower_compile_and_fit(case):
-    """Compiling needs Triton and is left out where that does not install."""
+    """Compiling needs Triton and is left out where that does not install; see `compiled`."""
     kernels = offline_compile.lower(*case)
     in_place = {name: [0] for name in KERNELS} | {"mdn_decode": [2]}
     in_place["mdn_intra_chunk_bwd"] = [3 if case.explicit_p else 2]
@@ -60,9 +61,7 @@ def test_kernels_lower_compile_and_fit(case):
         assert ("tt.dot" in kernel.source) == (kernel.name in KERNELS), kernel.name
     if not HAS_TRITON:
         return
-    # launches of one walk differ in the number of their first program and in what they alias
-    different = {kernel.name: kernel for kernel in kernels}.values()
-    reports = [offline_compile.compile_kernel(kernel, case.capability) for kernel in different]
+    reports = [compiled.report(kernel, case.capability) for kernel in compiled.different(kernels)]
     assert not [report for report in reports if report.over_limit]
     for report in reports:
         assert (report.wgmma + report.mma > 0) == (report.name in KERNELS), report
@@ -70,6 +69,16 @@ def test_kernels_lower_compile_and_fit(case):
         timed = case.dtype == "bfloat16" and case.capability == (9, 0) and not case.explicit_p
         if report.name == "mdn_decode" or (timed and report.name == "mdn_inter_chunk_bwd"):
             assert report.spilled == 0, report
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_record_is_what_the_compiler_says():
+    case = next(case for case in CI if case[:4] == (16, 16, "bfloat16", (9, 0)))
+    for kernel in compiled.different(offline_compile.lower(*case)):
+        if kernel.name in ("mdn_output_fwd", "mdn_gate_bwd"):
+            report = compiled.report(kernel, case.capability)
+            assert report == offline_compile.compile_kernel(kernel, case.capability)
 
 
 @pytest.mark.slow
@@ -91,9 +100,9 @@ def test_native_decode_compiles(architecture, explicit_p):
     signature = {name: "*bf16" if name in narrow else "*fp32" for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(mdn_decode, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-    assert f".target sm_{architecture}" in compiled.asm["ptx"]
-    assert "mdn_decode" in compiled.asm["ptx"]
+    program = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert f".target sm_{architecture}" in program.asm["ptx"]
+    assert "mdn_decode" in program.asm["ptx"]
 
 
 def test_odd_dims_and_vmap_lower():
