@@ -16,6 +16,7 @@ SHOWN: dict[Mixer, str] = {
     "gdn": "GDN",
     "kda": "KDA",
     "comba": "Comba",
+    "gdn2": "GDN-2",
     "mamba2": "Mamba-2",
     "attention": "Transformer",
 }
@@ -51,9 +52,9 @@ def model_config(
 
     With an equal state, the value heads of MDN, which has two memories, are as wide as its key
     heads, those of the others twice as wide. With equal parameters, all have the published shapes:
-    value heads twice as wide as key heads, but for KDA. In both, the width of the MLP makes up for
-    what the mixers differ in. Softmax attention keeps all tokens, so that its state is never equal;
-    its heads are at least `ATTENTION_WIDTH` wide, if the model is.
+    value heads twice as wide as key heads, but for KDA and GDN-2. In both, the width of the MLP
+    makes up for what the mixers differ in. Softmax attention keeps all tokens, so that its state is
+    never equal; its heads are at least `ATTENTION_WIDTH` wide, if the model is.
 
     Args:
       mixer: which.
@@ -69,10 +70,11 @@ def model_config(
             f"heads: expected a divisor of half of hidden_size = {hidden_size}, got {heads}"
         )
     width = hidden_size // heads
-    narrow = "mdn" if equal == "state" else "kda"
+    narrow = ("mdn",) if equal == "state" else ("kda", "gdn2")
 
     def make(mixer: Mixer, mlp: int) -> MDNConfig:
-        shape = {"num_heads": heads, "head_dim": width, "expand_v": 1.0 if mixer == narrow else 2.0}
+        expand = 1.0 if mixer in narrow else 2.0
+        shape = {"num_heads": heads, "head_dim": width, "expand_v": expand}
         if mixer == "mamba2":
             shape = {"num_heads": 1, "num_v_heads": 4 * heads, "head_dim": width, "expand_v": 0.5}
         if mixer == "attention":
@@ -85,7 +87,7 @@ def model_config(
             hidden_size=hidden_size,
             num_hidden_layers=layers,
             mixer=mixer,
-            use_lora_gate=mixer == "kda",
+            use_lora_gate=mixer in ("kda", "gdn2"),
             conv_bias=mixer == "mamba2",
             intermediate_size=mlp,
             tie_word_embeddings=True,

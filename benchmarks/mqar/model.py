@@ -27,6 +27,7 @@ Variant = Literal[
     "gdn",
     "kda",
     "comba",
+    "gdn2",
     "mamba2",
     "mdn",
     "mdn_slow",
@@ -74,10 +75,11 @@ class Shape(NamedTuple):
 def model_shape(variant: Variant, width: int, equal: Equal, vocabulary: int) -> Shape:
     """The model of a mixer beside Gated DeltaNet's of the same width.
 
-    With equal widths all have their published shapes: values twice as wide as keys, but for KDA
-    (as wide), and softmax attention (as wide). With equal states MDN, which has two memories, has
-    values half as wide, and KDA twice as wide. Mamba-2 has one group, whose state is as wide as a
-    key head of the others, and heads of half that width; its state is Gated DeltaNet's.
+    With equal widths all have their published shapes: values twice as wide as keys, but for KDA,
+    Gated DeltaNet-2 and softmax attention (as wide). With equal states MDN, which has two memories,
+    has values half as wide, and KDA and Gated DeltaNet-2 twice as wide. Mamba-2 has one group,
+    whose state is as wide as a key head of the others, and heads of half that width; its state is
+    Gated DeltaNet's.
 
     Args:
       variant: the mixer.
@@ -91,7 +93,7 @@ def model_shape(variant: Variant, width: int, equal: Equal, vocabulary: int) -> 
     if width < 8 or width % 8:
         raise ValueError(f"width: expected a multiple of 8, got {width!r}")
     narrow = variant == "attention" or (
-        variant == "kda" if equal == "width" else variant.startswith("mdn")
+        variant in ("kda", "gdn2") if equal == "width" else variant.startswith("mdn")
     )
     return Shape(variant, width, 1.0 if narrow else 2.0, vocabulary)
 

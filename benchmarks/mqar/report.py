@@ -26,6 +26,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "gdn": ("#0072B2", "s"),
     "kda": ("#56B4E9", "^"),
     "comba": ("#009E73", "v"),
+    "gdn2": ("#0072B2", "p"),
     "mamba2": ("#CC79A7", "P"),
     "mdn": ("#D55E00", "o"),
     "mdn_slow": ("#E69F00", "o"),

@@ -1,7 +1,13 @@
 """Flax NNX layers."""
 
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
-from mdn_jax.layers.gated import Comba, GatedDeltaNet, KimiDeltaAttention, Mamba2
+from mdn_jax.layers.gated import (
+    Comba,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    Mamba2,
+)
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.layers.state_mixer import StateCache
 
@@ -9,6 +15,7 @@ __all__ = [
     "AttentionCache",
     "Comba",
     "GatedDeltaNet",
+    "GatedDeltaNet2",
     "KimiDeltaAttention",
     "MDNCache",
     "Mamba2",

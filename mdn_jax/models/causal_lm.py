@@ -10,7 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.arguments import check_lengths
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
-from mdn_jax.layers.gated import Comba, GatedDeltaNet, KimiDeltaAttention, Mamba2
+from mdn_jax.layers.gated import (
+    Comba,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    Mamba2,
+)
 from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.layers.norm import RMSNorm
@@ -31,6 +37,7 @@ STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
     "gdn": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "comba": Comba,
+    "gdn2": GatedDeltaNet2,
     "mamba2": Mamba2,
 }
 """Every mixer but softmax attention."""

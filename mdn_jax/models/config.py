@@ -22,9 +22,9 @@ from mdn_jax.models.fields import (
 MAX_LAYERS = 1_000
 """Most layers of a model: each is traced and held apart."""
 
-Mixer = Literal["mdn", "gdn", "kda", "comba", "mamba2", "attention"]
-"""Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Mamba-2
-or softmax attention."""
+Mixer = Literal["mdn", "gdn", "kda", "comba", "gdn2", "mamba2", "attention"]
+"""Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Gated
+DeltaNet-2, Mamba-2 or softmax attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +174,9 @@ class MDNConfig:
         expected = f"none of attn.layers = {attention}"
         require("other_layers", layers, expected, not set(layers) & set(attention))
         mixers = self.mixers
-        if "kda" in mixers:
-            fits = self.value_heads == self.num_heads
-            require("num_v_heads", self.num_v_heads, "num_heads or None with mixer kda", fits)
+        for kind in ("kda", "gdn2"):
+            fits = kind not in mixers or self.value_heads == self.num_heads
+            require("num_v_heads", self.num_v_heads, f"num_heads or None with mixer {kind}", fits)
         if "attention" in mixers and self.attn is None:
             fits = self.hidden_size % (2 * self.num_heads) == 0
             expected = f"heads of an even width (hidden_size = {self.hidden_size}, mixer attention)"

@@ -74,9 +74,10 @@ def _gates(config: MDNConfig, kind: Mixer) -> int:
         momentum = (hidden + 2) * heads if config.use_momentum else 0
         correction = heads if config.use_output_correction else 0
         return (3 * hidden + 3) * heads + momentum + correction
-    if kind == "kda":
+    if kind in ("kda", "gdn2"):
         through = config.head_v_dim * (hidden + config.key_dim)
-        return through + (hidden + 1) * config.num_heads + config.key_dim
+        strengths = config.num_heads if kind == "kda" else config.key_dim + config.value_dim
+        return through + hidden * strengths + config.num_heads + config.key_dim
     if kind == "mamba2":
         return (hidden + 3) * heads
     feedback = (1 + config.use_output_correction) * config.num_heads if kind == "comba" else 0

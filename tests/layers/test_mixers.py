@@ -24,7 +24,7 @@ every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 def config(name):
     heads = {"num_heads": 1, "num_v_heads": 4, "conv_bias": True} if name == "mamba2" else {}
-    return dataclasses.replace(TINY, mixer=name, use_lora_gate=name == "kda", **heads)
+    return dataclasses.replace(TINY, mixer=name, use_lora_gate=name in ("kda", "gdn2"), **heads)
 
 
 @cache
@@ -68,7 +68,10 @@ def published(name, parameters, x):
     value_heads = 4 if name == "mamba2" else 2
     v = v.reshape(2, T, value_heads, 16)
     rule = {"beta": sigmoid(x @ P["b_proj"]) if "b_proj" in P else None, "p": None}
-    if name == "kda":
+    if name == "gdn2":
+        w = sigmoid(x @ P["w_proj"]).reshape(v.shape)
+        rule = {"b": rule["beta"].reshape(k.shape), "w": w}
+    if name in ("kda", "gdn2"):
         f = (x @ P["f_proj.0.kernel"] @ P["f_proj.1.kernel"] + P["dt_bias"]).reshape(q.shape)
         rule["log_alpha"] = -np.exp(P["a_log"])[:, None] * np.log1p(np.exp(f))
     else:
@@ -85,7 +88,7 @@ def published(name, parameters, x):
     if name == "mamba2":
         o = (o + P["d"][:, None] * v).reshape(2, T, -1) * silu(x @ P["g_proj.kernel"])
         return rms_norm(o, P["o_norm.scale"]) @ P["o_proj.kernel"]
-    if name == "kda":
+    if name in ("kda", "gdn2"):
         gate = x @ P["g_proj.layers.0.kernel"] @ P["g_proj.layers.1.kernel"]
         gate = sigmoid(gate + P["g_proj.layers.1.bias"])
     else:
@@ -94,7 +97,7 @@ def published(name, parameters, x):
     return o @ P["o_proj.kernel"]
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "mamba2"])
+@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2"])
 def test_the_layer_is_the_published_one(name):
     layer = nnx.clone(make(name))
     parameters = {}
@@ -162,15 +165,22 @@ def test_every_parameter_has_a_gradient(name):
 
 def test_published_initialisation():
     sizes = {"hidden_size": 64, "num_heads": 64, "head_dim": 4, "initializer_range": 0.02}
-    for name in ("gdn", "kda", "comba", "mamba2"):
+    for name in ("gdn", "kda", "comba", "gdn2", "mamba2"):
         heads = {"num_heads": 1, "num_v_heads": 64} if name == "mamba2" else {}
         whole = dataclasses.replace(config(name), **(sizes | heads))
         layer = Block(whole, 0, rngs=nnx.Rngs(1)).mixer
         rates = np.exp(layer.a_log[...])
-        assert (1 if name in ("kda", "mamba2") else 0) < rates.min() < 4 < 12 < rates.max() <= 16
+        assert (
+            (1 if name in ("kda", "gdn2", "mamba2") else 0)
+            < rates.min()
+            < 4
+            < 12
+            < rates.max()
+            <= 16
+        )
         steps = np.log1p(np.exp(np.asarray(layer.dt_bias[...], np.float64)))
         assert 9e-4 < steps.min() < 5e-3 < 2e-2 < steps.max() < 0.11
-        assert layer.dt_bias.shape == ((256,) if name == "kda" else (64,))
+        assert layer.dt_bias.shape == ((256,) if name in ("kda", "gdn2") else (64,))
         assert np.std(layer.v_proj.kernel[...]) == pytest.approx(0.02, rel=0.05)
         if name in ("comba", "mamba2"):
             np.testing.assert_array_equal(layer.d[...], 1)
@@ -181,7 +191,7 @@ def test_published_initialisation():
         assert np.std(layer.o_proj.kernel[...]) == pytest.approx(spread, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "mamba2"])
+@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2"])
 def test_a_cache_of_another_layer(name):
     layer, x = make(name), normal(0, 2, T, 32)
     with pytest.raises(TypeError, match="cache: expected StateCache"):

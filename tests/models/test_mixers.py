@@ -71,7 +71,7 @@ def test_round_trip(config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mixer": "rwkv"}, ["mixer", "mdn, gdn, kda, comba, mamba2, attention", "'rwkv'"]),
+        ({"mixer": "rwkv"}, ["mixer", "mdn, gdn, kda, comba, gdn2, mamba2", "'rwkv'"]),
         ({"other_mixer": "gpt"}, ["other_mixer", "mdn, gdn", "None", "'gpt'"]),
         ({"other_mixer": "gdn"}, ["other_layers", "if there is an other_mixer", "()"]),
         ({"other_layers": (0,)}, ["other_layers", "else none", "(0,)"]),
@@ -82,6 +82,7 @@ def test_round_trip(config):
             ["other_layers", "none of attn.layers = (1,)", "(1,)"],
         ),
         ({"mixer": "kda", "num_v_heads": 4}, ["num_v_heads", "with mixer kda", "4"]),
+        ({"mixer": "gdn2", "num_v_heads": 4}, ["num_v_heads", "with mixer gdn2", "4"]),
         ({"mixer": "attention", "num_heads": 32}, ["num_heads", "even width", "32"]),
         ({"intermediate_size": -1}, ["intermediate_size", ">= 0", "-1"]),
     ],

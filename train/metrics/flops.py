@@ -23,6 +23,7 @@ _STATE_FLOPS: dict[Mixer, int] = {
     "gdn": 6,
     "kda": 6,
     "comba": 6,
+    "gdn2": 6,
     "mamba2": 4,
     "attention": 0,
 }

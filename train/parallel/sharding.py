@@ -24,7 +24,7 @@ PARTITION = {
     "embeddings": PartitionSpec(None, (FSDP, TENSOR)),
     "lm_head": PartitionSpec((FSDP, TENSOR), None),
     "scale": _REPLICATED,
-    **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj"), _TO_HEADS),
+    **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj", "w_proj"), _TO_HEADS),
     **dict.fromkeys(("a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log"), _PER_HEAD),
     **dict.fromkeys(("decay", "d"), _PER_HEAD),
     **dict.fromkeys((f"{name}_proj.kernel" for name in ("q", "k", "v", "g")), _TO_HEADS),

@@ -6,10 +6,12 @@ from mdn_jax.ops.gated.api import (
     gated_linear_attention,
     kimi_delta_rule,
 )
+from mdn_jax.ops.gated.channel_gates import gated_delta_rule_2
 
 __all__ = [
     "GatedImplementation",
     "gated_delta_rule",
+    "gated_delta_rule_2",
     "gated_linear_attention",
     "kimi_delta_rule",
 ]

@@ -3,9 +3,13 @@
 import numpy as np
 
 
-def loops(rule, *, q, k, v, log_alpha, beta, initial_state, p=None, segment_ids=None):
+def loops(
+    rule, *, q, k, v, log_alpha, initial_state, beta=None, p=None, b=None, w=None, segment_ids=None
+):
     """Outputs and final state of a rule (q and k are normalised here)."""
-    q, k, v, log_alpha, beta = (np.asarray(x) for x in (q, k, v, log_alpha, beta))
+    q, k, v, log_alpha = (np.asarray(x) for x in (q, k, v, log_alpha))
+    beta = np.ones(v.shape[:3]) if beta is None else np.asarray(beta)
+    erases, writes = b, w
     if rule != "mamba2":
         q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
     states, o = np.array(initial_state), np.zeros(v.shape)
@@ -26,6 +30,10 @@ def loops(rule, *, q, k, v, log_alpha, beta, initial_state, p=None, segment_ids=
                 s = alpha * s - step * np.outer(key, erase @ s) + step * write
             elif rule == "gdn":
                 s = alpha * (identity - step * np.outer(key, key)) @ s + step * write
+            elif rule == "gdn2":
+                erase = np.asarray(erases)[b, t, h] * key
+                s = (identity - np.outer(key, erase)) @ np.diag(alpha) @ s
+                s = s + np.outer(key, np.asarray(writes)[b, t, h] * v[b, t, h])
             else:
                 s = (identity - step * np.outer(key, key)) @ (alpha[:, None] * s) + step * write
             o[b, t, h] = s.T @ q[b, t, h // per_key] / np.sqrt(q.shape[-1])
