@@ -29,6 +29,7 @@ Variant = Literal[
     "comba",
     "gdn2",
     "mamba2",
+    "mamba3",
     "mdn",
     "mdn_slow",
     "mdn_uncorrected",
@@ -43,6 +44,7 @@ LAYERS = 2
 TAPS = 3
 DROPOUT = 0.1
 _STD = 0.02
+_MAMBA: tuple[Mixer, ...] = ("mamba2", "mamba3")
 _NORM_EPSILON = 1e-5
 
 
@@ -79,7 +81,7 @@ def model_shape(variant: Variant, width: int, equal: Equal, vocabulary: int) -> 
     Gated DeltaNet-2 and softmax attention (as wide). With equal states MDN, which has two memories,
     has values half as wide, and KDA and Gated DeltaNet-2 twice as wide. Mamba-2 has one group,
     whose state is as wide as a key head of the others, and heads of half that width; its state is
-    Gated DeltaNet's.
+    Gated DeltaNet's. Mamba-3 is as Mamba-2, and has its last key and value beside that state.
 
     Args:
       variant: the mixer.
@@ -103,7 +105,11 @@ def state_entries(shape: Shape, length: int) -> int:
     if shape.variant == "attention":
         return 2 * shape.width * length
     memories = 2 if shape.mixer == "mdn" else 1
-    return round(memories * shape.width * shape.value_width * shape.width / HEADS)
+    entries = round(memories * shape.width * shape.value_width * shape.width / HEADS)
+    if shape.mixer == "mamba3":
+        config = mixer_config(shape)
+        entries += config.value_heads * (config.head_dim + config.head_v_dim)
+    return entries
 
 
 class GatedConvolution(nnx.Module):
@@ -205,18 +211,19 @@ def parameter_count(shape: Shape) -> int:
 
 
 def mixer_config(shape: Shape) -> MDNConfig:
-    """Of the second block: two heads, convolutions of 4, an output gate in Mamba-2 alone."""
+    """Of the second block: two heads, convolutions of 4, an output gate in Mamba alone."""
     heads, width = HEADS, shape.width // HEADS
     sizes = {"num_heads": heads, "head_dim": width, "expand_v": shape.value_width}
-    if shape.mixer == "mamba2":
+    mamba = shape.mixer in _MAMBA
+    if mamba:
         sizes = {"num_heads": 1, "num_v_heads": 4 * heads, "head_dim": width, "expand_v": 0.5}
     return MDNConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         num_hidden_layers=LAYERS,
         mixer=shape.mixer,
-        use_gate=shape.mixer == "mamba2",
-        conv_bias=shape.mixer == "mamba2",
+        use_gate=mamba,
+        conv_bias=mamba,
         use_output_correction="uncorrected" not in shape.variant,
         intermediate_size=0,
         norm_eps=_NORM_EPSILON,
@@ -235,7 +242,7 @@ def _mixer(shape: Shape, implementation: Implementation | None, dtype: Any, rngs
     else:
         config = mixer_config(shape)
         mixer = STATE_MIXERS[shape.mixer](config, implementation=implementation, **options)
-    if shape.mixer != "mamba2":  # whose own initialisation counts the layers
+    if shape.mixer not in _MAMBA:  # whose own initialisation counts the layers
         kernel = mixer.o_proj.kernel
         kernel[...] = kernel[...] * (2 * LAYERS) ** -0.5
     return mixer

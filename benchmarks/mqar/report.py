@@ -28,6 +28,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "comba": ("#009E73", "v"),
     "gdn2": ("#0072B2", "p"),
     "mamba2": ("#CC79A7", "P"),
+    "mamba3": ("#CC79A7", "*"),
     "mdn": ("#D55E00", "o"),
     "mdn_slow": ("#E69F00", "o"),
     "mdn_uncorrected": ("#D55E00", "X"),

@@ -8,6 +8,7 @@ from mdn_jax.layers.gated import (
     KimiDeltaAttention,
     Mamba2,
 )
+from mdn_jax.layers.mamba3 import Mamba3, Mamba3Cache
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.layers.state_mixer import StateCache
 
@@ -19,6 +20,8 @@ __all__ = [
     "KimiDeltaAttention",
     "MDNCache",
     "Mamba2",
+    "Mamba3",
+    "Mamba3Cache",
     "MomentumDeltaNet",
     "SoftmaxAttention",
     "StateCache",

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mdn_jax.layers.initializers import log_uniform, rate_bias
-from mdn_jax.layers.norm import GateActivation, RMSNorm
+from mdn_jax.layers.initializers import log_uniform, rate_bias, scale_by_depth
+from mdn_jax.layers.norm import GateActivation
 from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.sharding import sharded_rule
 from mdn_jax.layers.state_mixer import Branches, StateMixer, zero_padding
@@ -211,20 +211,9 @@ class Mamba2(StateMixer):
         self.d = nnx.Param(jnp.ones((heads,), self.param_dtype))
 
     def _make_output(self, rngs: nnx.Rngs) -> None:
-        config = self.config
         super()._make_output(rngs)
-        self.o_norm = RMSNorm(
-            config.value_dim,
-            eps=config.norm_eps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=rngs,
-        )
-        # published: uniform as of a linear layer, over the root of the number of layers
-        bound = (config.value_dim * config.num_hidden_layers) ** -0.5
-        shape, kernel = (config.value_dim, config.hidden_size), self.o_proj.kernel
-        draw = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        kernel[...] = draw.astype(self.param_dtype)
+        self.o_norm = self._norm(self.config.value_dim, rngs)
+        scale_by_depth(self.o_proj, self.config.num_hidden_layers, rngs)
 
     def _mix(
         self,

@@ -17,6 +17,7 @@ from mdn_jax.layers.gated import (
     KimiDeltaAttention,
     Mamba2,
 )
+from mdn_jax.layers.mamba3 import Mamba3, Mamba3Cache
 from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.layers.norm import RMSNorm
@@ -29,7 +30,7 @@ from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.arguments import check_segment_ids
 from mdn_jax.ops.inputs import document_numbers
 
-LayerCache = MDNCache | StateCache | AttentionCache
+LayerCache = MDNCache | StateCache | Mamba3Cache | AttentionCache
 ModelCache = tuple[LayerCache, ...]
 
 STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
@@ -39,6 +40,7 @@ STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
     "comba": Comba,
     "gdn2": GatedDeltaNet2,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
 }
 """Every mixer but softmax attention."""
 

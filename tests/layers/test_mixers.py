@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from functools import cache
+from functools import cache, partial
 from typing import get_args
 
 import jax
@@ -15,15 +15,16 @@ from mdn_jax.models import Mixer
 from mdn_jax.models.causal_lm import Block
 from mdn_jax.testing import relative_error
 from tests.layers.helpers import TINY, assert_close, call, normal
-from tests.ops.gated.loops import loops
+from tests.ops.gated.loops import loops, rotating_loop
 
 T = 9
 MIXERS = get_args(Mixer)
+MAMBA = ("mamba2", "mamba3")
 every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 
 def config(name):
-    heads = {"num_heads": 1, "num_v_heads": 4, "conv_bias": True} if name == "mamba2" else {}
+    heads = {"num_heads": 1, "num_v_heads": 4, "conv_bias": True} if name in MAMBA else {}
     return dataclasses.replace(TINY, mixer=name, use_lora_gate=name in ("kda", "gdn2"), **heads)
 
 
@@ -97,7 +98,26 @@ def published(name, parameters, x):
     return o @ P["o_proj.kernel"]
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2"])
+def mamba3(parameters, x):
+    """The layer of Mamba-3's paper in numpy, from the parameters by name."""
+    P = {key: np.asarray(value, np.float64) for key, value in parameters.items()}
+    q, k, v = (x @ P[f"{n}_proj.kernel"] for n in "qkv")
+    q, k = (
+        np.repeat(rms_norm(y.reshape(2, T, 1, 8), P[f"{n}_norm.scale"]), 4, 2) + P[f"{n}_bias"]
+        for n, y in (("q", q), ("k", k))
+    )
+    v = v.reshape(2, T, 4, 16)
+    dt = np.log1p(np.exp(x @ P["dt_proj"] + P["dt_bias"]))
+    rate = np.maximum(np.log1p(np.exp(x @ P["a_proj"])), 1e-4)
+    angles = np.pi * np.tanh(x @ P["angle_proj"])[:, :, None] * dt[..., None]
+    lam = sigmoid(x @ P["lam_proj"])
+    start = (np.zeros((2, 4, 8, 16)), np.zeros((2, 4, 8)), np.zeros((2, 4, 16)))
+    o, _ = rotating_loop(np.sqrt(8) * q, k, v, -rate * dt, dt, lam, angles, start)
+    o = (o + P["d"][:, None] * v).reshape(2, T, -1) * silu(x @ P["g_proj.kernel"])
+    return o @ P["o_proj.kernel"]
+
+
+@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2", "mamba3"])
 def test_the_layer_is_the_published_one(name):
     layer = nnx.clone(make(name))
     parameters = {}
@@ -106,7 +126,8 @@ def test_the_layer_is_the_published_one(name):
         parameters[".".join(map(str, path))] = parameter.get_value()
     nnx.update(layer, nnx.state(layer))
     x = normal(50, 2, T, 32)
-    expected = published(name, parameters, np.asarray(x, np.float64))
+    layer_of_paper = mamba3 if name == "mamba3" else partial(published, name)
+    expected = layer_of_paper(parameters, np.asarray(x, np.float64))
     assert relative_error(call(layer, x)[0], expected) <= 1e-5
 
 
@@ -165,36 +186,34 @@ def test_every_parameter_has_a_gradient(name):
 
 def test_published_initialisation():
     sizes = {"hidden_size": 64, "num_heads": 64, "head_dim": 4, "initializer_range": 0.02}
-    for name in ("gdn", "kda", "comba", "gdn2", "mamba2"):
-        heads = {"num_heads": 1, "num_v_heads": 64} if name == "mamba2" else {}
+    for name in ("gdn", "kda", "comba", "gdn2", "mamba2", "mamba3"):
+        heads = {"num_heads": 1, "num_v_heads": 64} if name in MAMBA else {}
         whole = dataclasses.replace(config(name), **(sizes | heads))
         layer = Block(whole, 0, rngs=nnx.Rngs(1)).mixer
-        rates = np.exp(layer.a_log[...])
-        assert (
-            (1 if name in ("kda", "gdn2", "mamba2") else 0)
-            < rates.min()
-            < 4
-            < 12
-            < rates.max()
-            <= 16
-        )
+        if name != "mamba3":  # whose rate has no parameter of its own
+            rates = np.exp(layer.a_log[...])
+            lowest = 1 if name in ("kda", "gdn2", "mamba2") else 0
+            assert lowest < rates.min() < 4 < 12 < rates.max() <= 16
         steps = np.log1p(np.exp(np.asarray(layer.dt_bias[...], np.float64)))
         assert 9e-4 < steps.min() < 5e-3 < 2e-2 < steps.max() < 0.11
         assert layer.dt_bias.shape == ((256,) if name in ("kda", "gdn2") else (64,))
         assert np.std(layer.v_proj.kernel[...]) == pytest.approx(0.02, rel=0.05)
-        if name in ("comba", "mamba2"):
+        if name in ("comba", *MAMBA):
             np.testing.assert_array_equal(layer.d[...], 1)
+        if name == "mamba3":
+            np.testing.assert_array_equal(layer.q_bias[...], 1)
+            np.testing.assert_array_equal(layer.k_bias[...], 1)
         bound = (layer.o_proj.kernel.shape[0] * whole.num_hidden_layers) ** -0.5
-        uniform = name == "mamba2"
+        uniform = name in MAMBA
         assert (np.abs(layer.o_proj.kernel[...]).max() <= bound) == uniform
         spread = bound / np.sqrt(3) if uniform else 0.02
         assert np.std(layer.o_proj.kernel[...]) == pytest.approx(spread, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2"])
+@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2", "mamba3"])
 def test_a_cache_of_another_layer(name):
     layer, x = make(name), normal(0, 2, T, 32)
-    with pytest.raises(TypeError, match="cache: expected StateCache"):
+    with pytest.raises(TypeError, match=r"cache: expected (State|Mamba3)Cache"):
         layer(x, None, make("mdn").init_cache(2))
-    with pytest.raises(ValueError, match=r"cache\.state: expected shape \[2, "):
+    with pytest.raises(ValueError, match=r"cache\.state(\.s)?: expected shape \[2, "):
         layer(x, None, layer.init_cache(3))

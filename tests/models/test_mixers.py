@@ -71,7 +71,10 @@ def test_round_trip(config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mixer": "rwkv"}, ["mixer", "mdn, gdn, kda, comba, gdn2, mamba2", "'rwkv'"]),
+        (
+            {"mixer": "rwkv"},
+            ["mixer", "mdn, gdn, kda, comba, gdn2, mamba2, mamba3, attention", "'rwkv'"],
+        ),
         ({"other_mixer": "gpt"}, ["other_mixer", "mdn, gdn", "None", "'gpt'"]),
         ({"other_mixer": "gdn"}, ["other_layers", "if there is an other_mixer", "()"]),
         ({"other_layers": (0,)}, ["other_layers", "else none", "(0,)"]),
@@ -83,6 +86,7 @@ def test_round_trip(config):
         ),
         ({"mixer": "kda", "num_v_heads": 4}, ["num_v_heads", "with mixer kda", "4"]),
         ({"mixer": "gdn2", "num_v_heads": 4}, ["num_v_heads", "with mixer gdn2", "4"]),
+        ({"mixer": "mamba3", "head_dim": 3, "expand_v": 1}, ["head_dim", "at least 4", "3"]),
         ({"mixer": "attention", "num_heads": 32}, ["num_heads", "even width", "32"]),
         ({"intermediate_size": -1}, ["intermediate_size", ">= 0", "-1"]),
     ],
@@ -143,7 +147,8 @@ mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 tokens = jnp.arange(24).reshape(2, 12) % 31
 ids = (jnp.arange(12) > 4).astype(jnp.int32)[None].repeat(2, axis=0)
 mamba = {"mixer": "mamba2", "num_heads": 1, "num_v_heads": 4, "intermediate_size": 0}
-for config in (THREE, dataclasses.replace(ONE, **mamba)):
+both = {"num_hidden_layers": 2, "other_mixer": "mamba3", "other_layers": (1,)}
+for config in (THREE, dataclasses.replace(ONE, **mamba, **both)):
     graph, params = nnx.split(make(config))
 
     def loss(params):

@@ -25,6 +25,7 @@ _STATE_FLOPS: dict[Mixer, int] = {
     "comba": 6,
     "gdn2": 6,
     "mamba2": 4,
+    "mamba3": 6,
     "attention": 0,
 }
 
@@ -48,9 +49,9 @@ def flops_per_token(config: MDNConfig, params: Any, sequence_length: int) -> flo
 
     Products with weights, two operations an entry; with the states of MDN layers, twelve an entry
     of one state (six products: read, write, decay and output in the recurrence), of delta rules
-    without momentum six, of Mamba-2 four; of softmax attention with the tokens that one sees on
-    average. What rematerialisation repeats and what an
-    algorithm in chunks adds is not asked for by the model and not counted.
+    without momentum six, of Mamba-2 four, of Mamba-3, which writes twice, six; of softmax attention
+    with the tokens that one sees on average. What rematerialisation repeats and what an algorithm
+    in chunks adds is not asked for by the model and not counted.
 
     Args:
       config: of the model.
