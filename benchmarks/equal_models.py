@@ -19,6 +19,7 @@ SHOWN: dict[Mixer, str] = {
     "gdn2": "GDN-2",
     "mamba2": "Mamba-2",
     "mamba3": "Mamba-3",
+    "titans": "Titans (matrix)",
     "attention": "Transformer",
 }
 """Names of the mixers in tables."""
@@ -51,13 +52,13 @@ def model_config(
 ) -> MDNConfig:
     """The model of a mixer beside that of MDN with `heads` heads as wide together as the model.
 
-    With an equal state, the value heads of MDN, which has two memories, are as wide as its key
-    heads, those of the others twice as wide. With equal parameters, all have the published shapes:
-    value heads twice as wide as key heads, but for KDA and GDN-2. In both, the width of the MLP
-    makes up for what the mixers differ in. Mamba-3 has the heads of Mamba-2; beside a state equal
-    to that of the others it has its last key and value, 3 / (width of a key head) as much. Softmax
-    attention keeps all tokens, so that its state is never equal; its heads are at least
-    `ATTENTION_WIDTH` wide, if the model is.
+    With an equal state, the value heads of MDN and Titans, which have two memories, are as wide as
+    their key heads, those of the others twice as wide. With equal parameters, all have the
+    published shapes: value heads twice as wide as key heads (Titans has none published), but for
+    KDA and GDN-2. In both, the width of the MLP makes up for what the mixers differ in. Mamba-3 has
+    the heads of Mamba-2; beside a state equal to that of the others it has its last key and value,
+    3 / (width of a key head) as much. Softmax attention keeps all tokens, so that its state is
+    never equal; its heads are at least `ATTENTION_WIDTH` wide, if the model is.
 
     Args:
       mixer: which.
@@ -73,7 +74,7 @@ def model_config(
             f"heads: expected a divisor of half of hidden_size = {hidden_size}, got {heads}"
         )
     width = hidden_size // heads
-    narrow = ("mdn",) if equal == "state" else ("kda", "gdn2")
+    narrow = ("mdn", "titans") if equal == "state" else ("kda", "gdn2")
 
     def make(mixer: Mixer, mlp: int) -> MDNConfig:
         expand = 1.0 if mixer in narrow else 2.0

@@ -50,6 +50,7 @@ class LanguageConfig:
         "gdn2",
         "mamba2",
         "mamba3",
+        "titans",
         "attention",
     )
     """Models to compare, none or more."""

@@ -30,6 +30,7 @@ Variant = Literal[
     "gdn2",
     "mamba2",
     "mamba3",
+    "titans",
     "mdn",
     "mdn_slow",
     "mdn_uncorrected",
@@ -78,10 +79,10 @@ def model_shape(variant: Variant, width: int, equal: Equal, vocabulary: int) -> 
     """The model of a mixer beside Gated DeltaNet's of the same width.
 
     With equal widths all have their published shapes: values twice as wide as keys, but for KDA,
-    Gated DeltaNet-2 and softmax attention (as wide). With equal states MDN, which has two memories,
-    has values half as wide, and KDA and Gated DeltaNet-2 twice as wide. Mamba-2 has one group,
-    whose state is as wide as a key head of the others, and heads of half that width; its state is
-    Gated DeltaNet's. Mamba-3 is as Mamba-2, and has its last key and value beside that state.
+    Gated DeltaNet-2 and softmax attention (as wide). With equal states MDN and Titans, which have
+    two memories, have values half as wide, and KDA and Gated DeltaNet-2 twice as wide. Mamba-2 has
+    one group, whose state is as wide as a key head of the others, and heads of half that width; its
+    state is Gated DeltaNet's. Mamba-3 is as Mamba-2, with its last key and value beside that state.
 
     Args:
       variant: the mixer.
@@ -95,16 +96,20 @@ def model_shape(variant: Variant, width: int, equal: Equal, vocabulary: int) -> 
     if width < 8 or width % 8:
         raise ValueError(f"width: expected a multiple of 8, got {width!r}")
     narrow = variant == "attention" or (
-        variant in ("kda", "gdn2") if equal == "width" else variant.startswith("mdn")
+        variant in ("kda", "gdn2") if equal == "width" else _two_memories(variant)
     )
     return Shape(variant, width, 1.0 if narrow else 2.0, vocabulary)
+
+
+def _two_memories(variant: Variant) -> bool:
+    return variant == "titans" or variant.startswith("mdn")
 
 
 def state_entries(shape: Shape, length: int) -> int:
     """Numbers that the second block keeps of a row of `length` tokens, without convolutions."""
     if shape.variant == "attention":
         return 2 * shape.width * length
-    memories = 2 if shape.mixer == "mdn" else 1
+    memories = 2 if _two_memories(shape.variant) else 1
     entries = round(memories * shape.width * shape.value_width * shape.width / HEADS)
     if shape.mixer == "mamba3":
         config = mixer_config(shape)

@@ -29,6 +29,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "gdn2": ("#0072B2", "p"),
     "mamba2": ("#CC79A7", "P"),
     "mamba3": ("#CC79A7", "*"),
+    "titans": ("#999999", "h"),
     "mdn": ("#D55E00", "o"),
     "mdn_slow": ("#E69F00", "o"),
     "mdn_uncorrected": ("#D55E00", "X"),

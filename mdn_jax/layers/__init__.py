@@ -9,7 +9,7 @@ from mdn_jax.layers.gated import (
     Mamba2,
 )
 from mdn_jax.layers.mamba3 import Mamba3, Mamba3Cache
-from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
+from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.state_mixer import StateCache
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "MomentumDeltaNet",
     "SoftmaxAttention",
     "StateCache",
+    "TitansMemory",
 ]

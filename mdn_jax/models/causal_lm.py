@@ -19,7 +19,7 @@ from mdn_jax.layers.gated import (
 )
 from mdn_jax.layers.mamba3 import Mamba3, Mamba3Cache
 from mdn_jax.layers.mlp import SwiGLU
-from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
+from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
@@ -41,6 +41,7 @@ STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
     "gdn2": GatedDeltaNet2,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "titans": TitansMemory,
 }
 """Every mixer but softmax attention."""
 
@@ -88,7 +89,7 @@ class Block(nnx.Module):
                 **options,
             )
         else:
-            shared = kind == "mdn" or implementation in ("scan", "xla")
+            shared = kind in ("mdn", "titans") or implementation in ("scan", "xla")
             self.mixer = STATE_MIXERS[kind](
                 config,
                 implementation=implementation if shared else None,

@@ -22,9 +22,9 @@ from mdn_jax.models.fields import (
 MAX_LAYERS = 1_000
 """Most layers of a model: each is traced and held apart."""
 
-Mixer = Literal["mdn", "gdn", "kda", "comba", "gdn2", "mamba2", "mamba3", "attention"]
+Mixer = Literal["mdn", "gdn", "kda", "comba", "gdn2", "mamba2", "mamba3", "titans", "attention"]
 """Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Gated
-DeltaNet-2, Mamba-2, Mamba-3 or softmax attention."""
+DeltaNet-2, Mamba-2, Mamba-3, the memory of Titans or softmax attention."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,8 @@ def _gates(config: MDNConfig, kind: Mixer) -> int:
         momentum = (hidden + 2) * heads if config.use_momentum else 0
         correction = heads if config.use_output_correction else 0
         return (3 * hidden + 3) * heads + momentum + correction
+    if kind == "titans":
+        return (3 * hidden + 4) * heads
     if kind in ("kda", "gdn2"):
         through = config.head_v_dim * (hidden + config.key_dim)
         strengths = config.num_heads if kind == "kda" else config.key_dim + config.value_dim

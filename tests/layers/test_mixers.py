@@ -117,7 +117,30 @@ def mamba3(parameters, x):
     return o @ P["o_proj.kernel"]
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2", "mamba3"])
+def titans(parameters, x):
+    """A layer with the memory of Titans in numpy, from the parameters by name."""
+    P = {key: np.asarray(value, np.float64) for key, value in parameters.items()}
+    q, k, v = (conv(x @ P[f"{n}_proj.kernel"], P[f"{n}_conv1d.kernel"], None) for n in "qkv")
+    q, k, v = (y.reshape(2, T, 2, -1) for y in (q, k, v))
+    q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+    keep, eta = (
+        np.exp(-np.exp(P[f"gates.{rate}"]) * np.log1p(np.exp(x @ P[f"gates.{n}_proj"] + P[bias])))
+        for n, rate, bias in (("a", "a_log", "gates.dt_bias"), ("m", "mu_log", "gates.mu_bias"))
+    )
+    theta = sigmoid(x @ P["gates.e_proj"])
+    o = np.zeros(v.shape)
+    for b, h in np.ndindex(2, 2):
+        memory, surprise = np.zeros((2, 8, 16))
+        for t in range(T):
+            error = memory.T @ k[b, t, h] - v[b, t, h]
+            surprise = eta[b, t, h] * surprise - theta[b, t, h] * np.outer(k[b, t, h], error)
+            memory = keep[b, t, h] * memory + surprise
+            o[b, t, h] = memory.T @ q[b, t, h] / np.sqrt(8)
+    o = rms_norm(o, P["o_norm.scale"]).reshape(2, T, -1) * sigmoid(x @ P["g_proj.kernel"])
+    return o @ P["o_proj.kernel"]
+
+
+@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2", "mamba3", "titans"])
 def test_the_layer_is_the_published_one(name):
     layer = nnx.clone(make(name))
     parameters = {}
@@ -126,8 +149,8 @@ def test_the_layer_is_the_published_one(name):
         parameters[".".join(map(str, path))] = parameter.get_value()
     nnx.update(layer, nnx.state(layer))
     x = normal(50, 2, T, 32)
-    layer_of_paper = mamba3 if name == "mamba3" else partial(published, name)
-    expected = layer_of_paper(parameters, np.asarray(x, np.float64))
+    others = {"mamba3": mamba3, "titans": titans}
+    expected = others.get(name, partial(published, name))(parameters, np.asarray(x, np.float64))
     assert relative_error(call(layer, x)[0], expected) <= 1e-5
 
 

@@ -73,7 +73,7 @@ def test_round_trip(config):
     [
         (
             {"mixer": "rwkv"},
-            ["mixer", "mdn, gdn, kda, comba, gdn2, mamba2, mamba3, attention", "'rwkv'"],
+            ["mixer", "gdn2, mamba2, mamba3, titans, attention", "'rwkv'"],
         ),
         ({"other_mixer": "gpt"}, ["other_mixer", "mdn, gdn", "None", "'gpt'"]),
         ({"other_mixer": "gdn"}, ["other_layers", "if there is an other_mixer", "()"]),

@@ -93,7 +93,9 @@ def test_states_are_counted(variant):
         assert state_entries(entries["state"], 1) == 64 * 64 + 8 * (32 + 16)
         return
     assert state_entries(entries["state"], 1) == 64 * 64
-    memories = 2 if variant.startswith("mdn") else 0.5 if variant in ("kda", "gdn2") else 1
+    memories = (
+        2 if variant.startswith(("mdn", "titans")) else 0.5 if variant in ("kda", "gdn2") else 1
+    )
     assert state_entries(entries["width"], 1) == memories * 64 * 64
 
 
