@@ -141,7 +141,7 @@ def _gated_inputs(config: MixersConfig, mixer: str, documents: int) -> dict[str,
     key_dim = config.key_dim
     heads = 1 if mixer == "Mamba-2" else config.heads
     widths = {"KDA": key_dim, "GDN-2": key_dim, "Mamba-2": key_dim // 2, "Mamba-3": key_dim // 2}
-    inputs = random_inputs(
+    inputs: dict[str, Any] = random_inputs(
         seed=2,
         length=config.length,
         heads=heads,
