@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -48,6 +49,18 @@ def test_attention_as_the_mixer():
     assert (mixer.num_heads, mixer.num_kv_heads, mixer.window_size) == (4, 1, 3)
     other = dataclasses.replace(TINY, other_mixer="attention", other_layers=(0,))
     assert other.mixers == ("attention", "mdn")
+
+
+@pytest.mark.parametrize("mixer", ["gdn2", "mamba3", "titans"])
+def test_an_unknown_token_marks_its_row_alone_in_any_state(mixer):
+    model = make(dataclasses.replace(ONE, mixer=mixer))
+    _, cache = call(model, jnp.asarray([[1, 99], [2, 3]]))
+    for x in jax.tree.leaves(cache[0].state):
+        assert jnp.isnan(x[0]).any()
+        assert jnp.isfinite(x[1]).all()
+    logits, _ = call(model, jnp.asarray([[4], [5]]), None, cache)
+    assert jnp.isnan(logits[0]).all()
+    assert jnp.isfinite(logits[1]).all()
 
 
 def test_no_mlp():
