@@ -16,7 +16,10 @@ SHOWN: dict[Mixer, str] = {
     "gdn": "GDN",
     "kda": "KDA",
     "comba": "Comba",
+    "gdn2": "GDN-2",
     "mamba2": "Mamba-2",
+    "mamba3": "Mamba-3",
+    "titans": "Titans (matrix)",
     "attention": "Transformer",
 }
 """Names of the mixers in tables."""
@@ -49,19 +52,21 @@ def model_config(
 ) -> MDNConfig:
     """The model of a mixer beside that of MDN with `heads` heads as wide together as the model.
 
-    With an equal state, the value heads of MDN, which has two memories, are as wide as its key
-    heads, those of the others twice as wide. With equal parameters, all have the published shapes:
-    value heads twice as wide as key heads, but for KDA. In both, the width of the MLP makes up for
-    what the mixers differ in. Softmax attention keeps all tokens, so that its state is never equal;
-    its heads are at least `ATTENTION_WIDTH` wide, if the model is.
+    With an equal state, the value heads of MDN and Titans, which have two memories, are as wide as
+    their key heads, those of the others twice as wide. With equal parameters, all have the
+    published shapes: value heads twice as wide as key heads (Titans has none published), but for
+    KDA and GDN-2. In both, the width of the MLP makes up for what the mixers differ in. Mamba-3 has
+    the heads of Mamba-2; beside a state equal to that of the others it has its last key and value,
+    3 / (width of a key head) as much. Softmax attention keeps all tokens, so that its state is
+    never equal; its heads are at least `ATTENTION_WIDTH` wide, if the model is.
 
     Args:
       mixer: which.
       vocab_size: kinds of tokens.
       hidden_size: width, a multiple of `heads`.
       layers: number of layers.
-      heads: key heads; Mamba-2 has heads of twice the width together, of half a key head's each,
-        softmax attention as many fewer as its width takes.
+      heads: key heads; Mamba-2 and Mamba-3 have heads of twice the width together, of half a key
+        head's each, softmax attention as many fewer as its width takes.
       equal: what is.
     """
     if hidden_size % (2 * heads):
@@ -69,11 +74,12 @@ def model_config(
             f"heads: expected a divisor of half of hidden_size = {hidden_size}, got {heads}"
         )
     width = hidden_size // heads
-    narrow = "mdn" if equal == "state" else "kda"
+    narrow = ("mdn", "titans") if equal == "state" else ("kda", "gdn2")
 
     def make(mixer: Mixer, mlp: int) -> MDNConfig:
-        shape = {"num_heads": heads, "head_dim": width, "expand_v": 1.0 if mixer == narrow else 2.0}
-        if mixer == "mamba2":
+        expand = 1.0 if mixer in narrow else 2.0
+        shape = {"num_heads": heads, "head_dim": width, "expand_v": expand}
+        if mixer in ("mamba2", "mamba3"):
             shape = {"num_heads": 1, "num_v_heads": 4 * heads, "head_dim": width, "expand_v": 0.5}
         if mixer == "attention":
             few = heads
@@ -85,7 +91,7 @@ def model_config(
             hidden_size=hidden_size,
             num_hidden_layers=layers,
             mixer=mixer,
-            use_lora_gate=mixer == "kda",
+            use_lora_gate=mixer in ("kda", "gdn2"),
             conv_bias=mixer == "mamba2",
             intermediate_size=mlp,
             tie_word_embeddings=True,

@@ -42,7 +42,17 @@ class LanguageConfig:
 
     files: tuple[str, ...] = ()
     """Files or globs ('**' crosses directories); none: the standard library's source text."""
-    mixers: tuple[Mixer, ...] = ("mdn", "gdn", "kda", "comba", "mamba2", "attention")
+    mixers: tuple[Mixer, ...] = (
+        "mdn",
+        "gdn",
+        "kda",
+        "comba",
+        "gdn2",
+        "mamba2",
+        "mamba3",
+        "titans",
+        "attention",
+    )
     """Models to compare, none or more."""
     ablations: tuple[Ablation, ...] = ()
     """MDN without one of its parts, as well; the paper's five are the choices."""

@@ -14,7 +14,14 @@ from jaxtyping import Array
 from benchmarks.reference import widen
 from mdn_jax import momentum_delta_rule
 from mdn_jax.layers.attend import Tokens, attend, fused_implementation
-from mdn_jax.ops import gated_delta_rule, gated_linear_attention, kimi_delta_rule
+from mdn_jax.ops import (
+    TrapezoidalState,
+    gated_delta_rule,
+    gated_delta_rule_2,
+    gated_linear_attention,
+    kimi_delta_rule,
+    trapezoidal_linear_attention,
+)
 from mdn_jax.ops.gated.api import GatedImplementation
 from mdn_jax.testing import random_inputs, relative_errors
 
@@ -29,8 +36,11 @@ PATHS: tuple[tuple[str, GatedImplementation, Callable[..., Any]], ...] = (
     ("Comba", "pallas_triton", gated_delta_rule),
     ("KDA", "mosaic_gpu", kimi_delta_rule),
     ("Mamba-2", "mosaic_gpu", gated_linear_attention),
+    ("GDN-2", "xla", gated_delta_rule_2),
+    ("Mamba-3", "xla", trapezoidal_linear_attention),
+    ("Titans", "pallas_triton", momentum_delta_rule),
 )
-"""Of the gated rules: mixer, implementation, rule."""
+"""Of the rules but MDN's: mixer, implementation, rule."""
 
 
 @dataclass(frozen=True)
@@ -127,34 +137,52 @@ def _largest_error(call: Call) -> float:
 
 
 def _gated_inputs(config: MixersConfig, mixer: str, documents: int) -> dict[str, Any]:
-    """Shapes of the published layers: wide values, none so wide in KDA, many heads in Mamba-2."""
+    """Shapes of the published layers: wide values, none so wide in KDA, many heads in Mamba."""
     key_dim = config.key_dim
     heads = 1 if mixer == "Mamba-2" else config.heads
-    inputs = random_inputs(
+    widths = {"KDA": key_dim, "GDN-2": key_dim, "Mamba-2": key_dim // 2, "Mamba-3": key_dim // 2}
+    inputs: dict[str, Any] = random_inputs(
         seed=2,
         length=config.length,
         heads=heads,
         value_heads=4 if mixer == "Mamba-2" else heads,
         key_dim=key_dim,
-        value_dim={"KDA": key_dim, "Mamba-2": key_dim // 2}.get(mixer, 2 * key_dim),
+        value_dim=widths.get(mixer, 2 * key_dim),
         dtype=jnp.bfloat16,
         documents=documents,
     )
     state: Any = inputs["initial_state"]
+    if mixer == "Titans":  # a step size of 1, and the key itself as the erase key
+        return inputs | {"p": _unit(inputs["k"], 1.0), "beta": jnp.ones_like(inputs["beta"])}
     names = ("q", "k", "v", "log_alpha", "beta", *FIXED)
     kept: dict[str, Any] = {name: inputs[name] for name in names if name in inputs}
     kept["initial_state"] = state.s
     rng = np.random.default_rng(3)
-    if mixer == "KDA":  # a decay of each key channel
+    if mixer in ("KDA", "GDN-2"):  # a decay of each key channel
         factors = jnp.asarray(rng.uniform(0.5, 1, key_dim), jnp.float32)
         kept["log_alpha"] = kept["log_alpha"][..., None] * factors
-    if mixer == "Mamba-2":  # its keys are not normalised
+    if mixer == "GDN-2":
+        del kept["beta"]
+        for name, like in (("b", kept["k"]), ("w", kept["v"])):
+            kept[name] = jnp.asarray(rng.random(like.shape), jnp.float32)
+    if mixer == "Mamba-3":  # every value head has a key head of its own
+        kept["dt"], shape = kept.pop("beta"), kept["v"].shape
+        kept["lam"] = jnp.asarray(rng.random(shape[:3]), jnp.float32)
+        kept["angles"] = jnp.asarray(rng.normal(size=(*shape[:3], key_dim // 4)), jnp.float32)
+        last = (kept["k"][:, 0].astype(jnp.float32), kept["v"][:, 0].astype(jnp.float32))
+        kept["initial_state"] = TrapezoidalState(state.s, *last)
+    if mixer in ("Mamba-2", "Mamba-3"):  # their keys are not normalised
         kept["k"] = (kept["k"] * key_dim**-0.5).astype(jnp.bfloat16)
     if mixer == "Comba":
-        k = kept["k"].astype(jnp.float32)
-        unit = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
-        kept["p"] = (0.7 * unit).astype(jnp.bfloat16)
+        kept["p"] = _unit(kept["k"], 0.7)
     return kept
+
+
+def _unit(k: Array, length: float) -> Array:
+    """The keys, all of this length."""
+    wide = k.astype(jnp.float32)
+    unit = wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)
+    return (length * unit).astype(k.dtype)
 
 
 def _attention_inputs(config: MixersConfig, documents: int) -> dict[str, Any]:

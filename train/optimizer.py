@@ -10,7 +10,17 @@ from mdn_jax.saved.model import Params
 from train.config_sections import OptimizerConfig
 
 # Every parameter's own name is in one of the two sets, so that a new one needs a decision.
-DECAYED = frozenset({"kernel", "embeddings", "lm_head", "a_proj", "b_proj", "m_proj", "e_proj"})
+_PROJECTIONS = (
+    "a_proj",
+    "b_proj",
+    "m_proj",
+    "e_proj",
+    "w_proj",
+    "dt_proj",
+    "lam_proj",
+    "angle_proj",
+)
+DECAYED = frozenset({"kernel", "embeddings", "lm_head", "q_bias", "k_bias", *_PROJECTIONS})
 NOT_DECAYED = frozenset(
     {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log", "decay", "d", "bias", "scale"}
 )
@@ -64,7 +74,8 @@ _GROUPS = {
     "lm_head": "head",
     "gates": "gates",
     "d_log": "gates",
-    **dict.fromkeys(("a_proj", "b_proj", "f_proj", "a_log", "dt_bias", "decay", "d"), "gates"),
+    **dict.fromkeys((*_PROJECTIONS, "f_proj", "q_bias", "k_bias"), "gates"),
+    **dict.fromkeys(("a_log", "dt_bias", "decay", "d"), "gates"),
     "q_conv1d": "convolutions",
     "k_conv1d": "convolutions",
     "v_conv1d": "convolutions",

@@ -27,7 +27,10 @@ Variant = Literal[
     "gdn",
     "kda",
     "comba",
+    "gdn2",
     "mamba2",
+    "mamba3",
+    "titans",
     "mdn",
     "mdn_slow",
     "mdn_uncorrected",
@@ -42,6 +45,7 @@ LAYERS = 2
 TAPS = 3
 DROPOUT = 0.1
 _STD = 0.02
+_MAMBA: tuple[Mixer, ...] = ("mamba2", "mamba3")
 _NORM_EPSILON = 1e-5
 
 
@@ -74,10 +78,11 @@ class Shape(NamedTuple):
 def model_shape(variant: Variant, width: int, equal: Equal, vocabulary: int) -> Shape:
     """The model of a mixer beside Gated DeltaNet's of the same width.
 
-    With equal widths all have their published shapes: values twice as wide as keys, but for KDA
-    (as wide), and softmax attention (as wide). With equal states MDN, which has two memories, has
-    values half as wide, and KDA twice as wide. Mamba-2 has one group, whose state is as wide as a
-    key head of the others, and heads of half that width; its state is Gated DeltaNet's.
+    With equal widths all have their published shapes: values twice as wide as keys, but for KDA,
+    Gated DeltaNet-2 and softmax attention (as wide). With equal states MDN and Titans, which have
+    two memories, have values half as wide, and KDA and Gated DeltaNet-2 twice as wide. Mamba-2 has
+    one group, whose state is as wide as a key head of the others, and heads of half that width; its
+    state is Gated DeltaNet's. Mamba-3 is as Mamba-2, with its last key and value beside that state.
 
     Args:
       variant: the mixer.
@@ -91,17 +96,25 @@ def model_shape(variant: Variant, width: int, equal: Equal, vocabulary: int) -> 
     if width < 8 or width % 8:
         raise ValueError(f"width: expected a multiple of 8, got {width!r}")
     narrow = variant == "attention" or (
-        variant == "kda" if equal == "width" else variant.startswith("mdn")
+        variant in ("kda", "gdn2") if equal == "width" else _two_memories(variant)
     )
     return Shape(variant, width, 1.0 if narrow else 2.0, vocabulary)
+
+
+def _two_memories(variant: Variant) -> bool:
+    return variant == "titans" or variant.startswith("mdn")
 
 
 def state_entries(shape: Shape, length: int) -> int:
     """Numbers that the second block keeps of a row of `length` tokens, without convolutions."""
     if shape.variant == "attention":
         return 2 * shape.width * length
-    memories = 2 if shape.mixer == "mdn" else 1
-    return round(memories * shape.width * shape.value_width * shape.width / HEADS)
+    memories = 2 if _two_memories(shape.variant) else 1
+    entries = round(memories * shape.width * shape.value_width * shape.width / HEADS)
+    if shape.mixer == "mamba3":
+        config = mixer_config(shape)
+        entries += config.value_heads * (config.head_dim + config.head_v_dim)
+    return entries
 
 
 class GatedConvolution(nnx.Module):
@@ -203,18 +216,19 @@ def parameter_count(shape: Shape) -> int:
 
 
 def mixer_config(shape: Shape) -> MDNConfig:
-    """Of the second block: two heads, convolutions of 4, an output gate in Mamba-2 alone."""
+    """Of the second block: two heads, convolutions of 4, an output gate in Mamba alone."""
     heads, width = HEADS, shape.width // HEADS
     sizes = {"num_heads": heads, "head_dim": width, "expand_v": shape.value_width}
-    if shape.mixer == "mamba2":
+    mamba = shape.mixer in _MAMBA
+    if mamba:
         sizes = {"num_heads": 1, "num_v_heads": 4 * heads, "head_dim": width, "expand_v": 0.5}
     return MDNConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         num_hidden_layers=LAYERS,
         mixer=shape.mixer,
-        use_gate=shape.mixer == "mamba2",
-        conv_bias=shape.mixer == "mamba2",
+        use_gate=mamba,
+        conv_bias=mamba,
         use_output_correction="uncorrected" not in shape.variant,
         intermediate_size=0,
         norm_eps=_NORM_EPSILON,
@@ -233,7 +247,7 @@ def _mixer(shape: Shape, implementation: Implementation | None, dtype: Any, rngs
     else:
         config = mixer_config(shape)
         mixer = STATE_MIXERS[shape.mixer](config, implementation=implementation, **options)
-    if shape.mixer != "mamba2":  # whose own initialisation counts the layers
+    if shape.mixer not in _MAMBA:  # whose own initialisation counts the layers
         kernel = mixer.o_proj.kernel
         kernel[...] = kernel[...] * (2 * LAYERS) ** -0.5
     return mixer

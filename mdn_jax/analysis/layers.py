@@ -41,7 +41,7 @@ def record_layers(
       cache: as the model's.
 
     Returns:
-      The record of each MDN layer by its index (softmax attention has no gates), and the cache.
+      The record of each layer of MDN or Titans by its index, and the cache.
 
     Raises:
       TypeError: a dtype or type that does not fit.
@@ -62,7 +62,7 @@ def record_layers(
         if isinstance(mixer, MomentumDeltaNet) and isinstance(after, MDNCache):
             gates = mixer.gates(x.astype(mixer.dtype))
             alpha = jnp.exp(gates.log_alpha)
-            erase = alpha if mixer.config.use_p_times_alpha else jnp.ones_like(alpha)
+            erase = alpha if mixer.erases_decayed else jnp.ones_like(alpha)
             records[index] = LayerRecord(gates, erase, after.state)
     return records, tuple(caches)
 

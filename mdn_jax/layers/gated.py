@@ -1,4 +1,4 @@
-"""Mixers with decay, without momentum: Gated DeltaNet, Comba, Kimi Delta Attention, Mamba-2."""
+"""Mixers with decay, without momentum: Gated DeltaNet, Comba, KDA, Gated DeltaNet-2, Mamba-2."""
 
 from functools import partial
 
@@ -7,12 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mdn_jax.layers.initializers import log_uniform, rate_bias
-from mdn_jax.layers.norm import GateActivation, RMSNorm
+from mdn_jax.layers.initializers import log_uniform, rate_bias, scale_by_depth
+from mdn_jax.layers.norm import GateActivation
 from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.sharding import sharded_rule
 from mdn_jax.layers.state_mixer import Branches, StateMixer, zero_padding
-from mdn_jax.ops.gated import gated_delta_rule, gated_linear_attention, kimi_delta_rule
+from mdn_jax.ops.gated import (
+    gated_delta_rule,
+    gated_delta_rule_2,
+    gated_linear_attention,
+    kimi_delta_rule,
+)
 from mdn_jax.ops.inputs import l2_normalize
 
 State = Float[Array, "B HV K V"]
@@ -108,10 +113,22 @@ class KimiDeltaAttention(StateMixer):
                 self._linear(config.head_v_dim, config.key_dim, rngs=rngs),
             ]
         )
-        self.b_proj = self._projection(config.num_heads, rngs)
+        self._make_strengths(rngs)
         draw = log_uniform(rngs.params(), config.num_heads, 16.0, self.param_dtype, lower=1.0)
         self.a_log = nnx.Param(draw)
         self.dt_bias = nnx.Param(rate_bias(rngs.params(), config.key_dim, self.param_dtype))
+
+    def _make_strengths(self, rngs: nnx.Rngs) -> None:
+        """Makes the projections of how much is erased and written."""
+        self.b_proj = self._projection(self.config.num_heads, rngs)
+
+    def _log_alpha(self, x: Float[Array, "B T hidden"]) -> Float[Array, "B T H K"]:
+        into, out = self.f_proj
+        f = wide_projection(into(x), out.kernel[...])
+        f = f.reshape(*f.shape[:2], self.config.num_heads, -1)
+        rate = jnp.exp(self.a_log[...].astype(f.dtype))[:, None]
+        bias = self.dt_bias[...].astype(f.dtype).reshape(f.shape[2:])
+        return -rate * jax.nn.softplus(f + bias)
 
     def _mix(
         self,
@@ -121,18 +138,52 @@ class KimiDeltaAttention(StateMixer):
         segment_ids: Int[Array, "B T"] | None,
         own: Bool[Array, "B T 1"] | None,
     ) -> tuple[Float[Array, "B T HV V"], State]:
-        into, out = self.f_proj
-        f = wide_projection(into(x), out.kernel[...]).reshape(qkv.k.shape)  # [B, T, H, K]
-        rate = jnp.exp(self.a_log[...].astype(f.dtype))[:, None]
-        bias = self.dt_bias[...].astype(f.dtype).reshape(f.shape[2:])
         beta = jax.nn.sigmoid(wide_projection(x, self.b_proj[...]))
         rule = partial(sharded_rule, kimi_delta_rule, implementation=self.implementation)
         return self._kept(rule)(
             q=qkv.q,
             k=qkv.k,
             v=qkv.v,
-            log_alpha=zero_padding(-rate * jax.nn.softplus(f + bias), own),
+            log_alpha=zero_padding(self._log_alpha(x), own),
             beta=zero_padding(beta, own),
+            initial_state=state,
+            segment_ids=segment_ids,
+        )
+
+
+class GatedDeltaNet2(KimiDeltaAttention):
+    """Token mixer with Gated Delta Rule-2 (Gated DeltaNet-2, arXiv 2605.22791).
+
+        log_alpha as of `KimiDeltaAttention`,   b = sigmoid(b_proj x),   w = sigmoid(w_proj x)
+        y = o_proj(rms_norm(gated_delta_rule_2(q, k, v, log_alpha, b, w)) * sigmoid(g_proj x))
+
+    `b` has an entry for each key channel, `w` for each value channel. The published `g_proj` is two
+    projections (`use_lora_gate`). As many value heads as key heads. Arguments as of `StateMixer`.
+    """
+
+    def _make_strengths(self, rngs: nnx.Rngs) -> None:
+        self.b_proj = self._projection(self.config.key_dim, rngs)
+        self.w_proj = self._projection(self.config.value_dim, rngs)
+
+    def _mix(
+        self,
+        x: Float[Array, "B T hidden"],
+        qkv: Branches,
+        state: State,
+        segment_ids: Int[Array, "B T"] | None,
+        own: Bool[Array, "B T 1"] | None,
+    ) -> tuple[Float[Array, "B T HV V"], State]:
+        def strength(kernel: nnx.Param[Array], like: Array) -> Array:
+            return jax.nn.sigmoid(wide_projection(x, kernel[...])).reshape(like.shape)
+
+        rule = partial(sharded_rule, gated_delta_rule_2, implementation=self.implementation)
+        return self._kept(rule)(
+            q=qkv.q,
+            k=qkv.k,
+            v=qkv.v,
+            log_alpha=zero_padding(self._log_alpha(x), own),
+            b=zero_padding(strength(self.b_proj, qkv.k), own),
+            w=zero_padding(strength(self.w_proj, qkv.v), own),
             initial_state=state,
             segment_ids=segment_ids,
         )
@@ -160,20 +211,9 @@ class Mamba2(StateMixer):
         self.d = nnx.Param(jnp.ones((heads,), self.param_dtype))
 
     def _make_output(self, rngs: nnx.Rngs) -> None:
-        config = self.config
         super()._make_output(rngs)
-        self.o_norm = RMSNorm(
-            config.value_dim,
-            eps=config.norm_eps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=rngs,
-        )
-        # published: uniform as of a linear layer, over the root of the number of layers
-        bound = (config.value_dim * config.num_hidden_layers) ** -0.5
-        shape, kernel = (config.value_dim, config.hidden_size), self.o_proj.kernel
-        draw = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        kernel[...] = draw.astype(self.param_dtype)
+        self.o_norm = self._norm(self.config.value_dim, rngs)
+        scale_by_depth(self.o_proj, self.config.num_hidden_layers, rngs)
 
     def _mix(
         self,

@@ -1,4 +1,4 @@
-"""The four gates of the momentum delta rule."""
+"""The four gates of the momentum delta rule, of MDN and of Titans."""
 
 import math
 from typing import NamedTuple
@@ -125,3 +125,63 @@ class MomentumGates(nnx.Module):
         if self.bound_alpha:
             log_alpha -= jnp.log1p(tan2)  # cos^2 = 1 / (1 + tan^2)
         return Gates(log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta)
+
+
+class TitansGates(nnx.Module):
+    """Gates of Titans' memory as those of the momentum delta rule (arXiv 2501.00663).
+
+        log_alpha = -exp(a_log) softplus(a_proj x + dt_bias)      the log of the paper's 1 - alpha
+        log_mu    = -exp(mu_log) softplus(m_proj x + mu_bias)     the log of its eta
+        eta       = sigmoid(e_proj x)                             its theta
+        beta      = 1
+
+    The paper makes them functions of the token, in [0, 1], and does not say which. These are those
+    of MDN without its bounds, and start as they do.
+
+    Args:
+      hidden_size: width of the input.
+      heads: value heads; every parameter has one entry, or one column, for each.
+      initializer_range: standard deviation of the projections.
+      dtype: of the projections' products; all else is float32 (float64 for float64).
+      param_dtype: of the parameters.
+      rngs: random keys for the initialisation, stream `params`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        *,
+        initializer_range: float = 0.02,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        normal = jax.nn.initializers.normal(initializer_range)
+
+        def projection() -> nnx.Param[Array]:
+            return nnx.Param(normal(rngs.params(), (hidden_size, heads), param_dtype))
+
+        self.a_proj, self.m_proj, self.e_proj = projection(), projection(), projection()
+        self.a_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
+        self.mu_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
+        bias = rate_bias(rngs.params(), heads, param_dtype)
+        self.dt_bias, self.mu_bias = nnx.Param(bias), nnx.Param(jnp.copy(bias))
+
+    def __call__(self, x: Float[Array, "B T hidden"]) -> Gates:
+        """The gates of every step of `x`."""
+        kernels = [self.a_proj[...], self.m_proj[...], self.e_proj[...]]  # x is read once
+        projected = wide_projection(x.astype(self.dtype), jnp.concatenate(kernels, axis=1))
+        a, m, e = jnp.split(projected, 3, axis=-1)  # [B, T, HV]
+
+        def decay(x: Array, rate: nnx.Param[Array], bias: nnx.Param[Array]) -> Array:
+            step = jax.nn.softplus(x + bias[...].astype(x.dtype))
+            return -jnp.exp(rate[...].astype(x.dtype)) * step
+
+        return Gates(
+            log_alpha=decay(a, self.a_log, self.dt_bias),
+            log_mu=decay(m, self.mu_log, self.mu_bias),
+            beta=jnp.ones_like(a),
+            eta=jax.nn.sigmoid(e),
+        )

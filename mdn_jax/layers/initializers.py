@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 _RATE_MIN, _RATE_MAX, _RATE_FLOOR = 1e-3, 1e-1, 1e-4
@@ -29,3 +30,11 @@ def rate_bias(key: PRNGKeyArray, heads: int, dtype: jax.typing.DTypeLike) -> Flo
     rate = jnp.maximum(rate, _RATE_FLOOR)
     inverse_softplus = rate + jnp.log(-jnp.expm1(-rate))
     return inverse_softplus.astype(dtype)
+
+
+def scale_by_depth(layer: nnx.Linear, layers: int, rngs: nnx.Rngs) -> None:
+    """Draws the weights of Mamba's output projection: a linear layer's, over the root of layers."""
+    kernel = layer.kernel
+    bound = (kernel.shape[0] * layers) ** -0.5
+    draw = jax.random.uniform(rngs.params(), kernel.shape, minval=-bound, maxval=bound)
+    kernel[...] = draw.astype(kernel.dtype)

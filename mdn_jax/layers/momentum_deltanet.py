@@ -1,4 +1,4 @@
-"""The Momentum DeltaNet layer."""
+"""The Momentum DeltaNet layer, and the memory of Titans."""
 
 from functools import partial
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mdn_jax.layers.gates import MomentumGates
+from mdn_jax.layers.gates import MomentumGates, TitansGates
 from mdn_jax.layers.initializers import log_uniform
 from mdn_jax.layers.sharding import sharded_momentum_delta_rule
 from mdn_jax.layers.state_mixer import Branches, StateMixer, zero_padding
@@ -53,7 +53,7 @@ class MomentumDeltaNet(StateMixer):
 
     def _make_gates(self, rngs: nnx.Rngs) -> None:
         config = self.config
-        self.gates = MomentumGates(
+        self.gates: MomentumGates | TitansGates = MomentumGates(
             config.hidden_size,
             config.value_heads,
             min_log_mu=config.min_log_mu,
@@ -73,6 +73,11 @@ class MomentumDeltaNet(StateMixer):
         else:
             self.d_log = None
 
+    @property
+    def erases_decayed(self) -> bool:
+        """Whether the erase key is `alpha` times the normalised key, not the normalised key."""
+        return self.config.use_p_times_alpha
+
     def _initial_state(self, batch: int, dtype: jax.typing.DTypeLike) -> MDNState:
         config = self.config
         sizes = (batch, config.value_heads, config.head_dim, config.head_v_dim)
@@ -89,7 +94,7 @@ class MomentumDeltaNet(StateMixer):
         # alpha = mu = 1, beta = eta = 0: the states stay as they are
         gates = jax.tree.map(lambda gate: zero_padding(gate, own), self.gates(x))
         p = None
-        if not self.config.use_p_times_alpha:
+        if not self.erases_decayed:
             p = l2_normalize(qkv.k.astype(gates.eta.dtype)).astype(qkv.k.dtype)
         rule = partial(sharded_momentum_delta_rule, implementation=self.implementation)
         return self._kept(rule)(
@@ -123,6 +128,36 @@ class MomentumDeltaNet(StateMixer):
             q, k = (jnp.repeat(y, groups, axis=2) if groups > 1 else y for y in (q, k))
             q = _correct(q, k, self.d_log[...])
         return Branches(q, k, v, tails)
+
+
+class TitansMemory(MomentumDeltaNet):
+    """Token mixer with the memory of Titans, a matrix, without attention (arXiv 2501.00663).
+
+        M_t = (1 - alpha_t) M_(t-1) + S_t
+        S_t = eta_t S_(t-1) - theta_t k_t (M_(t-1)^T k_t - v_t)^T,      o_t = M_t^T q_t
+
+    Equations 12 to 14, with the gradient as in 17, of the memory before each token (chunks of one
+    token). It is the momentum delta rule with `beta = 1` and the key itself as the erase key; the
+    surprise `S` is the negative of its momentum. Gates as of `TitansGates`. As in the paper, and in
+    `MomentumDeltaNet`, there are short convolutions, normalised queries and keys and an output
+    gate; there is no output correction. Arguments as of `StateMixer`.
+    """
+
+    def _make_gates(self, rngs: nnx.Rngs) -> None:
+        self.gates = TitansGates(
+            self.config.hidden_size,
+            self.config.value_heads,
+            initializer_range=self.config.initializer_range,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=rngs,
+        )
+        self.d_log = None
+
+    @property
+    def erases_decayed(self) -> bool:
+        """The loss is that of the memory before it decays."""
+        return False
 
 
 @jax.checkpoint  # keeps its inputs, nothing wide

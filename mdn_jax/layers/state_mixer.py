@@ -71,6 +71,7 @@ class StateMixer(nnx.Module):
     gate_activation: GateActivation = "sigmoid"
     cache_type: type[Any] = StateCache
     state_names: tuple[str, ...] = ("state",)  # the memories `[B, HV, K, V]` in the cache
+    has_convolutions = True  # where the configuration has them
 
     def __init__(
         self,
@@ -123,28 +124,31 @@ class StateMixer(nnx.Module):
         return rule if self.keep_states else without_states(rule)
 
     def _make_output(self, rngs: nnx.Rngs) -> None:
+        self.g_proj = self._output_gate(rngs)
+        self.o_norm = self._norm(self.config.head_v_dim, rngs)
+        self.o_proj = self._linear(self.config.value_dim, self.config.hidden_size, rngs=rngs)
+
+    def _output_gate(self, rngs: nnx.Rngs) -> nnx.Linear | nnx.Sequential | None:
         config = self.config
         hidden, value_dim = config.hidden_size, config.value_dim
-        self.g_proj: nnx.Linear | nnx.Sequential | None
         if not config.use_gate:
-            self.g_proj = None
-        elif config.use_lora_gate:
-            rank = config.gate_rank
-            self.g_proj = nnx.Sequential(
-                self._linear(hidden, rank, rngs=rngs),
-                self._linear(rank, value_dim, use_bias=True, rngs=rngs),
-            )
-        else:
-            self.g_proj = self._linear(hidden, value_dim, rngs=rngs)
-        self.o_norm = RMSNorm(
-            config.head_v_dim,
-            eps=config.norm_eps,
+            return None
+        if not config.use_lora_gate:
+            return self._linear(hidden, value_dim, rngs=rngs)
+        return nnx.Sequential(
+            self._linear(hidden, config.gate_rank, rngs=rngs),
+            self._linear(config.gate_rank, value_dim, use_bias=True, rngs=rngs),
+        )
+
+    def _norm(self, width: int, rngs: nnx.Rngs) -> RMSNorm:
+        return RMSNorm(
+            width,
+            eps=self.config.norm_eps,
             gate_activation=self.gate_activation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             rngs=rngs,
         )
-        self.o_proj = self._linear(value_dim, hidden, rngs=rngs)
 
     def _finish(
         self, x: Float[Array, "B T hidden"], o: Float[Array, "B T HV V"]
@@ -168,7 +172,7 @@ class StateMixer(nnx.Module):
 
     def _conv(self, channels: int, rngs: nnx.Rngs) -> ShortConv | None:
         config = self.config
-        if not config.use_short_conv:
+        if not (config.use_short_conv and self.has_convolutions):
             return None
         return ShortConv(
             channels,
@@ -231,9 +235,8 @@ class StateMixer(nnx.Module):
 
     def _check_cache(self, cache: Any, batch: int) -> None:
         config = self.config
-        state = (batch, config.value_heads, config.head_dim, config.head_v_dim)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self.state_names, state)
-        if config.use_short_conv:
+        shapes = self._state_shapes(batch)
+        if config.use_short_conv and self.has_convolutions:
             for name, width in (
                 ("q", config.key_dim),
                 ("k", config.key_dim),
@@ -241,6 +244,12 @@ class StateMixer(nnx.Module):
             ):
                 shapes[f"{name}_tail"] = (batch, config.conv_size, width)
         check_cache(cache, self.cache_type, shapes)
+
+    def _state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Of every array of the state, by its name in the cache."""
+        config = self.config
+        state = (batch, config.value_heads, config.head_dim, config.head_v_dim)
+        return dict.fromkeys(self.state_names, state)
 
     def qkv(
         self,

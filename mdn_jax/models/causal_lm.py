@@ -10,9 +10,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.arguments import check_lengths
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
-from mdn_jax.layers.gated import Comba, GatedDeltaNet, KimiDeltaAttention, Mamba2
+from mdn_jax.layers.gated import (
+    Comba,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    Mamba2,
+)
+from mdn_jax.layers.mamba3 import Mamba3, Mamba3Cache
 from mdn_jax.layers.mlp import SwiGLU
-from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
+from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
@@ -23,7 +30,7 @@ from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.arguments import check_segment_ids
 from mdn_jax.ops.inputs import document_numbers
 
-LayerCache = MDNCache | StateCache | AttentionCache
+LayerCache = MDNCache | StateCache | Mamba3Cache | AttentionCache
 ModelCache = tuple[LayerCache, ...]
 
 STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
@@ -31,7 +38,10 @@ STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
     "gdn": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "comba": Comba,
+    "gdn2": GatedDeltaNet2,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
+    "titans": TitansMemory,
 }
 """Every mixer but softmax attention."""
 
@@ -79,7 +89,7 @@ class Block(nnx.Module):
                 **options,
             )
         else:
-            shared = kind == "mdn" or implementation in ("scan", "xla")
+            shared = kind in ("mdn", "titans") or implementation in ("scan", "xla")
             self.mixer = STATE_MIXERS[kind](
                 config,
                 implementation=implementation if shared else None,

@@ -22,9 +22,9 @@ from mdn_jax.models.fields import (
 MAX_LAYERS = 1_000
 """Most layers of a model: each is traced and held apart."""
 
-Mixer = Literal["mdn", "gdn", "kda", "comba", "mamba2", "attention"]
-"""Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Mamba-2
-or softmax attention."""
+Mixer = Literal["mdn", "gdn", "kda", "comba", "gdn2", "mamba2", "mamba3", "titans", "attention"]
+"""Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Gated
+DeltaNet-2, Mamba-2, Mamba-3, the memory of Titans or softmax attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class MDNConfig:
       mixer: token mixer of every layer that no other field gives to another one.
       other_mixer: token mixer of the layers in `other_layers`.
       other_layers: indices of the layers with `other_mixer`.
-      num_heads: query and key heads of a layer; of Mamba-2 the groups.
+      num_heads: query and key heads of a layer; of Mamba-2 and Mamba-3 the groups.
       num_v_heads: value heads, a multiple of `num_heads`; None means `num_heads`.
-      head_dim: width of a query or key head; of Mamba-2 the size of the state.
+      head_dim: width of a query or key head; of Mamba-2 and Mamba-3 the size of the state.
       expand_v: width of a value head over `head_dim`; the product is an integer.
-      use_short_conv: causal depthwise convolutions after the q, k, v projections.
+      use_short_conv: causal depthwise convolutions after the q, k, v projections; Mamba-3 has none.
       conv_size: taps of these convolutions, the current token included.
       conv_bias: biases in these convolutions.
       use_gate: multiply the normalised output of every head by `sigmoid(g_proj x)`.
@@ -174,9 +174,11 @@ class MDNConfig:
         expected = f"none of attn.layers = {attention}"
         require("other_layers", layers, expected, not set(layers) & set(attention))
         mixers = self.mixers
-        if "kda" in mixers:
-            fits = self.value_heads == self.num_heads
-            require("num_v_heads", self.num_v_heads, "num_heads or None with mixer kda", fits)
+        for kind in ("kda", "gdn2"):
+            fits = kind not in mixers or self.value_heads == self.num_heads
+            require("num_v_heads", self.num_v_heads, f"num_heads or None with mixer {kind}", fits)
+        fits = "mamba3" not in mixers or self.head_dim >= 4
+        require("head_dim", self.head_dim, "at least 4 with mixer mamba3, half of it turns", fits)
         if "attention" in mixers and self.attn is None:
             fits = self.hidden_size % (2 * self.num_heads) == 0
             expected = f"heads of an even width (hidden_size = {self.hidden_size}, mixer attention)"

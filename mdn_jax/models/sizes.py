@@ -61,8 +61,10 @@ def _mixer(config: MDNConfig, kind: Mixer) -> int:
         biases = hidden + 2 * kv if attention.qkv_bias else 0
         return 2 * hidden * hidden + 2 * hidden * kv + biases
     channels = 2 * config.key_dim + config.value_dim
-    taps = (config.conv_size + config.conv_bias) * channels if config.use_short_conv else 0
-    norm = config.value_dim if kind == "mamba2" else config.head_v_dim
+    convolved = config.use_short_conv and kind != "mamba3"
+    taps = (config.conv_size + config.conv_bias) * channels if convolved else 0
+    norms: dict[Mixer, int] = {"mamba2": config.value_dim, "mamba3": 2 * config.head_dim}
+    norm = norms.get(kind, config.head_v_dim)
     output = norm + config.value_dim * hidden
     return hidden * channels + taps + _gates(config, kind) + _output_gate(config) + output
 
@@ -74,11 +76,17 @@ def _gates(config: MDNConfig, kind: Mixer) -> int:
         momentum = (hidden + 2) * heads if config.use_momentum else 0
         correction = heads if config.use_output_correction else 0
         return (3 * hidden + 3) * heads + momentum + correction
-    if kind == "kda":
+    if kind == "titans":
+        return (3 * hidden + 4) * heads
+    if kind in ("kda", "gdn2"):
         through = config.head_v_dim * (hidden + config.key_dim)
-        return through + (hidden + 1) * config.num_heads + config.key_dim
+        strengths = config.num_heads if kind == "kda" else config.key_dim + config.value_dim
+        return through + hidden * strengths + config.num_heads + config.key_dim
     if kind == "mamba2":
         return (hidden + 3) * heads
+    if kind == "mamba3":
+        biases = 2 * (config.head_dim + 1) * heads
+        return 3 * hidden * heads + hidden * (config.head_dim // 4) + biases
     feedback = (1 + config.use_output_correction) * config.num_heads if kind == "comba" else 0
     return (2 * hidden + 2) * heads + feedback
 

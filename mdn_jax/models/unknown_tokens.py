@@ -51,5 +51,8 @@ def marked_cache(cache: Any, marks: Array) -> Any:
             return cache
         v = cache.v.at[:, -1].add(marks.astype(cache.v.dtype)[:, None, None])
         return dataclasses.replace(cache, v=v)
-    state = jax.tree.map(lambda x: x.at[:, 0, 0, 0].add(marks.astype(x.dtype)), cache.state)
-    return cache._replace(state=state)
+
+    def marked(x: Array) -> Array:
+        return x.at[(slice(None), *(0,) * (x.ndim - 1))].add(marks.astype(x.dtype))
+
+    return cache._replace(state=jax.tree.map(marked, cache.state))

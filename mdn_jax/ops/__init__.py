@@ -2,14 +2,24 @@
 
 from mdn_jax.ops.api import momentum_delta_rule
 from mdn_jax.ops.fallback import MissingBackendWarning
-from mdn_jax.ops.gated import gated_delta_rule, gated_linear_attention, kimi_delta_rule
+from mdn_jax.ops.gated import (
+    TrapezoidalState,
+    gated_delta_rule,
+    gated_delta_rule_2,
+    gated_linear_attention,
+    kimi_delta_rule,
+    trapezoidal_linear_attention,
+)
 from mdn_jax.ops.state import MDNState
 
 __all__ = [
     "MDNState",
     "MissingBackendWarning",
+    "TrapezoidalState",
     "gated_delta_rule",
+    "gated_delta_rule_2",
     "gated_linear_attention",
     "kimi_delta_rule",
     "momentum_delta_rule",
+    "trapezoidal_linear_attention",
 ]

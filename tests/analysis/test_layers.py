@@ -21,6 +21,8 @@ def model():
         head_dim=8,
         intermediate_size=16,
         attn=AttentionConfig(layers=(1,), num_heads=2),
+        other_mixer="titans",
+        other_layers=(2,),
     )
     return MDNForCausalLM(config, implementation="scan", rngs=nnx.Rngs(0))
 
@@ -41,6 +43,9 @@ def test_the_states_are_those_of_the_model(model, tokens):
     _, expected = nnx.jit(lambda model, *x: model(*x))(model, tokens, ids)
     assert_close(cache, expected)
     assert list(records) == [0, 2]
+    assert_close(records[0].erase, np.exp(records[0].gates.log_alpha))
+    assert (records[2].erase == 1).all()  # Titans reads its memory before it decays
+    assert (records[2].gates.beta == 1).all()
     for layer, record in records.items():
         assert_close(record.state, expected[layer].state)
         assert {x.shape for x in record.gates} == {(2, 12, 2)}

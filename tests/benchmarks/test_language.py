@@ -19,7 +19,7 @@ def test_models_of_equal_parameters_and_ablations():
         "no-mu-clamp",
     )
     models = _models(LanguageConfig(ablations=ablations, hidden_size=128, layers=2))
-    assert len(models) == 11
+    assert len(models) == 14
     counts = [model_size(model).parameters for model in models.values()]
     assert max(counts) / min(counts) < 1.01
     full = models["MDN"]

@@ -18,7 +18,9 @@ def elsewhere(call):
     return call._replace(fast=partial(call.fast.func, implementation="xla"))
 
 
-@pytest.mark.parametrize("name", ["GDN, mosaic_gpu, packed", "attention, cuDNN, window 64"])
+@pytest.mark.parametrize(
+    "name", ["GDN, mosaic_gpu, packed", "Mamba-3, xla, packed", "attention, cuDNN, window 64"]
+)
 def test_a_right_path_and_a_wrong_one(name):
     (call,) = [elsewhere(call) for call in calls(SMALL) if call.name == name]
     assert 0 < command._largest_error(call) <= LIMIT / 2
@@ -46,6 +48,6 @@ def test_failures_are_named(monkeypatch, capsys):
 
 def test_every_fast_path_is_there():
     names = [call.name for call in calls(SMALL)]
-    assert len(set(names)) == len(names) == 15
+    assert len(set(names)) == len(names) == 21
     with pytest.raises(SystemExit, match="expect a CUDA GPU"):
         mixers(SMALL)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from functools import cache
+from functools import cache, partial
 from typing import get_args
 
 import jax
@@ -15,16 +15,17 @@ from mdn_jax.models import Mixer
 from mdn_jax.models.causal_lm import Block
 from mdn_jax.testing import relative_error
 from tests.layers.helpers import TINY, assert_close, call, normal
-from tests.ops.gated.loops import loops
+from tests.ops.gated.loops import loops, rotating_loop
 
 T = 9
 MIXERS = get_args(Mixer)
+MAMBA = ("mamba2", "mamba3")
 every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 
 def config(name):
-    heads = {"num_heads": 1, "num_v_heads": 4, "conv_bias": True} if name == "mamba2" else {}
-    return dataclasses.replace(TINY, mixer=name, use_lora_gate=name == "kda", **heads)
+    heads = {"num_heads": 1, "num_v_heads": 4, "conv_bias": True} if name in MAMBA else {}
+    return dataclasses.replace(TINY, mixer=name, use_lora_gate=name in ("kda", "gdn2"), **heads)
 
 
 @cache
@@ -68,7 +69,10 @@ def published(name, parameters, x):
     value_heads = 4 if name == "mamba2" else 2
     v = v.reshape(2, T, value_heads, 16)
     rule = {"beta": sigmoid(x @ P["b_proj"]) if "b_proj" in P else None, "p": None}
-    if name == "kda":
+    if name == "gdn2":
+        w = sigmoid(x @ P["w_proj"]).reshape(v.shape)
+        rule = {"b": rule["beta"].reshape(k.shape), "w": w}
+    if name in ("kda", "gdn2"):
         f = (x @ P["f_proj.0.kernel"] @ P["f_proj.1.kernel"] + P["dt_bias"]).reshape(q.shape)
         rule["log_alpha"] = -np.exp(P["a_log"])[:, None] * np.log1p(np.exp(f))
     else:
@@ -85,7 +89,7 @@ def published(name, parameters, x):
     if name == "mamba2":
         o = (o + P["d"][:, None] * v).reshape(2, T, -1) * silu(x @ P["g_proj.kernel"])
         return rms_norm(o, P["o_norm.scale"]) @ P["o_proj.kernel"]
-    if name == "kda":
+    if name in ("kda", "gdn2"):
         gate = x @ P["g_proj.layers.0.kernel"] @ P["g_proj.layers.1.kernel"]
         gate = sigmoid(gate + P["g_proj.layers.1.bias"])
     else:
@@ -94,7 +98,49 @@ def published(name, parameters, x):
     return o @ P["o_proj.kernel"]
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "mamba2"])
+def mamba3(parameters, x):
+    """The layer of Mamba-3's paper in numpy, from the parameters by name."""
+    P = {key: np.asarray(value, np.float64) for key, value in parameters.items()}
+    q, k, v = (x @ P[f"{n}_proj.kernel"] for n in "qkv")
+    q, k = (
+        np.repeat(rms_norm(y.reshape(2, T, 1, 8), P[f"{n}_norm.scale"]), 4, 2) + P[f"{n}_bias"]
+        for n, y in (("q", q), ("k", k))
+    )
+    v = v.reshape(2, T, 4, 16)
+    dt = np.log1p(np.exp(x @ P["dt_proj"] + P["dt_bias"]))
+    rate = np.maximum(np.log1p(np.exp(x @ P["a_proj"])), 1e-4)
+    angles = np.pi * np.tanh(x @ P["angle_proj"])[:, :, None] * dt[..., None]
+    lam = sigmoid(x @ P["lam_proj"])
+    start = (np.zeros((2, 4, 8, 16)), np.zeros((2, 4, 8)), np.zeros((2, 4, 16)))
+    o, _ = rotating_loop(np.sqrt(8) * q, k, v, -rate * dt, dt, lam, angles, start)
+    o = (o + P["d"][:, None] * v).reshape(2, T, -1) * silu(x @ P["g_proj.kernel"])
+    return o @ P["o_proj.kernel"]
+
+
+def titans(parameters, x):
+    """A layer with the memory of Titans in numpy, from the parameters by name."""
+    P = {key: np.asarray(value, np.float64) for key, value in parameters.items()}
+    q, k, v = (conv(x @ P[f"{n}_proj.kernel"], P[f"{n}_conv1d.kernel"], None) for n in "qkv")
+    q, k, v = (y.reshape(2, T, 2, -1) for y in (q, k, v))
+    q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+    keep, eta = (
+        np.exp(-np.exp(P[f"gates.{rate}"]) * np.log1p(np.exp(x @ P[f"gates.{n}_proj"] + P[bias])))
+        for n, rate, bias in (("a", "a_log", "gates.dt_bias"), ("m", "mu_log", "gates.mu_bias"))
+    )
+    theta = sigmoid(x @ P["gates.e_proj"])
+    o = np.zeros(v.shape)
+    for b, h in np.ndindex(2, 2):
+        memory, surprise = np.zeros((2, 8, 16))
+        for t in range(T):
+            error = memory.T @ k[b, t, h] - v[b, t, h]
+            surprise = eta[b, t, h] * surprise - theta[b, t, h] * np.outer(k[b, t, h], error)
+            memory = keep[b, t, h] * memory + surprise
+            o[b, t, h] = memory.T @ q[b, t, h] / np.sqrt(8)
+    o = rms_norm(o, P["o_norm.scale"]).reshape(2, T, -1) * sigmoid(x @ P["g_proj.kernel"])
+    return o @ P["o_proj.kernel"]
+
+
+@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2", "mamba3", "titans"])
 def test_the_layer_is_the_published_one(name):
     layer = nnx.clone(make(name))
     parameters = {}
@@ -103,7 +149,8 @@ def test_the_layer_is_the_published_one(name):
         parameters[".".join(map(str, path))] = parameter.get_value()
     nnx.update(layer, nnx.state(layer))
     x = normal(50, 2, T, 32)
-    expected = published(name, parameters, np.asarray(x, np.float64))
+    others = {"mamba3": mamba3, "titans": titans}
+    expected = others.get(name, partial(published, name))(parameters, np.asarray(x, np.float64))
     assert relative_error(call(layer, x)[0], expected) <= 1e-5
 
 
@@ -162,29 +209,34 @@ def test_every_parameter_has_a_gradient(name):
 
 def test_published_initialisation():
     sizes = {"hidden_size": 64, "num_heads": 64, "head_dim": 4, "initializer_range": 0.02}
-    for name in ("gdn", "kda", "comba", "mamba2"):
-        heads = {"num_heads": 1, "num_v_heads": 64} if name == "mamba2" else {}
+    for name in ("gdn", "kda", "comba", "gdn2", "mamba2", "mamba3"):
+        heads = {"num_heads": 1, "num_v_heads": 64} if name in MAMBA else {}
         whole = dataclasses.replace(config(name), **(sizes | heads))
         layer = Block(whole, 0, rngs=nnx.Rngs(1)).mixer
-        rates = np.exp(layer.a_log[...])
-        assert (1 if name in ("kda", "mamba2") else 0) < rates.min() < 4 < 12 < rates.max() <= 16
+        if name != "mamba3":  # whose rate has no parameter of its own
+            rates = np.exp(layer.a_log[...])
+            lowest = 1 if name in ("kda", "gdn2", "mamba2") else 0
+            assert lowest < rates.min() < 4 < 12 < rates.max() <= 16
         steps = np.log1p(np.exp(np.asarray(layer.dt_bias[...], np.float64)))
         assert 9e-4 < steps.min() < 5e-3 < 2e-2 < steps.max() < 0.11
-        assert layer.dt_bias.shape == ((256,) if name == "kda" else (64,))
+        assert layer.dt_bias.shape == ((256,) if name in ("kda", "gdn2") else (64,))
         assert np.std(layer.v_proj.kernel[...]) == pytest.approx(0.02, rel=0.05)
-        if name in ("comba", "mamba2"):
+        if name in ("comba", *MAMBA):
             np.testing.assert_array_equal(layer.d[...], 1)
+        if name == "mamba3":
+            np.testing.assert_array_equal(layer.q_bias[...], 1)
+            np.testing.assert_array_equal(layer.k_bias[...], 1)
         bound = (layer.o_proj.kernel.shape[0] * whole.num_hidden_layers) ** -0.5
-        uniform = name == "mamba2"
+        uniform = name in MAMBA
         assert (np.abs(layer.o_proj.kernel[...]).max() <= bound) == uniform
         spread = bound / np.sqrt(3) if uniform else 0.02
         assert np.std(layer.o_proj.kernel[...]) == pytest.approx(spread, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "mamba2"])
+@pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2", "mamba3"])
 def test_a_cache_of_another_layer(name):
     layer, x = make(name), normal(0, 2, T, 32)
-    with pytest.raises(TypeError, match="cache: expected StateCache"):
+    with pytest.raises(TypeError, match=r"cache: expected (State|Mamba3)Cache"):
         layer(x, None, make("mdn").init_cache(2))
-    with pytest.raises(ValueError, match=r"cache\.state: expected shape \[2, "):
+    with pytest.raises(ValueError, match=r"cache\.state(\.s)?: expected shape \[2, "):
         layer(x, None, layer.init_cache(3))

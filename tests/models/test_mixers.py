@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -50,6 +51,18 @@ def test_attention_as_the_mixer():
     assert other.mixers == ("attention", "mdn")
 
 
+@pytest.mark.parametrize("mixer", ["gdn2", "mamba3", "titans"])
+def test_an_unknown_token_marks_its_row_alone_in_any_state(mixer):
+    model = make(dataclasses.replace(ONE, mixer=mixer))
+    _, cache = call(model, jnp.asarray([[1, 99], [2, 3]]))
+    for x in jax.tree.leaves(cache[0].state):
+        assert jnp.isnan(x[0]).any()
+        assert jnp.isfinite(x[1]).all()
+    logits, _ = call(model, jnp.asarray([[4], [5]]), None, cache)
+    assert jnp.isnan(logits[0]).all()
+    assert jnp.isfinite(logits[1]).all()
+
+
 def test_no_mlp():
     model = make(dataclasses.replace(ONE, mixer="mamba2", intermediate_size=0))
     names = {path[2] for path, _ in nnx.to_flat_state(nnx.state(model)) if path[0] == "layers"}
@@ -71,7 +84,10 @@ def test_round_trip(config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mixer": "rwkv"}, ["mixer", "mdn, gdn, kda, comba, mamba2, attention", "'rwkv'"]),
+        (
+            {"mixer": "rwkv"},
+            ["mixer", "gdn2, mamba2, mamba3, titans, attention", "'rwkv'"],
+        ),
         ({"other_mixer": "gpt"}, ["other_mixer", "mdn, gdn", "None", "'gpt'"]),
         ({"other_mixer": "gdn"}, ["other_layers", "if there is an other_mixer", "()"]),
         ({"other_layers": (0,)}, ["other_layers", "else none", "(0,)"]),
@@ -82,6 +98,8 @@ def test_round_trip(config):
             ["other_layers", "none of attn.layers = (1,)", "(1,)"],
         ),
         ({"mixer": "kda", "num_v_heads": 4}, ["num_v_heads", "with mixer kda", "4"]),
+        ({"mixer": "gdn2", "num_v_heads": 4}, ["num_v_heads", "with mixer gdn2", "4"]),
+        ({"mixer": "mamba3", "head_dim": 3, "expand_v": 1}, ["head_dim", "at least 4", "3"]),
         ({"mixer": "attention", "num_heads": 32}, ["num_heads", "even width", "32"]),
         ({"intermediate_size": -1}, ["intermediate_size", ">= 0", "-1"]),
     ],
@@ -142,7 +160,8 @@ mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 tokens = jnp.arange(24).reshape(2, 12) % 31
 ids = (jnp.arange(12) > 4).astype(jnp.int32)[None].repeat(2, axis=0)
 mamba = {"mixer": "mamba2", "num_heads": 1, "num_v_heads": 4, "intermediate_size": 0}
-for config in (THREE, dataclasses.replace(ONE, **mamba)):
+both = {"num_hidden_layers": 2, "other_mixer": "mamba3", "other_layers": (1,)}
+for config in (THREE, dataclasses.replace(ONE, **mamba, **both)):
     graph, params = nnx.split(make(config))
 
     def loss(params):

@@ -34,7 +34,10 @@ MODELS = [
         TINY, num_hidden_layers=3, mixer="kda", other_mixer="comba", other_layers=(1,)
     ),
     dataclasses.replace(TINY, mixer="comba", use_output_correction=False, num_v_heads=6),
+    dataclasses.replace(TINY, mixer="gdn2", expand_v=1.5, use_lora_gate=True),
     dataclasses.replace(TINY, mixer="mamba2", num_v_heads=6, intermediate_size=0),
+    dataclasses.replace(TINY, mixer="mamba3", num_v_heads=6, conv_bias=True),
+    dataclasses.replace(TINY, mixer="titans", num_v_heads=6),
     dataclasses.replace(TINY, mixer="gdn", other_mixer="attention", other_layers=(0,)),
 ]
 

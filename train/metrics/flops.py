@@ -20,10 +20,13 @@ PEAK_FLOPS = {
 # an entry of one state and token, of the recurrence
 _STATE_FLOPS: dict[Mixer, int] = {
     "mdn": 12,
+    "titans": 12,
     "gdn": 6,
     "kda": 6,
     "comba": 6,
+    "gdn2": 6,
     "mamba2": 4,
+    "mamba3": 6,
     "attention": 0,
 }
 
@@ -45,10 +48,10 @@ def projection_sizes(params: Any) -> int:
 def flops_per_token(config: MDNConfig, params: Any, sequence_length: int) -> float:
     """Operations of a training step for each token, the forward pass and twice that for the other.
 
-    Products with weights, two operations an entry; with the states of MDN layers, twelve an entry
-    of one state (six products: read, write, decay and output in the recurrence), of delta rules
-    without momentum six, of Mamba-2 four; of softmax attention with the tokens that one sees on
-    average. What rematerialisation repeats and what an
+    Products with weights, two operations an entry; with the states of MDN and Titans, twelve an
+    entry of one state (six products: read, write, decay and output in the recurrence), of delta
+    rules without momentum six, of Mamba-2 four, of Mamba-3, which writes twice, six; of softmax
+    attention with the tokens that one sees on average. What rematerialisation repeats and what an
     algorithm in chunks adds is not asked for by the model and not counted.
 
     Args:

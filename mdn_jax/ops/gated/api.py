@@ -1,26 +1,24 @@
 """The gated rules: check their arguments and pick the implementation."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.ops.api import kernels_lack, momentum_delta_rule
-from mdn_jax.ops.arguments import (
-    VALUE_DTYPES,
-    check_array,
-    check_dtype,
-    check_options,
-    check_segment_ids,
-    check_values,
-)
+from mdn_jax.ops.arguments import VALUE_DTYPES, check_array, check_dtype, check_options
 from mdn_jax.ops.fallback import warn_without_backend
 from mdn_jax.ops.gated import mosaic
-from mdn_jax.ops.gated.chunkwise import chunkwise_gated
 from mdn_jax.ops.gated.inputs import GatedInputs
-from mdn_jax.ops.gated.scan import scan_gated
+from mdn_jax.ops.gated.portable import (
+    check_common,
+    check_gate,
+    compute_dtype,
+    entering_state,
+    grouped,
+    run_portable,
+    wide_dtypes,
+)
 from mdn_jax.ops.inputs import document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.state import MDNState
 
@@ -173,14 +171,9 @@ def _run(
     check_options(scale, chunk_size, implementation, get_args(GatedImplementation))
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
-    compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    compute = compute_dtype(q)
     log_alpha, beta = jnp.asarray(log_alpha, compute), jnp.asarray(beta, compute)
-    if initial_state is None:
-        state = jnp.zeros((batch, value_heads, key_dim, value_dim), compute)
-        # inside shard_map the states differ over the mesh axes that the inputs differ over
-        state = lax.pcast(state, tuple(jax.typeof(v).manual_axis_type.varying), to="varying")
-    else:
-        state = jnp.asarray(initial_state, compute)
+    state = entering_state(initial_state, (batch, value_heads, key_dim, value_dim), compute, v)
     scale = key_dim**-0.5 if scale is None else scale
 
     def lacks(name: GatedImplementation) -> str | None:
@@ -223,32 +216,25 @@ def _run(
         )
         return o, pair.s
 
-    def grouped(x: Array) -> Array:  # [B, T, HV, ...] -> [B, T, H, G, ...]
-        return x.reshape(batch, length, heads, -1, *x.shape[3:]).astype(compute)
-
     q, k = q.astype(compute), k.astype(compute)
     inputs = GatedInputs(
         q=l2_normalize(q) if normalize else q,
         k=l2_normalize(k) if normalize else k,
-        v=grouped(v),
-        log_alpha=grouped(log_alpha),
-        beta=grouped(beta),
-        p=None if p is None else grouped(p),
+        v=grouped(v, heads, compute),
+        log_alpha=grouped(log_alpha, heads, compute),
+        beta=grouped(beta, heads, compute),
+        p=None if p is None else grouped(p, heads, compute),
         starts=document_starts(segment_ids, (batch, length)),
     )
-    options: dict[str, Any] = {
-        "delta": kind != "gated_linear",
-        "scale": scale,
-        "chunk_size": chunk_size,
-    }
-    grouped_state = state.reshape(batch, heads, -1, key_dim, value_dim)
-    if implementation == "scan":
-        o, final = scan_gated(inputs, grouped_state, **options)
-    else:
-        full = v.dtype.itemsize > 2 or in_full_precision()
-        precision = lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
-        o, final = chunkwise_gated(inputs, grouped_state, precision=precision, **options)
-    return o.reshape(v.shape).astype(v.dtype), final.reshape(state.shape)
+    return run_portable(
+        "scan" if implementation == "scan" else "xla",
+        inputs,
+        state,
+        v=v,
+        delta=kind != "gated_linear",
+        scale=scale,
+        chunk_size=chunk_size,
+    )
 
 
 def _check(
@@ -263,26 +249,19 @@ def _check(
     segment_ids: Array | None,
 ) -> None:
     """Raises ValueError or TypeError for the first array that does not fit."""
-    check_values(q, k, v)
+    check_common(q, k, v, segment_ids)
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
-    wide = ("float32", "float64") if q.dtype == jnp.float64 else ("float32",)
-    dtypes = f"(with {q.dtype.name} q)"
+    wide = wide_dtypes(q)
     per_head = (batch, length, value_heads)
-    if kind == "kimi_delta":
-        check_array("log_alpha", log_alpha, (*per_head, key_dim), "[B, T, HV, K]")
-    else:
-        check_array("log_alpha", log_alpha, per_head, "[B, T, HV]")
-    check_dtype("log_alpha", log_alpha, wide, dtypes)
-    check_array("beta", beta, per_head, "[B, T, HV]")
-    check_dtype("beta", beta, (*VALUE_DTYPES[:2], *wide), dtypes)
+    decays = (*per_head, key_dim) if kind == "kimi_delta" else per_head
+    letters = "[B, T, HV, K]" if kind == "kimi_delta" else "[B, T, HV]"
+    check_gate("log_alpha", log_alpha, decays, letters, wide, q)
+    check_gate("beta", beta, per_head, "[B, T, HV]", (*VALUE_DTYPES[:2], *wide), q)
     if p is not None:
         p_heads = heads if getattr(p, "ndim", 0) == 4 and p.shape[2] == heads else value_heads
         check_array("p", p, (batch, length, p_heads, key_dim), "[B, T, H or HV, K]")
         check_dtype("p", p, (q.dtype.name,), "(as q)")
     if initial_state is not None:
         shape = (batch, value_heads, key_dim, value_dim)
-        check_array("initial_state", initial_state, shape, "[B, HV, K, V]")
-        check_dtype("initial_state", initial_state, wide, dtypes)
-    if segment_ids is not None:
-        check_segment_ids(segment_ids, (batch, length))
+        check_gate("initial_state", initial_state, shape, "[B, HV, K, V]", wide, q)

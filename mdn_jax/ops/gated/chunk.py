@@ -40,7 +40,8 @@ def prepare_chunk(x: GatedInputs, *, delta: bool, precision: lax.Precision) -> C
 
     Args:
       x: inputs with heads before time: `q, k` `[*b, H, 1, C, K]`, `v` `[*b, H, G, C, V]`, gates
-        `[*b, H, G, C]` (or `[*b, H, G, C, K]`), `p` `[*b, H, P, C, K]`, `starts` `[*b, C]`.
+        `[*b, H, G, C]` (or `[*b, H, G, C, K]`), `p` `[*b, H, P, C, K]`, `starts` `[*b, C]`. `p` and
+        `own` are of rules with a decay of each head, `erase` is of those with one of each channel.
       delta: with the delta rule.
       precision: of the products with K-sized operands; decays are always exact.
     """
@@ -80,13 +81,19 @@ def _by_head(
         read = jnp.pad(decay[..., :-1], before, constant_values=1)[..., None] * x.p
         read *= first[..., None]
     to_end = x.beta * decays[..., -1, :]
+    products = matmul(x.q, keys) * decays
+    attention = products * x.beta[..., None, :]
+    if x.own is not None:
+        attention = jnp.where(
+            jnp.eye(len(index), dtype=bool), products * x.own[..., None], attention
+        )
     return Chunk(
         lower=None if lower is None else lower * x.beta[..., None, :],
         read=read,
         write=to_end[..., None] * x.k,
         keep=decay[..., -1, None, None],
         query=decay[..., None] * x.q,
-        attention=matmul(x.q, keys) * decays * x.beta[..., None, :],
+        attention=attention,
     )
 
 
@@ -101,13 +108,14 @@ def _by_channel(
 ) -> Chunk:
     log_alpha = jnp.maximum(x.log_alpha, LOG_ZERO)
     decay = jnp.exp(jnp.cumsum(log_alpha, axis=-2)) * first[..., None]
-    rows = jnp.stack([x.q, x.k]) if delta else x.q[None]
+    erase = x.k if x.erase is None else x.erase
+    rows = jnp.stack(jnp.broadcast_arrays(x.q, erase)) if delta else x.q[None]
     products = _decayed_products(rows, x.k, log_alpha, precision)
     products = jnp.where(same, products, 0) * x.beta[..., None, :]
     to_end = jnp.exp(_sums_after(log_alpha)) * last[..., None]
     return Chunk(
         lower=jnp.tril(products[1], -1) if delta else None,
-        read=decay * x.k if delta else None,
+        read=decay * erase if delta else None,
         write=x.beta[..., None] * to_end * x.k,
         keep=decay[..., -1, :, None],
         query=decay * x.q,

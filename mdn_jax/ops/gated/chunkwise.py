@@ -90,12 +90,17 @@ def _block(
 
 def _heads_first(chunks: GatedInputs) -> GatedInputs:
     """`[NT, B, C, heads..., ...] -> [NT, B, heads..., C, ...]`; `q`, `k` get an axis for `G`."""
-    return GatedInputs(
+
+    def first(x: Array) -> Array:
+        return jnp.moveaxis(x, 2, 4)
+
+    return chunks._replace(
         q=jnp.moveaxis(chunks.q, 2, 3)[:, :, :, None],
         k=jnp.moveaxis(chunks.k, 2, 3)[:, :, :, None],
-        v=jnp.moveaxis(chunks.v, 2, 4),
-        log_alpha=jnp.moveaxis(chunks.log_alpha, 2, 4),
-        beta=jnp.moveaxis(chunks.beta, 2, 4),
-        p=None if chunks.p is None else jnp.moveaxis(chunks.p, 2, 4),
-        starts=chunks.starts,
+        v=first(chunks.v),
+        log_alpha=first(chunks.log_alpha),
+        beta=first(chunks.beta),
+        p=None if chunks.p is None else first(chunks.p),
+        erase=None if chunks.erase is None else first(chunks.erase),
+        own=None if chunks.own is None else first(chunks.own),
     )

@@ -18,6 +18,8 @@ class GatedInputs(NamedTuple):
     beta: Float[Array, "B T H G"]
     p: Float[Array, "B T H P K"] | None  # P = 1 (shared by a group) or G; None means alpha * k
     starts: Bool[Array, "B T"]  # the first step of a document, but for a row's first document
+    erase: Float[Array, "B T H G K"] | None = None  # reads the decayed state; None means k
+    own: Float[Array, "B T H G"] | None = None  # beta as the step's own query sees it; None: beta
 
     @property
     def by_channel(self) -> bool:

@@ -49,7 +49,7 @@ def scan_gated(
         alpha = alpha if by_channel else alpha[..., None]  # [B, H, G, K or 1]
         write = x.v
         if delta:
-            p = alpha * x.k[:, :, None] if x.p is None else x.p
+            p = alpha * (x.k[:, :, None] if x.erase is None else x.erase) if x.p is None else x.p
             write = x.v - _einsum("bhgkv,bhgk->bhgv", s, jnp.broadcast_to(p, s.shape[:-1]))
         s = alpha[..., None] * s + _einsum("bhk,bhgv->bhgkv", x.k, x.beta[..., None] * write)
         return s, scale * _einsum("bhgkv,bhk->bhgv", s, x.q)

@@ -89,8 +89,13 @@ def test_states_are_counted(variant):
         layer = STATE_MIXERS[shape.mixer]
         cache = nnx.eval_shape(lambda: layer(config, rngs=nnx.Rngs(0)).init_cache(1))  # noqa: B023
         assert state_entries(shape, 100) == sum(x.size for x in jax.tree.leaves(cache.state))
+    if variant == "mamba3":  # beside the state of Mamba-2 its last key and value
+        assert state_entries(entries["state"], 1) == 64 * 64 + 8 * (32 + 16)
+        return
     assert state_entries(entries["state"], 1) == 64 * 64
-    memories = 2 if variant.startswith("mdn") else 0.5 if variant == "kda" else 1
+    memories = (
+        2 if variant.startswith(("mdn", "titans")) else 0.5 if variant in ("kda", "gdn2") else 1
+    )
     assert state_entries(entries["width"], 1) == memories * 64 * 64
 
 

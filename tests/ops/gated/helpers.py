@@ -6,16 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdn_jax.ops import gated_delta_rule, gated_linear_attention, kimi_delta_rule
+from mdn_jax.ops import (
+    gated_delta_rule,
+    gated_delta_rule_2,
+    gated_linear_attention,
+    kimi_delta_rule,
+)
 from mdn_jax.testing import GATE_REGIMES
 
 RULES = {
     "gdn": gated_delta_rule,
     "comba": gated_delta_rule,
     "kda": kimi_delta_rule,
+    "gdn2": gated_delta_rule_2,
     "mamba2": gated_linear_attention,
 }
-ARRAYS = ("q", "k", "v", "log_alpha", "beta", "p", "initial_state")
+ARRAYS = ("q", "k", "v", "log_alpha", "beta", "b", "w", "p", "initial_state")
 
 
 def random_call(
@@ -43,7 +49,8 @@ def random_call(
     elif keys == "zero":
         q, k = (x * (rng.random((batch, length, heads, 1)) < 2 / 3) for x in (q, k))
     shape = (batch, length, value_heads)
-    decays = GATE_REGIMES[regime](rng, (*shape, key_dim) if rule == "kda" else shape)["log_alpha"]
+    by_channel = rule in ("kda", "gdn2")
+    decays = GATE_REGIMES[regime](rng, (*shape, key_dim) if by_channel else shape)["log_alpha"]
     inputs = {
         "q": jnp.asarray(q, dtype),
         "k": jnp.asarray(k / np.sqrt(key_dim) if rule == "mamba2" else k, dtype),
@@ -54,6 +61,10 @@ def random_call(
             0.3 * rng.normal(size=(batch, value_heads, key_dim, value_dim)), wide
         ),
     }
+    if rule == "gdn2":
+        del inputs["beta"]
+        inputs["b"] = jnp.asarray(rng.random((*shape, key_dim)), wide)
+        inputs["w"] = jnp.asarray(rng.random((*shape, value_dim)), wide)
     if rule == "comba":
         unit = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
         inputs["p"] = jnp.asarray(unit * rng.uniform(0.5, 1, (heads, 1)), dtype)

@@ -106,6 +106,17 @@ def test_the_library_itself():
         assert max(relative_errors(actual, expected).values()) <= 1e-5, kind
 
 
+def test_the_definition_of_the_library_for_gates_of_each_channel():
+    ops = pytest.importorskip("jla.ops")
+    inputs = random_call("gdn2", length=70, dtype="float32", documents=3)
+    expected = RULES["gdn2"](**inputs, implementation="scan")
+    theirs = inputs | {"g": inputs.pop("log_alpha")}
+    theirs = {name: x for name, x in theirs.items() if name != "log_alpha"}
+    options = {"impl": "reference", "use_qk_l2norm": True, "output_final_state": True}
+    actual = ops.linear_attention("gdn2", **theirs, **options)
+    assert max(relative_errors(actual, expected).values()) <= 1e-5
+
+
 def test_the_kernels_of_the_momentum_delta_rule(monkeypatch):
     """On a GPU the delta rules with a decay of each head are momentum delta rules without any."""
     monkeypatch.setattr(api, "_capability", lambda: (8, 0))
@@ -129,6 +140,7 @@ def test_the_kernels_of_the_momentum_delta_rule(monkeypatch):
 
 
 GOOD = random_call("gdn", length=5, dtype="float32")
+GATES = random_call("gdn2", length=5, dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +152,9 @@ GOOD = random_call("gdn", length=5, dtype="float32")
         ("gdn", {"log_alpha": jnp.zeros((2, 5, 2, 12))}, ValueError, ["log_alpha", "[B, T, HV]"]),
         ("kda", {}, ValueError, ["log_alpha", "[B, T, HV, K] = [2, 5, 2, 12]", "[2, 5, 2]"]),
         ("mamba2", {"beta": jnp.zeros((2, 5, 2), int)}, TypeError, ["beta", "int32"]),
+        ("gdn2", {"b": GATES["w"]}, ValueError, ["b", "[B, T, HV, K] = [2, 5, 2, 12]", "2, 8]"]),
+        ("gdn2", {"w": GATES["b"]}, ValueError, ["w", "[B, T, HV, V] = [2, 5, 2, 8]", "2, 12]"]),
+        ("gdn2", {"implementation": "mosaic_gpu"}, ValueError, ["implementation", "scan, xla"]),
         ("gdn", {"p": jnp.zeros((2, 5, 3, 12))}, ValueError, ["p", "H or HV", "[2, 5, 3, 12]"]),
         ("gdn", {"initial_state": (1, 2)}, TypeError, ["initial_state", "array", "tuple"]),
         ("gdn", {"segment_ids": jnp.zeros((2, 4), int)}, ValueError, ["segment_ids", "[2, 5]"]),
@@ -150,7 +165,7 @@ GOOD = random_call("gdn", length=5, dtype="float32")
 )
 def test_bad_input(rule, changes, error, words):
     with pytest.raises(error) as raised:
-        RULES[rule](**GOOD | changes)
+        RULES[rule](**(GATES if rule == "gdn2" else GOOD) | changes)
     for word in words:
         assert word in str(raised.value), str(raised.value)
 

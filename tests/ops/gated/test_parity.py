@@ -112,3 +112,14 @@ def test_equal_decays_of_all_channels_are_one_of_the_head(x64):
     actual = compiled("kda", "xla")(by_channel)
     expected = compiled("gdn", "xla")(inputs)
     assert max(relative_errors(actual, expected).values()) <= 1e-13
+
+
+def test_equal_gates_of_all_channels_are_one_step_size(x64):
+    """Gated Delta Rule-2 with `b = w = beta` is the rule of Kimi Delta Attention."""
+    inputs = random_call("kda", length=24)
+    gates = {"b": inputs["k"], "w": inputs["v"]}
+    gates = {n: jnp.broadcast_to(inputs["beta"][..., None], x.shape) for n, x in gates.items()}
+    by_channel = {name: x for name, x in inputs.items() if name != "beta"} | gates
+    actual = compiled("gdn2", "xla")(by_channel)
+    expected = compiled("kda", "xla")(inputs)
+    assert max(relative_errors(actual, expected).values()) <= 1e-13
