@@ -12,7 +12,8 @@ from train.config_sections import OptimizerConfig
 # Every parameter's own name is in one of the two sets, so that a new one needs a decision.
 DECAYED = frozenset({"kernel", "embeddings", "lm_head", "a_proj", "b_proj", "m_proj", "e_proj"})
 NOT_DECAYED = frozenset(
-    {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log", "decay", "d", "bias", "scale"}
+    {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "b_bias"}
+    | {"d_log", "decay", "d", "bias", "scale"}
 )
 
 

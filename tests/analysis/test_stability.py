@@ -83,6 +83,24 @@ def test_the_published_bounds_keep_the_load_below_a_half():
     assert analysis.published_bounds(0.015, 0.15, 0.97, 1.9, factor=4.0, min_log_mu=-2.0).all
 
 
+def test_the_published_bounds_forget_what_turns_far(x64):
+    """The moduli of docs/stability.md, section 8: none is larger, and all are reached."""
+    rng = np.random.default_rng(4)
+    alpha = rng.random(400_000)
+    ratio, reach = rng.random(len(alpha)), np.minimum(1, 2 * rng.random(len(alpha)))
+    mu = alpha * ratio**2
+    gates = alpha, mu, (1 - alpha) * reach, 2.0  # alpha = cos^2, beta to sin^2, half of them at it
+    roots = np.linalg.eigvals(numpy_matrices(*np.broadcast_arrays(*gates)))
+    first = np.take_along_axis(roots, np.abs(roots).argmax(-1)[:, None], -1)[:, 0]
+    angle, modulus = np.degrees(np.abs(np.angle(first))), np.abs(first)
+    for low, high, largest in ((71, 73, 0.342), (90, 181, 27**-0.5), (119, 121, 5 / 54)):
+        found = modulus[(angle >= low) & (angle <= high)].max()
+        # a degree less turns with up to 6 % more
+        assert 0.97 * largest < found < (1.06 if low != 90 else 1) * largest, (low, found)
+    negative = modulus[(np.abs(first.imag) < 1e-12) & (first.real < 0)].max()
+    assert 0.9 / 8 < negative <= 1 / 8
+
+
 @pytest.mark.parametrize("min_log_mu", [None, -2.0])
 def test_the_layer_keeps_to_the_published_bounds(min_log_mu):
     gates = MomentumGates(32, 64, min_log_mu=min_log_mu, tau_factor=1.0, rngs=nnx.Rngs(0))

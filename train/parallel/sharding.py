@@ -26,7 +26,7 @@ PARTITION = {
     "scale": _REPLICATED,
     **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj"), _TO_HEADS),
     **dict.fromkeys(("a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log"), _PER_HEAD),
-    **dict.fromkeys(("decay", "d"), _PER_HEAD),
+    **dict.fromkeys(("b_bias", "decay", "d"), _PER_HEAD),
     **dict.fromkeys((f"{name}_proj.kernel" for name in ("q", "k", "v", "g")), _TO_HEADS),
     **dict.fromkeys((f"{name}_proj.bias" for name in ("q", "k", "v")), _PER_HEAD),
     **dict.fromkeys((f"{x}_conv1d.kernel" for x in "qkv"), PartitionSpec(None, TENSOR)),
