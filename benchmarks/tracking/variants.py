@@ -9,9 +9,12 @@ from benchmarks.initial_factors import PUBLISHED_FACTOR, SLOW_FACTOR
 from mdn_jax import MDNConfig
 from mdn_jax.models import Mixer
 
+# without the lower bound of log mu too: with it the momentum never ends, as in GDN it does
+_FREE: Mapping[str, Any] = {"min_log_mu": None}
+
 Variant = Literal["mdn", "mdn_slow", "mdn_stable", "mdn_unbounded", "gdn", "gdn_negative"]
 """MDN as published, slow to forget at first, free within the region of stability, and without
-bounds; Gated DeltaNet with a step size up to 1 and up to 2."""
+bounds, the last two without that of log mu too; Gated DeltaNet with a step size up to 1 and 2."""
 
 
 class _Kind(NamedTuple):
@@ -24,8 +27,8 @@ class _Kind(NamedTuple):
 _KINDS: Mapping[Variant, _Kind] = {
     "mdn": _Kind("MDN", "mdn", {}),
     "mdn_slow": _Kind("MDN, slow to forget", "mdn", {}, SLOW_FACTOR),
-    "mdn_stable": _Kind("MDN, stable region", "mdn", {"bound": "stable"}),
-    "mdn_unbounded": _Kind("MDN, no bounds", "mdn", {"bound": "none"}),
+    "mdn_stable": _Kind("MDN, stable region", "mdn", {"bound": "stable", **_FREE}),
+    "mdn_unbounded": _Kind("MDN, no bounds", "mdn", {"bound": "none", **_FREE}),
     "gdn": _Kind("GDN", "gdn", {}),
     "gdn_negative": _Kind("GDN, negative eigenvalues", "gdn", {"allow_neg_eigval": True}),
 }

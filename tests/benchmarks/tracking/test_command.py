@@ -27,6 +27,8 @@ def test_states_are_equal_and_parameters_nearly():
         *("published", "published"),
     ]
     assert [v for v, config in configs.items() if config.allow_neg_eigval] == ["gdn_negative"]
+    free = [v for v, config in configs.items() if config.min_log_mu is None]
+    assert free == ["mdn_stable", "mdn_unbounded"]
     assert [v for v in configs if largest_factor(v) < 4] == ["mdn_slow"]
 
 
