@@ -259,7 +259,7 @@ class MDNConfig:
           ValueError: an unknown key, or a value that this implementation does not honour.
         """
         require("config", published, "a JSON object", isinstance(published, Mapping))
-        published = _with_one_bound(published)
+        published = with_present_names(published)
         fields = {f.name for f in dataclasses.fields(cls)} - {"extras"}
         known: dict[str, Any] = {}
         extras: dict[str, str] = {}
@@ -309,8 +309,12 @@ NOT_PUBLISHED: dict[str, object] = {
 """Fields that the published configurations do not have, with the values that they have there."""
 
 
-def _with_one_bound(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields with `bound` in place of the two flags that configurations had before it."""
+def with_present_names(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved configuration with `bound` in place of the two flags that there were before it.
+
+    Raises:
+      ValueError: flags that are no bools, or beside `bound`.
+    """
     flags = [name for name in ("bound_alpha", "bound_beta") if name in saved]
     if not flags:
         return saved
