@@ -13,8 +13,8 @@ from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.stable_gates import (
     LEAST_DECAY,
     largest_beta,
-    published_start,
     stability_margin,
+    start_bias,
 )
 from mdn_jax.ops.coefficients import LOG_ZERO
 
@@ -54,8 +54,8 @@ class MomentumGates(nnx.Module):
         log_alpha = -exp(a_log) softplus(a_proj x + dt_bias)
         beta      = sigmoid(b_proj x + b_bias) min((1 - margin) (1 + alpha) (1 + mu) / (eta c), 2)
 
-    Its `log_mu` is lower by 2^-16, so that `mu < 1`. Its biases start so that at an input of zero
-    the gates are the published ones. It has `b_bias` where the others have `log_factor`.
+    Its `log_mu` is lower by 2^-16, so that `mu < 1`. `b_bias`, which it has where the others have
+    `log_factor`, starts so that `beta = 1 - mu` at an input of zero.
 
     Args:
       hidden_size: width of the input.
@@ -114,22 +114,20 @@ class MomentumGates(nnx.Module):
             self.mu_bias = nnx.Param(jnp.copy(bias))
         else:
             self.mu_bias = None
+        self.dt_bias = nnx.Param(bias)
         self.log_factor: nnx.Param[Array] | None
         self.b_bias: nnx.Param[Array] | None
         if bound == "stable":
-            start = published_start(
-                a_log=self.a_log[...],
-                dt_bias=bias,
-                log_factor=log_factor,
-                log_mu=self._log_mu(jnp.zeros((heads,), jnp.promote_types(dtype, jnp.float32))),
+            zero = jnp.zeros((heads,), jnp.promote_types(param_dtype, jnp.float32))
+            start = start_bias(
+                log_alpha=-self._decay(zero),
+                log_mu=self._log_mu(zero) - LEAST_DECAY,
                 erase_by_alpha=erase_by_alpha,
                 margin=self.margin,
             )
-            self.dt_bias = nnx.Param(start.dt_bias.astype(param_dtype))
-            self.b_bias = nnx.Param(start.b_bias.astype(param_dtype))
+            self.b_bias = nnx.Param(start.astype(param_dtype))
             self.log_factor = None
         else:
-            self.dt_bias = nnx.Param(bias)
             self.b_bias = None
             self.log_factor = nnx.Param(log_factor)
 
@@ -143,8 +141,7 @@ class MomentumGates(nnx.Module):
         a, b, e, *m = jnp.split(projected, len(kernels), axis=-1)  # [B, T, HV]
         log_mu = self._log_mu(m[0] if m else a)
         eta = 1.0 + jnp.tanh(e / self.tau)
-        decay = jnp.exp(_like(self.a_log, a)) * jax.nn.softplus(a + _like(self.dt_bias, a))
-        log_alpha = -decay
+        log_alpha = -self._decay(a)
         if self.b_bias is not None:
             log_mu -= LEAST_DECAY
             alpha = jnp.exp(log_alpha)
@@ -160,6 +157,10 @@ class MomentumGates(nnx.Module):
         if self.bound in ("published", "alpha"):
             log_alpha -= jnp.log1p(tan2)  # cos^2 = 1 / (1 + tan^2)
         return Gates(log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta)
+
+    def _decay(self, a: Float[Array, "*B HV"]) -> Float[Array, "*B HV"]:
+        """Nats a step, without the published bound."""
+        return jnp.exp(_like(self.a_log, a)) * jax.nn.softplus(a + _like(self.dt_bias, a))
 
     def _log_mu(self, m: Float[Array, "*B HV"]) -> Float[Array, "*B HV"]:
         """Of the projection `m`, which only its shape and dtype matter of without momentum."""

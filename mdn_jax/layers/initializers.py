@@ -27,9 +27,5 @@ def rate_bias(key: PRNGKeyArray, heads: int, dtype: jax.typing.DTypeLike) -> Flo
     low, high = math.log(_RATE_MIN), math.log(_RATE_MAX)
     rate = jnp.exp(jax.random.uniform(key, (heads,), minval=low, maxval=high))
     rate = jnp.maximum(rate, _RATE_FLOOR)
-    return inverse_softplus(rate).astype(dtype)
-
-
-def inverse_softplus(x: Float[Array, "*x"]) -> Float[Array, "*x"]:
-    """`log(exp(x) - 1)` of positive `x`."""
-    return x + jnp.log(-jnp.expm1(-x))
+    inverse_softplus = rate + jnp.log(-jnp.expm1(-rate))
+    return inverse_softplus.astype(dtype)

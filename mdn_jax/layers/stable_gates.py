@@ -1,12 +1,8 @@
 """Gates that are free within the region of stability (derivation: docs/stability.md, section 8)."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from mdn_jax.layers.initializers import inverse_softplus
 
 LARGEST_BETA = 2.0
 """Of any gates: what the gated delta rule needs for an eigenvalue of -1."""
@@ -14,18 +10,6 @@ LARGEST_BETA = 2.0
 LEAST_DECAY = 2.0**-16
 """Nats that the momentum loses at every step at least: without any, a step that erases nothing adds
 the same momentum to the memory again and again. Rounding of gates is far below it."""
-
-
-class Start(NamedTuple):
-    """Biases with which the stable gates start at the published ones, `[HV]` each, float32.
-
-    Attributes:
-      dt_bias: of `a_proj x`.
-      b_bias: of `b_proj x`.
-    """
-
-    dt_bias: Float[Array, " HV"]
-    b_bias: Float[Array, " HV"]
 
 
 def stability_margin(dtype: jax.typing.DTypeLike) -> float:
@@ -61,32 +45,26 @@ def largest_beta(
     return jnp.minimum(edge / jnp.maximum(eta * erase, 0.5), LARGEST_BETA)
 
 
-def published_start(
+def start_bias(
     *,
-    a_log: Float[Array, " HV"],
-    dt_bias: Float[Array, " HV"],
-    log_factor: Float[Array, " HV"],
+    log_alpha: Float[Array, " HV"],
     log_mu: Float[Array, " HV"],
     erase_by_alpha: bool,
     margin: float,
-) -> Start:
-    """The biases with which `alpha` and `beta` are the published ones at an input of zero.
+) -> Float[Array, " HV"]:
+    """The bias of `b_proj x` with which `beta = 1 - mu` at an input of zero, where `eta = 1`.
+
+    What a token corrects in the end, `beta eta (1 + mu + mu^2 + ...)`, is then 1, as with the delta
+    rule's `beta = 1`: half of the edge for keys that come back after many others.
 
     Args:
-      a_log: as drawn.
-      dt_bias: as drawn; the published bound `cos^2(theta)` is added to its decay.
-      log_factor: as drawn; `theta = arctan(f)`, as `eta` starts at 1.
-      log_mu: at an input of zero.
+      log_alpha: at an input of zero.
+      log_mu: at an input of zero, below 0.
       erase_by_alpha: whether the erase key is `alpha k`; otherwise it is `k`.
       margin: from `stability_margin`.
     """
-    a_log, dt_bias, log_factor, log_mu = (
-        x.astype(jnp.float32) for x in (a_log, dt_bias, log_factor, log_mu)
-    )
-    rate, tan2 = jnp.exp(a_log), jnp.exp(2 * log_factor)
-    decay = jnp.log1p(tan2) + rate * jax.nn.softplus(dt_bias)
-    alpha = jnp.exp(-decay)
+    alpha, mu = jnp.exp(log_alpha), jnp.exp(log_mu)
     erase = alpha if erase_by_alpha else 1.0
-    most = largest_beta(alpha, jnp.exp(log_mu), jnp.ones_like(alpha), erase, margin)
-    share = 0.5 * tan2 / (1.0 + tan2) / most  # at most a half: 0 < sin^2 < 1 <= most / (1 - margin)
-    return Start(inverse_softplus(decay / rate), jnp.log(share) - jnp.log1p(-share))
+    most = largest_beta(alpha, mu, jnp.ones_like(alpha), erase, margin)
+    share = -jnp.expm1(log_mu) / most
+    return jnp.log(share) - jnp.log1p(-share)

@@ -1,4 +1,4 @@
-"""`bound="stable"`: inside the region whatever the weights, started at the published point."""
+"""`bound="stable"`: inside the region whatever the weights, and where it starts."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mdn_jax import MomentumDeltaNet, analysis
+from mdn_jax import MomentumDeltaNet, analysis, momentum_delta_rule
 from mdn_jax.interop import official_state_dict
 from mdn_jax.layers.gates import MomentumGates
 from mdn_jax.layers.stable_gates import LEAST_DECAY, largest_beta, stability_margin
@@ -112,13 +112,31 @@ def largest_growth(layer, x):
 
 
 @pytest.mark.parametrize("options", [{}, {"erase_by_alpha": False}, {"use_momentum": False}])
-def test_it_starts_at_the_published_point(options):
+def test_a_correction_adds_up_to_one_at_the_start(options):
     x = jnp.zeros((1, 1, WIDTH))
-    stable, published = (gates_of(make(bound, **options), x) for bound in ("stable", "published"))
-    np.testing.assert_allclose(stable.log_alpha, published.log_alpha, rtol=1e-5)
-    np.testing.assert_allclose(stable.beta, published.beta, rtol=1e-5)
-    np.testing.assert_allclose(stable.eta, published.eta)
-    np.testing.assert_allclose(stable.log_mu, published.log_mu - LEAST_DECAY, rtol=1e-6)
+    stable, free = (gates_of(make(bound, **options), x) for bound in ("stable", "none"))
+    np.testing.assert_array_equal(stable.log_alpha, free.log_alpha)
+    np.testing.assert_array_equal(stable.eta, 1)
+    np.testing.assert_allclose(stable.log_mu, free.log_mu - LEAST_DECAY, rtol=1e-6)
+    np.testing.assert_allclose(stable.beta, -jnp.expm1(stable.log_mu), rtol=1e-4)
+
+
+def test_many_keys_do_not_grow_at_the_start():
+    """States after 500 random keys are about those of the published bounds; a larger beta grows."""
+    arrays = [normal(seed, 1, 500, HEADS, 16) for seed in range(3)]
+    x = normal(3, 1, 500, WIDTH)
+
+    @jax.jit
+    def norms(gates):
+        _, state = momentum_delta_rule(*arrays, *gates, implementation="xla")
+        return jnp.sqrt(jnp.sum(state.s**2, axis=(0, 2, 3)))
+
+    published = norms(gates_of(make("published"), x))
+    gates = make()
+    assert float(norms(gates_of(gates, x)).max()) < 3 * float(published.max())
+    gates.b_bias[...] = jnp.zeros_like(gates.b_bias[...])  # half of the largest beta
+    for wild in (gates, make("none")):
+        assert not float(norms(gates_of(wild, x)).max()) < 1e6 * float(published.max())
 
 
 def test_as_many_parameters_as_published():
