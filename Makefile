@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
 # a file's tests share compiled functions, which each process would compile for itself
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-SMOKE := smoke-tasks smoke-mqar smoke-language smoke-throughput
+SMOKE := smoke-tasks smoke-mqar smoke-tracking smoke-language smoke-throughput
 
 .PHONY: help setup train test test-fast test-newest faults faults-quick smoke $(SMOKE) lint types format bench clean
 
@@ -59,6 +59,7 @@ smoke: $(SMOKE)  ## the comparisons of docs/comparisons.md at their smallest siz
 
 $(SMOKE): OPTIONS :=
 smoke-mqar: OPTIONS := --mixers mdn_slow --equal state
+smoke-tracking: OPTIONS := --tasks mod3 --mixers mdn_stable
 smoke-language: OPTIONS := --ablations no-momentum no-output-correction no-beta-bound no-alpha-bound no-mu-clamp
 $(SMOKE): smoke-%: $(READY)  # compiling is most of it
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \

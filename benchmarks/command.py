@@ -19,6 +19,7 @@ from benchmarks.scaling import scaling
 from benchmarks.stages import stages
 from benchmarks.tasks.command import tasks
 from benchmarks.throughput import throughput
+from benchmarks.tracking.command import tracking
 from benchmarks.training import training
 
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "stages": stages,
             "tasks": tasks,
             "throughput": throughput,
+            "tracking": tracking,
             "training": training,
         },
         prog="python -m benchmarks",

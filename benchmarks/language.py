@@ -27,8 +27,8 @@ Ablation = Literal[
 _ABLATIONS: dict[Ablation, dict[str, Any]] = {
     "no-momentum": {"use_momentum": False},
     "no-output-correction": {"use_output_correction": False},
-    "no-beta-bound": {"bound_beta": False},
-    "no-alpha-bound": {"bound_alpha": False},
+    "no-beta-bound": {"bound": "alpha"},
+    "no-alpha-bound": {"bound": "beta"},
     "no-mu-clamp": {"min_log_mu": None},
 }
 

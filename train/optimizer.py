@@ -22,7 +22,8 @@ _PROJECTIONS = (
 )
 DECAYED = frozenset({"kernel", "embeddings", "lm_head", "q_bias", "k_bias", *_PROJECTIONS})
 NOT_DECAYED = frozenset(
-    {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log", "decay", "d", "bias", "scale"}
+    {"a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "b_bias"}
+    | {"d_log", "decay", "d", "bias", "scale"}
 )
 
 

@@ -1,11 +1,7 @@
 """`python -m benchmarks mqar`: associative recall as Zoology sets it, accuracy against state."""
 
 import dataclasses
-import hashlib
-import json
 import os
-import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,7 +17,7 @@ from benchmarks.mqar.data import (
     VOCABULARY,
     Setting,
 )
-from benchmarks.mqar.group import Clock, Finished, Run, train_group
+from benchmarks.mqar.group import Finished, train_group
 from benchmarks.mqar.model import (
     Equal,
     Shape,
@@ -32,6 +28,8 @@ from benchmarks.mqar.model import (
 )
 from benchmarks.mqar.train import Recipe, Steps, draw_data
 from benchmarks.records import Records, compiled_once
+from benchmarks.run_reports import read_experiment
+from benchmarks.runs import Clock, checkpoint_name, groups, working_commit
 from mdn_jax.ops.api import Implementation
 
 
@@ -145,14 +143,14 @@ def shapes_of(config: MqarConfig) -> list[Shape]:
 def mqar(config: Annotated[MqarConfig, tyro.conf.arg(name="")]) -> None:
     """Writes records as runs finish, then the table and the figure."""
     if config.report:
-        print(report.write(report.read(config.report), config.output))
+        print(report.write(read_experiment(config.report, "mqar"), config.output))
         return
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
     # the default leaves a quarter of the device unused; read when jax first asks for devices
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     clock, path = Clock(config.minutes), config.output / "results.jsonl"
-    commit = config.commit or _commit(needed=not config.smoke)
+    commit = config.commit or working_commit(needed=not config.smoke)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
     with Records(path) as records, compiled_once(config.output):
         try:
@@ -177,7 +175,7 @@ def _train(config: MqarConfig, records: Records, clock: Clock, commit: str) -> b
     data = None
     for shape in shapes_of(config):
         steps = Steps(shape, recipe)
-        for runs in _groups(config):
+        for runs in groups(config.seeds, config.learning_rates, config.side_by_side):
             setting = _setting(shape, recipe)
             missing = [run for run in runs if not records.find(setting | run._asdict())]
             if not missing:
@@ -198,7 +196,7 @@ def _train(config: MqarConfig, records: Records, clock: Clock, commit: str) -> b
                 recipe,
                 data,
                 missing,
-                checkpoint=config.output / "unfinished" / f"{_digest(setting, runs)}.npz",
+                checkpoint=config.output / "unfinished" / checkpoint_name(setting, runs),
                 clock=clock,
                 finished=finished,
             )
@@ -207,21 +205,9 @@ def _train(config: MqarConfig, records: Records, clock: Clock, commit: str) -> b
     return True
 
 
-def _groups(config: MqarConfig) -> Iterator[list[Run]]:
-    """The runs of one model, as many at once as may be; all rates of a seed before the next."""
-    runs = [Run(seed, rate) for seed in config.seeds for rate in config.learning_rates]
-    for begin in range(0, len(runs), config.side_by_side):
-        yield runs[begin : begin + config.side_by_side]
-
-
 def _setting(shape: Shape, recipe: Recipe) -> dict[str, Any]:
     """What a record is found by, besides seed and learning rate."""
     return {"experiment": "mqar", **shape._asdict(), "recipe": recipe._asdict()}
-
-
-def _digest(setting: dict[str, Any], runs: list[Run]) -> str:
-    """Of a group, for the name of its checkpoint."""
-    return hashlib.sha256(json.dumps([setting, runs]).encode()).hexdigest()[:16]
 
 
 def _about(shape: Shape, recipe: Recipe, commit: str) -> dict[str, Any]:
@@ -275,15 +261,3 @@ def _add(
         f"epochs {done.epochs} ({done.end}): {accuracies}",
         flush=True,
     )
-
-
-def _commit(*, needed: bool) -> str:
-    """Of the working directory, with a mark if it has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        out = ""
-    if not out and needed:
-        raise SystemExit("commit: expected --commit or a directory that git knows, got neither")
-    return out or "unknown"

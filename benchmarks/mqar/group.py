@@ -21,17 +21,10 @@ from benchmarks.mqar.train import (
     epoch_factor,
     row_order,
 )
-from mdn_jax.new_file import new_file
+from benchmarks.runs import Clock, Run, save_group, saved_runs, saved_state
 
 CALL_STEPS = 100
 """Steps between two looks at the clock, at most."""
-
-
-class Run(NamedTuple):
-    """One seed with one learning rate."""
-
-    seed: int
-    learning_rate: float
 
 
 class Finished(NamedTuple):
@@ -56,23 +49,6 @@ class Finished(NamedTuple):
     minutes: float
 
 
-class Clock:
-    """The time there is.
-
-    Args:
-      minutes: from now; None: no end.
-    """
-
-    def __init__(self, minutes: float | None):
-        # what the last group's first steps and first end of an epoch took: they compile
-        self.first = {"steps": 0.0, "epoch": 0.0}
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    def allows(self, seconds: float) -> bool:
-        """Whether something that takes this long can be finished."""
-        return self._end is None or time.monotonic() + seconds <= self._end
-
-
 @dataclasses.dataclass
 class Progress:
     """Where a group stands; all of it is in a checkpoint.
@@ -95,30 +71,22 @@ class Progress:
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, complete or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        leaves = [np.asarray(x) for x in jax.tree.leaves(self.members)]
-        with new_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                seeds=np.asarray([run.seed for run in self.runs]),
-                rates=np.asarray([run.learning_rate for run in self.runs]),
-                curve=self.curve,
-                place=np.asarray([self.epoch, self.step]),
-                minutes=np.asarray(self.minutes),
-                **{f"leaf{i}": leaf for i, leaf in enumerate(leaves)},  # type: ignore[arg-type]
-            )
+        save_group(
+            path,
+            self.runs,
+            self.members,
+            curve=self.curve,
+            place=[self.epoch, self.step],
+            minutes=self.minutes,
+        )
 
     @classmethod
     def load(cls, path: Path, steps: Steps) -> "Progress":
         """Reads a checkpoint of the same model."""
         with np.load(path) as saved:
-            runs = [
-                Run(int(seed), float(rate))
-                for seed, rate in zip(saved["seeds"], saved["rates"], strict=True)
-            ]
+            runs = saved_runs(saved)
             like = jax.eval_shape(steps.start, jnp.zeros(len(runs), jnp.int32))
-            leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(jax.tree.leaves(like)))]
-            members = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            members = saved_state(saved, like)
             epoch, step = map(int, saved["place"])
             return cls(runs, members, saved["curve"], epoch, step, float(saved["minutes"]))
 
@@ -158,7 +126,8 @@ def train_group(
     else:
         members = steps.start(jnp.asarray([run.seed for run in runs]))
         at = Progress(list(runs), members, np.zeros((len(runs), recipe.epochs, 2)), 0, 0, 0.0)
-    took, new = dict(clock.first), {"steps", "epoch"}  # seconds, the last time
+    took = {"steps": 0.0, "epoch": 0.0, **clock.first}  # seconds, the last time
+    new = {"steps", "epoch"}
     saved = time.monotonic()
     while at.runs:
         length = len(batch_order(recipe, at.epoch)[0])

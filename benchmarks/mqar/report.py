@@ -1,6 +1,5 @@
 """Table and figure of `python -m benchmarks mqar`, from its records alone."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,19 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from benchmarks.equal_models import SHOWN
-from benchmarks.records import read_records
+from benchmarks.run_reports import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    Record,
+    best,
+    provenance,
+    spread,
+)
 from mdn_jax.new_file import new_file
 
 NAMES: Mapping[str, str] = {
@@ -20,20 +31,20 @@ NAMES: Mapping[str, str] = {
 }
 """Of the variants, in tables."""
 
-# Okabe and Ito's colours, which the colour-blind tell apart; a marker each as well
+# a colour and a marker each
 _STYLES: dict[str, tuple[str, str]] = {
-    "attention": ("#000000", "D"),
-    "gdn": ("#0072B2", "s"),
-    "kda": ("#56B4E9", "^"),
-    "comba": ("#009E73", "v"),
-    "gdn2": ("#0072B2", "p"),
-    "mamba2": ("#CC79A7", "P"),
-    "mamba3": ("#CC79A7", "*"),
-    "titans": ("#999999", "h"),
-    "mdn": ("#D55E00", "o"),
-    "mdn_slow": ("#E69F00", "o"),
-    "mdn_uncorrected": ("#D55E00", "X"),
-    "mdn_slow_uncorrected": ("#E69F00", "X"),
+    "attention": (BLACK, "D"),
+    "gdn": (BLUE, "s"),
+    "kda": (SKY, "^"),
+    "comba": (GREEN, "v"),
+    "gdn2": (BLUE, "p"),
+    "mamba2": (PINK, "P"),
+    "mamba3": (PINK, "*"),
+    "titans": (GREEN, "h"),
+    "mdn": (RED, "o"),
+    "mdn_slow": (ORANGE, "o"),
+    "mdn_uncorrected": (RED, "X"),
+    "mdn_slow_uncorrected": (ORANGE, "X"),
 }
 
 
@@ -63,68 +74,30 @@ class Model(NamedTuple):
     extrapolated: Mapping[str, list[float]]
 
 
-def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The records of all files.
-
-    Raises:
-      SystemExit: a file that is not there, or of something else, or records of several recipes.
-    """
-    records: list[dict[str, Any]] = []
-    for path in paths:
-        if not path.is_file():
-            raise SystemExit(f"report: expected files of records, got {path}, which is not there")
-        lines = read_records(path)
-        records += [record for record in lines if record.get("experiment") == "mqar"]
-    if not records:
-        raise SystemExit(f"report: expected records of mqar, got none in {len(paths)} files")
-    recipes = [r["recipe"] for r in records]
-    for other in recipes:
-        if other != recipes[0]:
-            name = next(n for n in other if other[n] != recipes[0].get(n))
-            raise SystemExit(
-                f"report: expected records of one recipe, got {name} = {recipes[0].get(name)!r} "
-                f"and {other[name]!r}"
-            )
-    return records
-
-
 def models(records: Sequence[Mapping[str, Any]]) -> list[Model]:
     """Groups the records; of a run that was made twice the last record counts."""
-    groups: dict[tuple[Any, ...], dict[tuple[float, int], Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         key = tuple(record[name] for name in ("variant", "width", "value_width"))
-        groups.setdefault(key, {})[record["learning_rate"], record["seed"]] = record
+        groups.setdefault(key, []).append(record)
     order = list(_STYLES)
     keys = sorted(groups, key=lambda key: (order.index(key[0]), *key[1:]))
     return [_best(groups[key]) for key in keys]
 
 
-def _best(runs: Mapping[tuple[float, int], Mapping[str, Any]]) -> Model:
-    rates: dict[float, list[Mapping[str, Any]]] = {}
-    for (rate, _), record in sorted(runs.items()):
-        rates.setdefault(rate, []).append(record)
-    most = max(map(len, rates.values()))
-    complete = [rate for rate in rates if len(rates[rate]) == most]  # seeds that are not there yet
-
-    def choice(rate: float) -> float:
-        return statistics.fmean(x for r in rates[rate] for x in r["choice"].values())
-
-    best = max(complete, key=choice)
-    own, first = rates[best], rates[best][0]
-
-    def accuracies(part: str) -> dict[str, list[float]]:
-        return {name: [record[part][name] for record in own] for name in first[part]}
-
+def _best(records: Sequence[Record]) -> Model:
+    chosen = best(records)
+    first = chosen.records[0]
     return Model(
         variant=first["variant"],
         width=first["width"],
         value_width=first["value_width"],
         parameters=first["parameters"],
         states=(first["state_trained"], first["state_extrapolated"]),
-        learning_rate=best,
-        rates=len(rates),
-        trained=accuracies("trained"),
-        extrapolated=accuracies("extrapolated"),
+        learning_rate=chosen.learning_rate,
+        rates=chosen.rates,
+        trained=chosen.accuracies("trained"),
+        extrapolated=chosen.accuracies("extrapolated"),
     )
 
 
@@ -143,18 +116,12 @@ def table(chosen: Sequence[Model]) -> str:
                 f"{model.states[0]:,}",
                 f"{model.learning_rate:g} of {model.rates}",
                 seeds,
-                *(_spread(accuracies[name]) for name in settings),
+                *(spread(accuracies[name]) for name in settings),
             ]
         )
     names = (*chosen[0].trained, *(f"{name} (extrapolated)" for name in chosen[0].extrapolated))
     headers = ["", "width (values)", "parameters", "state", "rate", "seeds", *names]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{100 * values[0]:.1f}"
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
 def draw(chosen: Sequence[Model], path: Path) -> None:
@@ -208,25 +175,10 @@ def _means(accuracies: Mapping[str, Sequence[float]]) -> list[float]:
     return [statistics.fmean(seed) for seed in zip(*accuracies.values(), strict=True)]
 
 
-def _short(commit: str) -> str:
-    name, *changed = commit.split("-")
-    return "-".join([name[:12], *changed])
-
-
 def write(records: Sequence[Mapping[str, Any]], directory: Path) -> str:
     """Writes `table.md` and `accuracy.png`; returns the table."""
     chosen = models(records)
-    about = sorted({(r["device"], r["commit"]) for r in records})
-    # a group's minutes, shared by those that ran side by side
-    minutes = sum(r["minutes"] / r["side_by_side"] for r in records)
-    lines = [
-        table(chosen),
-        "",
-        f"{len(records)} runs, {math.ceil(minutes):,} device minutes; "
-        + "; ".join(f"{device}, commit {_short(commit)}" for device, commit in about)
-        + ".",
-    ]
-    text = "\n".join(lines)
+    text = "\n".join([table(chosen), "", provenance(records)])
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "table.md").write_text(text + "\n")
     draw(chosen, directory / "accuracy.png")

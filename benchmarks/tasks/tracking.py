@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.tasks.task import Examples, require
 
-Group = Literal["z2", "s5"]
+Group = Literal["z2", "z3", "z5", "s5"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Tracking:
     """The word problem of a group (arXiv 2404.08819): after each element, the product so far.
 
     Attributes:
-      group: "z2" (parity of bits) or "s5" (the 120 permutations of five things).
+      group: "z2", "z3" or "z5": the ones so far, counted modulo 2 (parity), 3 or 5, of bits; "s5":
+        the 120 permutations of five things.
       length: elements in a row.
     """
 
@@ -37,6 +38,11 @@ class Tracking:
         return len(products(self.group))
 
     @property
+    def kinds(self) -> int:
+        """Different tokens: of a cyclic group 0 and 1 alone."""
+        return self.vocab_size if self.group == "s5" else 2
+
+    @property
     def levels(self) -> tuple[int, ...]:
         """The length."""
         return (self.length,)
@@ -44,7 +50,7 @@ class Tracking:
     def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
         """Random rows."""
         table = jnp.asarray(products(self.group))
-        tokens = jax.random.randint(key, (rows, self.length), 0, len(table))
+        tokens = jax.random.randint(key, (rows, self.length), 0, self.kinds)
 
         def multiply(first: Array, second: Array) -> Array:
             return table[second, first]
@@ -55,7 +61,9 @@ class Tracking:
 @functools.cache
 def products(group: Group) -> NDArray[np.int32]:
     """`products[a, b]` is the index of `a` after `b`."""
-    count = 2 if group == "z2" else 5
-    elements = list(itertools.permutations(range(count)))
+    if group != "s5":
+        numbers = np.arange(int(group[1:]), dtype=np.int32)
+        return (numbers[:, None] + numbers) % len(numbers)
+    elements = list(itertools.permutations(range(5)))
     index = {element: i for i, element in enumerate(elements)}
     return np.array([[index[tuple(a[i] for i in b)] for b in elements] for a in elements], np.int32)

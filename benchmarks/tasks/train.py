@@ -64,7 +64,16 @@ class Score(NamedTuple):
     curve: list[tuple[int, float, float]]
 
 
-class _Run(NamedTuple):
+class Member(NamedTuple):
+    """One run, or several, stacked.
+
+    Attributes:
+      params: of the model.
+      opt_state: of the optimizer.
+      rate: learning rate at its peak.
+      data: key of all batches.
+    """
+
     params: Any
     opt_state: optax.OptState
     rate: Float[Array, ""]
@@ -119,7 +128,16 @@ def train_task(
 
 
 class Steps:
-    """The functions of one run; every run is one element of their `jax.vmap`."""
+    """The functions of one run; every run is one element of their `jax.vmap`.
+
+    Args:
+      task: where rows come from.
+      model: sizes and mixer.
+      recipe: of the training.
+
+    Attributes:
+      graph: of the model, for `nnx.merge` with a member's parameters.
+    """
 
     def __init__(self, task: Task, model: MDNConfig, recipe: Recipe):
         self._task, self._recipe = task, recipe
@@ -129,7 +147,7 @@ class Steps:
             implementation=recipe.implementation,
             dtype=jnp.dtype(recipe.dtype),
         )
-        self._graph = nnx.graphdef(nnx.eval_shape(lambda: self._make(rngs=nnx.Rngs(0))))
+        self.graph = nnx.graphdef(nnx.eval_shape(lambda: self._make(rngs=nnx.Rngs(0))))
         # a peak of 1: every run scales its updates by its own learning rate
         warmup = recipe.steps // 10
         self._optimizer_config = OptimizerConfig(
@@ -141,20 +159,20 @@ class Steps:
         schedule = make_schedule(self._optimizer_config, recipe.steps)
         self._optimizer = make_optimizer(self._optimizer_config, schedule)
 
-    def start(self, seed: Int[Array, ""], rate: Float[Array, ""]) -> _Run:
+    def start(self, seed: Int[Array, ""], rate: Float[Array, ""]) -> Member:
         """Before the first step."""
         weights, data = jax.random.split(jax.random.key(seed))
         model = self._make(rngs=nnx.Rngs(params=weights))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         params = with_largest_factor(params, self._recipe.largest_factor)
-        return _Run(params, self._optimizer.init(params), rate, data)
+        return Member(params, self._optimizer.init(params), rate, data)
 
     def advance(
-        self, run: _Run, begin: Int[Array, ""], end: Int[Array, ""]
-    ) -> tuple[_Run, Float[Array, ""], Float[Array, ""]]:
+        self, run: Member, begin: Int[Array, ""], end: Int[Array, ""]
+    ) -> tuple[Member, Float[Array, ""], Float[Array, ""]]:
         """Steps from `begin` to `end`; mean loss and accuracy of their batches."""
 
-        def step(i: Array, carry: tuple[_Run, Array, Array]) -> tuple[_Run, Array, Array]:
+        def step(i: Array, carry: tuple[Member, Array, Array]) -> tuple[Member, Array, Array]:
             run, losses, accuracies = carry
             of_level, of_rows = jax.random.split(jax.random.fold_in(run.data, i))
             level = jax.random.choice(of_level, jnp.asarray(self._task.levels))
@@ -172,7 +190,7 @@ class Steps:
         return run, loss / (end - begin), accuracy / (end - begin)
 
     def measure(
-        self, run: _Run, part: Int[Array, ""], level: Int[Array, ""]
+        self, run: Member, part: Int[Array, ""], level: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss and accuracy on rows that were not trained on; the two parts share none."""
         batches = max(1, self._recipe.test_rows // self._recipe.batch_size)
@@ -188,7 +206,7 @@ class Steps:
 
     def _loss(self, params: Any, examples: Examples) -> tuple[Array, Array]:
         """Mean cross entropy of the targets that count, and the part of them predicted right."""
-        model = nnx.merge(self._graph, params)
+        model = nnx.merge(self.graph, params)
         logits, _ = model(examples.tokens)
         counted = examples.targets != IGNORED
         targets = jnp.where(counted, examples.targets, 0)

@@ -194,7 +194,7 @@ def official_state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
 
     Raises:
       TypeError: another kind of module.
-      ValueError: a model with mixers that the published implementation does not have.
+      ValueError: a model or layer that the published implementation does not have.
     """
     table = _table(module)
     tensors = {}
@@ -249,7 +249,10 @@ def published_tensors(module: nnx.Module) -> dict[tuple[Any, ...], PublishedTens
 
 def _table(module: nnx.Module) -> dict[str, _Published]:
     """Published name and layout of every parameter that `module` can have, by its path."""
-    if isinstance(module, MomentumDeltaNet | SoftmaxAttention):
+    if isinstance(module, MomentumDeltaNet):
+        _check_fields(module.config, ("use_momentum", "bound"))
+        return _MIXER
+    if isinstance(module, SoftmaxAttention):
         return _MIXER
     if isinstance(module, MDNForCausalLM):
         check_published(module.config)
@@ -267,14 +270,19 @@ def _table(module: nnx.Module) -> dict[str, _Published]:
 
 def check_published(config: MDNConfig) -> None:
     """Raises ValueError unless the published implementation has this model."""
-    for name, expected in NOT_PUBLISHED.items():
+    _check_fields(config, NOT_PUBLISHED)
+    if config.mlp_width == 0:
+        raise ValueError("intermediate_size: expected an MLP in a published model, got 0")
+
+
+def _check_fields(config: MDNConfig, names: Iterable[str]) -> None:
+    for name in names:
+        expected = NOT_PUBLISHED[name]
         if (got := getattr(config, name)) != expected:
             raise ValueError(
                 f"{name}: expected {expected!r} in a published model, whose layers are MDN and, at "
                 f"attn.layers, softmax attention; got {got!r}"
             )
-    if config.mlp_width == 0:
-        raise ValueError("intermediate_size: expected an MLP in a published model, got 0")
 
 
 def _join(path: tuple[Any, ...]) -> str:

@@ -29,10 +29,15 @@ class GatedDeltaNet(StateMixer):
         log_alpha = -exp(a_log) softplus(a_proj x + dt_bias)      beta = sigmoid(b_proj x)
         y = o_proj(rms_norm(gated_delta_rule(q, k, v, log_alpha, beta)) * silu(g_proj x))
 
-    Arguments as of `StateMixer`.
+    `allow_neg_eigval`: `beta = 2 sigmoid(b_proj x)`, so that the eigenvalue `alpha (1 - beta)`
+    along a key can be negative (arXiv 2411.12537). Arguments as of `StateMixer`.
     """
 
     gate_activation: GateActivation = "silu"
+
+    @property
+    def _largest_beta(self) -> float:
+        return 2.0 if self.config.allow_neg_eigval else 1.0
 
     def _make_gates(self, rngs: nnx.Rngs) -> None:
         heads = self.config.value_heads
@@ -58,7 +63,7 @@ class GatedDeltaNet(StateMixer):
             k=qkv.k,
             v=qkv.v,
             log_alpha=zero_padding(_decay(a, self.a_log, self.dt_bias), own),
-            beta=zero_padding(jax.nn.sigmoid(b), own),
+            beta=zero_padding(self._largest_beta * jax.nn.sigmoid(b), own),
             p=p,
             initial_state=state,
             segment_ids=segment_ids,
@@ -82,6 +87,7 @@ class Comba(GatedDeltaNet):
     """
 
     gate_activation: GateActivation = "sigmoid"
+    _largest_beta = 1.0
 
     def _make_gates(self, rngs: nnx.Rngs) -> None:
         super()._make_gates(rngs)

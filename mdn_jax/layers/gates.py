@@ -1,7 +1,7 @@
 """The four gates of the momentum delta rule, of MDN and of Titans."""
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,25 @@ from jaxtyping import Array, Float
 
 from mdn_jax.layers.initializers import log_uniform, rate_bias
 from mdn_jax.layers.projection import wide_projection
+from mdn_jax.layers.stable_gates import (
+    LEAST_DECAY,
+    largest_beta,
+    stability_margin,
+    start_bias,
+)
 from mdn_jax.ops.coefficients import LOG_ZERO
+
+if TYPE_CHECKING:
+    from mdn_jax.models.config import Bound
 
 
 class Gates(NamedTuple):
     """Gates of every step and value head, float32 (float64 for float64 inputs).
 
     Attributes:
-      log_alpha: log of the decay (nats), at most `log cos^2(theta)`.
+      log_alpha: log of the decay (nats), at most 0; as published at most `log cos^2(theta)`.
       log_mu: log of the momentum (nats), at most 0.
-      beta: step size, between 0 and `sin^2(theta)`, so at most `1 - alpha`.
+      beta: step size, from 0 to 2; as published at most `sin^2(theta)`, so at most `1 - alpha`.
       eta: write scale, between 0 and 2.
     """
 
@@ -38,7 +47,15 @@ class MomentumGates(nnx.Module):
         beta      = sin^2(theta) sigmoid(b_proj x)
         log_alpha = log cos^2(theta) - exp(a_log) softplus(a_proj x + dt_bias)
 
-    The bounds `sin^2` and `cos^2` and the momentum can be left out, as the paper's ablations do.
+    This is `bound="published"`. "alpha" and "beta" keep `cos^2` or `sin^2` alone, "none" neither:
+    the paper's ablations. "stable" takes the region of stability in their place, in which both are
+    free (docs/stability.md, section 8), with `c = alpha`, or 1 for an erase key without it:
+
+        log_alpha = -exp(a_log) softplus(a_proj x + dt_bias)
+        beta      = sigmoid(b_proj x + b_bias) min((1 - margin) (1 + alpha) (1 + mu) / (eta c), 2)
+
+    Its `log_mu` is lower by 2^-16, so that `mu < 1`. `b_bias`, which it has where the others have
+    `log_factor`, starts so that `beta = 1 - mu` at an input of zero.
 
     Args:
       hidden_size: width of the input.
@@ -46,8 +63,8 @@ class MomentumGates(nnx.Module):
       min_log_mu: lower bound of `log_mu` (nats) or None.
       tau_factor: see `eta`.
       use_momentum: False: a momentum of zero, without parameters.
-      bound_alpha: False: `log_alpha` without `log cos^2(theta)`.
-      bound_beta: False: `beta` without `sin^2(theta)`.
+      bound: of `alpha` and `beta`.
+      erase_by_alpha: whether the erase key is `alpha k`, otherwise `k`; "stable" asks.
       initializer_range: standard deviation of the projections.
       dtype: of the projections' products; all else is float32 (float64 for float64).
       param_dtype: of the parameters.
@@ -62,8 +79,8 @@ class MomentumGates(nnx.Module):
         min_log_mu: float | None,
         tau_factor: float,
         use_momentum: bool = True,
-        bound_alpha: bool = True,
-        bound_beta: bool = True,
+        bound: "Bound" = "published",
+        erase_by_alpha: bool = True,
         initializer_range: float = 0.02,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -71,9 +88,10 @@ class MomentumGates(nnx.Module):
     ):
         self.min_log_mu = min_log_mu
         self.tau = math.sqrt(hidden_size / tau_factor)
-        self.bound_alpha = bound_alpha
-        self.bound_beta = bound_beta
+        self.bound = bound
+        self.erase_by_alpha = erase_by_alpha
         self.dtype = dtype
+        self.margin = stability_margin(dtype)
         normal = jax.nn.initializers.normal(initializer_range)
 
         def projection() -> nnx.Param[Array]:
@@ -89,14 +107,29 @@ class MomentumGates(nnx.Module):
             self.mu_log = nnx.Param(log_uniform(rngs.params(), heads, 16.0, param_dtype))
         else:
             self.mu_log = None
-        self.log_factor = nnx.Param(log_uniform(rngs.params(), heads, 4.0, param_dtype))
+        log_factor = log_uniform(rngs.params(), heads, 4.0, param_dtype)
         bias = rate_bias(rngs.params(), heads, param_dtype)
-        self.dt_bias = nnx.Param(bias)
         self.mu_bias: nnx.Param[Array] | None
         if use_momentum:  # published: both start from the same draw
             self.mu_bias = nnx.Param(jnp.copy(bias))
         else:
             self.mu_bias = None
+        self.dt_bias = nnx.Param(bias)
+        self.log_factor: nnx.Param[Array] | None
+        self.b_bias: nnx.Param[Array] | None
+        if bound == "stable":
+            zero = jnp.zeros((heads,), jnp.promote_types(param_dtype, jnp.float32))
+            start = start_bias(
+                log_alpha=-self._decay(zero),
+                log_mu=self._log_mu(zero) - LEAST_DECAY,
+                erase_by_alpha=erase_by_alpha,
+                margin=self.margin,
+            )
+            self.b_bias = nnx.Param(start.astype(param_dtype))
+            self.log_factor = None
+        else:
+            self.b_bias = None
+            self.log_factor = nnx.Param(log_factor)
 
     def __call__(self, x: Float[Array, "B T hidden"]) -> Gates:
         """The gates of every step of `x`."""
@@ -106,25 +139,35 @@ class MomentumGates(nnx.Module):
             kernels.append(self.m_proj[...])
         projected = wide_projection(x, jnp.concatenate(kernels, axis=1))  # x is read once
         a, b, e, *m = jnp.split(projected, len(kernels), axis=-1)  # [B, T, HV]
-
-        def wide(parameter: nnx.Param[Array]) -> Array:
-            return parameter[...].astype(a.dtype)
-
-        log_mu = jnp.full_like(a, LOG_ZERO)
-        if self.mu_log is not None and self.mu_bias is not None:
-            log_mu = -jnp.exp(wide(self.mu_log)) * jax.nn.softplus(m[0] + wide(self.mu_bias))
-            if self.min_log_mu is not None:
-                log_mu = jnp.maximum(log_mu, self.min_log_mu)
+        log_mu = self._log_mu(m[0] if m else a)
         eta = 1.0 + jnp.tanh(e / self.tau)
-        tan2 = jnp.square(eta * jnp.exp(wide(self.log_factor)))
+        log_alpha = -self._decay(a)
+        if self.b_bias is not None:
+            log_mu -= LEAST_DECAY
+            alpha = jnp.exp(log_alpha)
+            erase = alpha if self.erase_by_alpha else 1.0
+            most = largest_beta(alpha, jnp.exp(log_mu), eta, erase, self.margin)
+            beta = jax.nn.sigmoid(b + _like(self.b_bias, b)) * most
+            return Gates(log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta)
+        assert self.log_factor is not None
+        tan2 = jnp.square(eta * jnp.exp(_like(self.log_factor, a)))
         beta = jax.nn.sigmoid(b)
-        if self.bound_beta:
+        if self.bound in ("published", "beta"):
             beta *= tan2 / (1.0 + tan2)  # sin^2 = tan^2 / (1 + tan^2)
-        decay = jnp.exp(wide(self.a_log)) * jax.nn.softplus(a + wide(self.dt_bias))
-        log_alpha = -decay
-        if self.bound_alpha:
+        if self.bound in ("published", "alpha"):
             log_alpha -= jnp.log1p(tan2)  # cos^2 = 1 / (1 + tan^2)
         return Gates(log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta)
+
+    def _decay(self, a: Float[Array, "*B HV"]) -> Float[Array, "*B HV"]:
+        """Nats a step, without the published bound."""
+        return jnp.exp(_like(self.a_log, a)) * jax.nn.softplus(a + _like(self.dt_bias, a))
+
+    def _log_mu(self, m: Float[Array, "*B HV"]) -> Float[Array, "*B HV"]:
+        """Of the projection `m`, which only its shape and dtype matter of without momentum."""
+        if self.mu_log is None or self.mu_bias is None:
+            return jnp.full_like(m, LOG_ZERO)
+        log_mu = -jnp.exp(_like(self.mu_log, m)) * jax.nn.softplus(m + _like(self.mu_bias, m))
+        return log_mu if self.min_log_mu is None else jnp.maximum(log_mu, self.min_log_mu)
 
 
 class TitansGates(nnx.Module):
@@ -176,8 +219,7 @@ class TitansGates(nnx.Module):
         a, m, e = jnp.split(projected, 3, axis=-1)  # [B, T, HV]
 
         def decay(x: Array, rate: nnx.Param[Array], bias: nnx.Param[Array]) -> Array:
-            step = jax.nn.softplus(x + bias[...].astype(x.dtype))
-            return -jnp.exp(rate[...].astype(x.dtype)) * step
+            return -jnp.exp(_like(rate, x)) * jax.nn.softplus(x + _like(bias, x))
 
         return Gates(
             log_alpha=decay(a, self.a_log, self.dt_bias),
@@ -185,3 +227,7 @@ class TitansGates(nnx.Module):
             beta=jnp.ones_like(a),
             eta=jax.nn.sigmoid(e),
         )
+
+
+def _like(parameter: nnx.Param[Array], x: Array) -> Array:
+    return parameter[...].astype(x.dtype)

@@ -26,6 +26,10 @@ Mixer = Literal["mdn", "gdn", "kda", "comba", "gdn2", "mamba2", "mamba3", "titan
 """Token mixer of a layer: Momentum DeltaNet, Gated DeltaNet, Kimi Delta Attention, Comba, Gated
 DeltaNet-2, Mamba-2, Mamba-3, the memory of Titans or softmax attention."""
 
+Bound = Literal["published", "stable", "alpha", "beta", "none"]
+"""Of MDN's decay and step size: both published bounds, the region of stability in their place, one
+of the published bounds or none (ablations)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MDNConfig:
@@ -57,8 +61,10 @@ class MDNConfig:
       min_log_mu: lower bound of the log momentum (nats); None means no bound.
       tau_factor: `e_proj x` is divided by `sqrt(hidden_size / tau_factor)`.
       use_momentum: False: MDN with a momentum of zero and without its parameters, an ablation.
-      bound_alpha: False: MDN's decay without its bound `cos^2(theta)`, an ablation.
-      bound_beta: False: MDN's step size without its bound `sin^2(theta)`, an ablation.
+      bound: of MDN's decay and step size: "published", `cos^2(theta)` and `sin^2(theta)`; "stable",
+        both are free within the region of stability (`docs/stability.md`, section 8); "alpha" or
+        "beta", the published bound of one of them; "none". The last three are ablations.
+      allow_neg_eigval: GDN's step size in (0, 2), in place of (0, 1).
       hidden_ratio: width of the MLP over `hidden_size`, before the rule of `mlp_width`; None
         means 4.
       intermediate_size: width of the MLP; None means by `hidden_ratio`, 0 no MLP (the published
@@ -92,8 +98,8 @@ class MDNConfig:
     min_log_mu: float | None = -2.0
     tau_factor: float = 1.0
     use_momentum: bool = True
-    bound_alpha: bool = True
-    bound_beta: bool = True
+    bound: Bound = "published"
+    allow_neg_eigval: bool = False
     hidden_ratio: float | None = 4.0
     intermediate_size: int | None = None
     norm_eps: float = 1e-6
@@ -173,7 +179,11 @@ class MDNConfig:
         attention = () if self.attn is None else self.attn.layers
         expected = f"none of attn.layers = {attention}"
         require("other_layers", layers, expected, not set(layers) & set(attention))
+        bounds = get_args(Bound)
+        require("bound", self.bound, f"one of {', '.join(bounds)}", self.bound in bounds)
         mixers = self.mixers
+        fits = not self.allow_neg_eigval or "gdn" in mixers
+        require("allow_neg_eigval", self.allow_neg_eigval, "False without mixer gdn", fits)
         for kind in ("kda", "gdn2"):
             fits = kind not in mixers or self.value_heads == self.num_heads
             require("num_v_heads", self.num_v_heads, f"num_heads or None with mixer {kind}", fits)
@@ -251,6 +261,7 @@ class MDNConfig:
           ValueError: an unknown key, or a value that this implementation does not honour.
         """
         require("config", published, "a JSON object", isinstance(published, Mapping))
+        published = with_present_names(published)
         fields = {f.name for f in dataclasses.fields(cls)} - {"extras"}
         known: dict[str, Any] = {}
         extras: dict[str, str] = {}
@@ -294,7 +305,24 @@ NOT_PUBLISHED: dict[str, object] = {
     "other_mixer": None,
     "other_layers": (),
     "use_momentum": True,
-    "bound_alpha": True,
-    "bound_beta": True,
+    "bound": "published",
+    "allow_neg_eigval": False,
 }
 """Fields that the published configurations do not have, with the values that they have there."""
+
+
+def with_present_names(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved configuration with `bound` in place of the two flags that there were before it.
+
+    Raises:
+      ValueError: flags that are no bools, or beside `bound`.
+    """
+    flags = [name for name in ("bound_alpha", "bound_beta") if name in saved]
+    if not flags:
+        return saved
+    for name in flags:
+        require(name, saved[name], "a bool", isinstance(saved[name], bool))
+    require(flags[0], saved[flags[0]], "no such flag beside bound", "bound" not in saved)
+    alpha, beta = saved.get("bound_alpha", True), saved.get("bound_beta", True)
+    bound = ("published" if beta else "alpha") if alpha else ("beta" if beta else "none")
+    return {key: x for key, x in saved.items() if key not in flags} | {"bound": bound}

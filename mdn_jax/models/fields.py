@@ -79,7 +79,6 @@ _TEXT = _of_type("a string or None", str, type(None))
 # Published keys that change nothing that is computed here, with the values for which that holds.
 WITHOUT_MEANING: dict[str, tuple[str, Callable[[object], bool]]] = {
     "_name_or_path": _TEXT,
-    "allow_neg_eigval": _one_of(False),
     "architectures": _of_type("a list or None", list, tuple, type(None)),
     "attn_mode": _one_of("chunk", "fused_recurrent"),
     "bos_token_id": _TOKEN,

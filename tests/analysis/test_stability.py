@@ -83,6 +83,28 @@ def test_the_published_bounds_keep_the_load_below_a_half():
     assert analysis.published_bounds(0.015, 0.15, 0.97, 1.9, factor=4.0, min_log_mu=-2.0).all
 
 
+def test_how_far_bounds_let_a_pair_turn(x64):
+    """The moduli of docs/stability.md, section 8: none is larger, and all are reached."""
+    rng = np.random.default_rng(4)
+    alpha = np.maximum(*rng.random((2, 300_000)))
+    mu, at_the_bound = (
+        alpha * rng.random(alpha.shape) ** 2,
+        np.minimum(1, 2 * rng.random(alpha.shape)),
+    )
+    turns = {36: (0.879, 1), 60: (0.5, 1), 72: (0.342, 1), 90: (27**-0.5, 1), 120: (5 / 54, 0.618)}
+    for column, most in enumerate((1 - alpha, np.ones_like(alpha))):
+        gates = np.broadcast_arrays(alpha, mu, most * at_the_bound, 2.0)
+        assert (np.asarray(analysis.stability_load(*gates)) <= 1).all()
+        roots = np.linalg.eigvals(numpy_matrices(*gates))
+        first = np.take_along_axis(roots, np.abs(roots).argmax(-1)[:, None], -1)[:, 0]
+        angle, modulus = np.degrees(np.abs(np.angle(first))), np.abs(first)
+        for turn, largest in {**turns, 144: (0.0666, 0.477)}.items():
+            found = modulus[(angle > turn) & (angle < turn + 3)].max()
+            assert 0.8 * largest[column] < found <= 1.001 * largest[column], (turn, column, found)
+        negative = modulus[(np.abs(first.imag) < 1e-12) & (first.real < 0)].max()
+        assert (0.9 / 8 < negative <= 1 / 8) if column == 0 else (0.97 < negative <= 1)
+
+
 @pytest.mark.parametrize("min_log_mu", [None, -2.0])
 def test_the_layer_keeps_to_the_published_bounds(min_log_mu):
     gates = MomentumGates(32, 64, min_log_mu=min_log_mu, tau_factor=1.0, rngs=nnx.Rngs(0))

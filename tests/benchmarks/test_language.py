@@ -26,8 +26,8 @@ def test_models_of_equal_parameters_and_ablations():
     for name, field, value in (
         ("MDN, no momentum", "use_momentum", False),
         ("MDN, no output correction", "use_output_correction", False),
-        ("MDN, no beta bound", "bound_beta", False),
-        ("MDN, no alpha bound", "bound_alpha", False),
+        ("MDN, no beta bound", "bound", "alpha"),
+        ("MDN, no alpha bound", "bound", "beta"),
         ("MDN, no mu clamp", "min_log_mu", None),
     ):
         changed = {n: x for n, x in vars(models[name]).items() if x != getattr(full, n)}

@@ -77,17 +77,23 @@ def test_without_momentum_or_bounds():
     x = normal(0, 2, 5, 16)
     full = plain(x)
     tan = np.asarray(full.eta, np.float64) * np.exp(np.asarray(plain.log_factor[...], np.float64))
-    for name, factor, option in (
-        ("log_alpha", -2 * np.log(np.cos(np.arctan(tan))), "bound_alpha"),
-        ("beta", 1 / np.sin(np.arctan(tan)) ** 2, "bound_beta"),
+    for name, factor, bound in (
+        ("log_alpha", -2 * np.log(np.cos(np.arctan(tan))), "beta"),
+        ("beta", 1 / np.sin(np.arctan(tan)) ** 2, "alpha"),
     ):
-        options = {"min_log_mu": None, "tau_factor": 1.0, option: False}
+        options = {"min_log_mu": None, "tau_factor": 1.0, "bound": bound}
         ablated = MomentumGates(16, 3, **options, rngs=nnx.Rngs(0))(x)
         gate = np.asarray(getattr(full, name), np.float64)
         expected = gate + factor if name == "log_alpha" else gate * factor
         assert relative_error(getattr(ablated, name), expected) <= 1e-5
         others = {n: y for n, y in ablated._asdict().items() if n != name}
         assert_close(others, {n: y for n, y in full._asdict().items() if n != name}, 0)
+    alone = [
+        MomentumGates(16, 3, min_log_mu=None, tau_factor=1.0, bound=bound, rngs=nnx.Rngs(0))(x)
+        for bound in ("none", "beta", "alpha")
+    ]
+    np.testing.assert_array_equal(alone[0].log_alpha, alone[1].log_alpha)
+    np.testing.assert_array_equal(alone[0].beta, alone[2].beta)
     without = MomentumGates(
         16, 3, min_log_mu=-2.0, tau_factor=1.0, use_momentum=False, rngs=nnx.Rngs(0)
     )

@@ -57,7 +57,7 @@ def rms_norm(x, scale, eps=1e-6):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
 
-def published(name, parameters, x):
+def published(name, parameters, x, *, largest_beta=1):
     """The layer of the papers in numpy, from the parameters by name."""
     P = {key: np.asarray(value, np.float64) for key, value in parameters.items()}
     heads = 1 if name == "mamba2" else 2
@@ -68,7 +68,8 @@ def published(name, parameters, x):
     q, k = (y.reshape(2, T, heads, 8) for y in (q, k))
     value_heads = 4 if name == "mamba2" else 2
     v = v.reshape(2, T, value_heads, 16)
-    rule = {"beta": sigmoid(x @ P["b_proj"]) if "b_proj" in P else None, "p": None}
+    beta = largest_beta * sigmoid(x @ P["b_proj"]) if "b_proj" in P else None
+    rule = {"beta": beta, "p": None}
     if name == "gdn2":
         w = sigmoid(x @ P["w_proj"]).reshape(v.shape)
         rule = {"b": rule["beta"].reshape(k.shape), "w": w}
@@ -142,7 +143,20 @@ def titans(parameters, x):
 
 @pytest.mark.parametrize("name", ["gdn", "kda", "comba", "gdn2", "mamba2", "mamba3", "titans"])
 def test_the_layer_is_the_published_one(name):
-    layer = nnx.clone(make(name))
+    check_published(name, nnx.clone(make(name)))
+
+
+def test_negative_eigenvalues_double_the_step():
+    fields = dataclasses.replace(config("gdn"), allow_neg_eigval=True)
+    layer = Block(fields, 0, implementation="scan", rngs=nnx.Rngs(0)).mixer
+    check_published("gdn", layer, largest_beta=2)
+    # of two layers only one is GDN: the other one's step stays as it is
+    comba = dataclasses.replace(fields, mixer="comba", other_mixer="gdn", other_layers=(1,))
+    other = Block(comba, 0, implementation="scan", rngs=nnx.Rngs(0)).mixer
+    check_published("comba", other)
+
+
+def check_published(name, layer, **options):
     parameters = {}
     for seed, (path, parameter) in enumerate(nnx.to_flat_state(nnx.state(layer, nnx.Param))):
         parameter[...] += 0.1 * normal(seed, *parameter.shape)  # nothing stays at 0 or 1
@@ -150,7 +164,8 @@ def test_the_layer_is_the_published_one(name):
     nnx.update(layer, nnx.state(layer))
     x = normal(50, 2, T, 32)
     others = {"mamba3": mamba3, "titans": titans}
-    expected = others.get(name, partial(published, name))(parameters, np.asarray(x, np.float64))
+    reference = others.get(name, partial(published, name))
+    expected = reference(parameters, np.asarray(x, np.float64), **options)
     assert relative_error(call(layer, x)[0], expected) <= 1e-5
 
 

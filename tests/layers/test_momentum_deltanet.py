@@ -176,6 +176,7 @@ OPTIONS = {
     "lora gate": {"use_lora_gate": True, "lora_gate_rank": 3},
     "plain": {"use_output_correction": False, "min_log_mu": None, "use_p_times_alpha": False},
     "wide input": {"tau_factor": 8, "expand_v": 1.5},
+    "stable": {"bound": "stable", "num_v_heads": 4},
 }
 
 
@@ -194,7 +195,7 @@ def test_every_option_splits_and_packs(option):
 
 def test_options_change_the_output():
     outputs = {"default": call(MomentumDeltaNet(TINY, rngs=nnx.Rngs(0)), X)[0]}
-    for option in ("no gate", "plain"):
+    for option in ("no gate", "plain", "stable"):
         config = dataclasses.replace(TINY, **OPTIONS[option])
         outputs[option] = call(MomentumDeltaNet(config, rngs=nnx.Rngs(0)), X)[0]
     names = list(outputs)

@@ -139,6 +139,8 @@ def test_derived_sizes():
             ["attn.rope_theta", "float32", "1e+300"],
         ),
         ({"vocab_size": [[]] * 999}, ["vocab_size", "int", "..."]),
+        ({"bound_beta": 1}, ["bound_beta", "bool", "1"]),
+        ({"bound_beta": True, "bound": "none"}, ["bound_beta", "no such flag", "True"]),
         ([], ["config", "JSON object", "[]"]),
     ],
 )
@@ -167,3 +169,16 @@ def test_every_field_is_explained():
     for kind in (MDNConfig, AttentionConfig):
         for field in dataclasses.fields(kind):
             assert f"\n  {field.name}: " in kind.__doc__.replace("\n      ", "\n  "), field.name
+
+
+def test_configurations_from_before_the_one_bound():
+    for alpha, beta, bound in (
+        (True, True, "published"),
+        (True, False, "alpha"),
+        (False, True, "beta"),
+        (False, False, "none"),
+    ):
+        saved = {"bound_alpha": alpha, "bound_beta": beta}
+        assert MDNConfig.from_dict(saved) == MDNConfig(bound=bound)
+        assert "bound_alpha" not in MDNConfig.from_dict(saved).to_dict()
+    assert MDNConfig.from_dict({"bound_beta": False}).bound == "alpha"

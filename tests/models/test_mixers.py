@@ -72,12 +72,19 @@ def test_no_mlp():
     assert_close(block(h)[0], h + block.mixer(block.mixer_norm(h))[0], 0)
 
 
-@pytest.mark.parametrize("config", [ONE, THREE, dataclasses.replace(ONE, mixer="mamba2")])
+NEGATIVE = dataclasses.replace(ONE, mixer="gdn", allow_neg_eigval=True)
+STABLE = dataclasses.replace(ONE, bound="stable")
+
+
+@pytest.mark.parametrize(
+    "config", [ONE, THREE, dataclasses.replace(ONE, mixer="mamba2"), NEGATIVE, STABLE]
+)
 def test_round_trip(config):
     back = config.to_dict()
     assert MDNConfig.from_dict(json.loads(json.dumps(back))) == config
     assert ("mixer" in back) == (config.mixer != "mdn")  # what is published has no such key
     assert ("other_layers" in back) == bool(config.other_layers)
+    assert ("bound" in back, "allow_neg_eigval" in back) == (config is STABLE, config is NEGATIVE)
     hash(config)
 
 
@@ -102,6 +109,8 @@ def test_round_trip(config):
         ({"mixer": "mamba3", "head_dim": 3, "expand_v": 1}, ["head_dim", "at least 4", "3"]),
         ({"mixer": "attention", "num_heads": 32}, ["num_heads", "even width", "32"]),
         ({"intermediate_size": -1}, ["intermediate_size", ">= 0", "-1"]),
+        ({"bound": "loose"}, ["bound", "published, stable, alpha, beta, none", "'loose'"]),
+        ({"allow_neg_eigval": True}, ["allow_neg_eigval", "False without mixer gdn", "True"]),
     ],
 )
 def test_bad_fields(changes, words):
@@ -135,6 +144,7 @@ def test_published_folders_have_mdn_alone(tmp_path):
         ({"mixer": "gdn"}, "mixer: expected 'mdn' in a published model.*got 'gdn'"),
         ({"other_mixer": "kda", "other_layers": (1,)}, "other_mixer: expected None.*got 'kda'"),
         ({"use_momentum": False}, "use_momentum: expected True.*got False"),
+        ({"bound": "stable"}, "bound: expected 'published' in a published.*got 'stable'"),
         ({"intermediate_size": 0}, "intermediate_size: expected an MLP"),
     ):
         config = dataclasses.replace(TINY, **changes)

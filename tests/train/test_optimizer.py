@@ -37,9 +37,15 @@ def test_schedule_without_warmup_starts_at_the_peak():
 
 @pytest.mark.parametrize("mixer", get_args(Mixer))
 def test_every_parameter_of_every_mixer_is_classified_and_cut(mixer):
-    config = MDNConfig(
-        **TINY_MODEL, mixer=mixer, conv_bias=True, use_lora_gate=mixer in ("kda", "gdn2")
-    )
+    check_classified(mixer=mixer, use_lora_gate=mixer in ("kda", "gdn2"))
+
+
+def test_every_parameter_of_stable_gates_is_classified_and_cut():
+    check_classified(bound="stable")
+
+
+def check_classified(**fields):
+    config = MDNConfig(**TINY_MODEL, conv_bias=True, **fields)
     model = nnx.eval_shape(lambda: MDNForCausalLM(config, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     matrices = jax.tree.map(lambda x: len(x.shape) == 2, params)

@@ -103,6 +103,15 @@ def test_a_field_that_is_newer_than_a_checkpoint_had_its_default():
     ]
 
 
+def test_flags_of_before_the_one_bound_resume():
+    saved = to_dict(TrainConfig().resolved())
+    saved["model"]["bound_beta"] = False
+    for bound, conflicts in (("alpha", []), ("stable", ["model.bound"])):
+        current = to_dict(TrainConfig(model=MDNConfig(bound=bound)).resolved())
+        found = resume_conflicts(saved, current)
+        assert [line.partition(":")[0] for line in found if "bound" in line] == conflicts
+
+
 def test_more_steps_without_the_old_schedule_are_a_conflict():
     saved, longer = (to_dict(TrainConfig(steps=steps).resolved()) for steps in (2000, 3000))
     assert resume_conflicts(saved, longer) == [

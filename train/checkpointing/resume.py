@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mdn_jax.models.config import with_present_names
 from train.config import TrainConfig, to_dict
 from train.options import option_of, options
 
@@ -34,6 +35,8 @@ def resume_conflicts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
         found = option_of(name, declared)
         return found is not None and found.resume == "may change"
 
+    if "model" in saved:
+        saved = {**saved, "model": with_present_names(saved["model"])}
     old, new = flatten(saved), flatten(current)
     old = {name: x for name, x in flatten(to_dict(TrainConfig())).items() if name in new} | old
     return [

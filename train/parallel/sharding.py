@@ -28,7 +28,7 @@ PARTITION = {
     **dict.fromkeys(("dt_proj", "lam_proj"), _TO_HEADS),
     "angle_proj": PartitionSpec(FSDP, None),
     **dict.fromkeys(("a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log"), _PER_HEAD),
-    **dict.fromkeys(("decay", "d", "q_bias", "k_bias"), _PER_HEAD),
+    **dict.fromkeys(("b_bias", "decay", "d", "q_bias", "k_bias"), _PER_HEAD),
     **dict.fromkeys((f"{name}_proj.kernel" for name in ("q", "k", "v", "g")), _TO_HEADS),
     **dict.fromkeys((f"{name}_proj.bias" for name in ("q", "k", "v")), _PER_HEAD),
     **dict.fromkeys((f"{x}_conv1d.kernel" for x in "qkv"), PartitionSpec(None, TENSOR)),

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.mqar import command
 from benchmarks.mqar.command import MqarConfig, mqar, recipe_of, shapes_of
-from benchmarks.mqar.group import Clock
+from benchmarks.runs import Clock
 
 
 def test_models_that_are_in_both_comparisons_run_once():

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks.mqar.command import MqarConfig, mqar
-from benchmarks.mqar.report import models, read, table, write
+from benchmarks.mqar.report import models, table, write
+from benchmarks.run_reports import read_experiment
 
 
 def record(variant="gdn", width=64, seed=0, rate=1e-3, choice=0.5, trained=0.5, **others):
@@ -89,14 +90,14 @@ def test_files_are_joined(tmp_path, capsys):
 def test_files_that_do_not_fit(tmp_path):
     path = tmp_path / "a.jsonl"
     with pytest.raises(SystemExit, match=r"report: expected files of records, got .*not there"):
-        read([path])
+        read_experiment([path], "mqar")
     path.write_text("# a table")
     with pytest.raises(SystemExit, match="expected lines of JSON, got '# a table'"):
-        read([path])
+        read_experiment([path], "mqar")
     path.write_text('{"experiment": "other"}\n')
     with pytest.raises(SystemExit, match="report: expected records of mqar, got none in 1 files"):
-        read([path])
+        read_experiment([path], "mqar")
     others = [record(), record(recipe={"epochs": 8, "stop_at": 0.99})]
     path.write_text("".join(json.dumps(r) + "\n" for r in others))
     with pytest.raises(SystemExit, match="one recipe, got epochs = 32 and 8"):
-        read([path])
+        read_experiment([path], "mqar")

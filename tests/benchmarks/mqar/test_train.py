@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.mqar import group
 from benchmarks.mqar.data import Setting
-from benchmarks.mqar.group import Clock, Progress, Run, train_group
+from benchmarks.mqar.group import Progress, train_group
 from benchmarks.mqar.model import model_shape
 from benchmarks.mqar.train import (
     Recipe,
@@ -21,6 +21,7 @@ from benchmarks.mqar.train import (
     epoch_factor,
     row_order,
 )
+from benchmarks.runs import Clock, Run
 
 RECIPE = Recipe(
     trained=(Setting(1, 8, 24), Setting(2, 16, 8)),

@@ -17,6 +17,8 @@ TASKS = {
     "induction": Induction(length=12, kinds=4),
     "needle": Needle(length=120, digits=3),
     "parity": Tracking(group="z2", length=10),
+    "modulo 3": Tracking(group="z3", length=10),
+    "modulo 5": Tracking(group="z5", length=17),
     "s5": Tracking(group="s5", length=6),
 }
 
@@ -97,9 +99,11 @@ def test_needle():
     assert exact.sample(jax.random.key(0), 3, exact.length).tokens.shape == (3, exact.length)
 
 
-def test_parity():
-    for tokens, targets in rows("parity"):
-        assert targets == [sum(tokens[: i + 1]) % 2 for i in range(10)]
+@pytest.mark.parametrize(("name", "modulus"), [("parity", 2), ("modulo 3", 3), ("modulo 5", 5)])
+def test_counting(name, modulus):
+    for tokens, targets in rows(name):
+        assert set(tokens) == {0, 1}
+        assert targets == [sum(tokens[: i + 1]) % modulus for i in range(len(tokens))]
 
 
 def test_s5():

@@ -1,0 +1,1 @@
+"""State tracking: learned on short rows, tested on longer ones."""
