@@ -44,6 +44,9 @@ class TrainConfig:
     model: MDNConfig = option(factory=MDNConfig, resume="fixed")
     """The model."""
 
+    fit_vocab_size: bool = option(False, resume="may change")
+    """Make `model.vocab_size` the tokenizer's; giving it by a flag or a file turns this off."""
+
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""
 

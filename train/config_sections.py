@@ -19,8 +19,10 @@ class DataConfig:
 
     files: tuple[str, ...] = option((), resume="may change", processes="own")
     """Files or globs ('**' crosses directories): text, JSONL, Parquet or shards of tokens, by
-    their suffix; or directories of shards, or of Parquet files as Hugging Face lays them out. None:
-    the standard library's source text."""
+    their suffix; or directories of these, or of Parquet files as Hugging Face lays them out."""
+
+    standard_library: bool = option(False, resume="may change")
+    """Where no documents are named: those of the Python standard library's source text."""
 
     format: Literal["text", "jsonl", "parquet", "tokens"] | None = option(None, resume="fixed")
     """What the files are; None: .jsonl, .ndjson (or .gz of them), .parquet and .tokens say so by

@@ -17,7 +17,6 @@ from mdn_jax.saved.digest import file_digest
 from mdn_jax.text.text import text_of
 from mdn_jax.text.vocabulary import TOKENIZER_FILE
 from train.checkpointing.checkpoints import Checkpoints, has_checkpoint
-from train.checkpointing.resume import flatten
 from train.checkpointing.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -29,7 +28,7 @@ from train.checkpointing.run_directory import (
     way_on,
 )
 from train.config import TrainConfig, to_dict
-from train.data.batches import Batches
+from train.data.batches import Batches, find_source
 from train.evaluation.sample import sample
 from train.guard import DivergedError, raise_refused
 from train.metrics.log import MetricsLog, Progress
@@ -38,7 +37,7 @@ from train.metrics.utilization import Monitor
 from train.metrics.writers import check_packages, make_writers
 from train.parallel.distributed import Agreement, check_configuration, is_first, together
 from train.parallel.sharding import on_mesh
-from train.run import Run
+from train.run import Run, fit_vocabulary
 from train.step import StepMetrics, TrainState, scalars
 
 
@@ -89,8 +88,9 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     config = _with_saved_schedule(config).resolved()
     check_configuration(config)
     directory = config.directory
-    print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
-    run = Run(config, devices=devices)
+    source = find_source(config.data)
+    config = fit_vocabulary(config, source.tokenizer)
+    run = Run(config, source=source, devices=devices)
     run.check_alike()
     print(run.describe(), flush=True)
     with Checkpoints(config) as checkpoints, together():

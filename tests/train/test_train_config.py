@@ -8,11 +8,11 @@ import pytest
 
 from mdn_jax import MDNConfig
 from mdn_jax.models import AttentionConfig
-from train.checkpointing.resume import flatten, resume_conflicts
+from train.checkpointing.resume import resume_conflicts
 from train.cli.train import parse
 from train.config import TrainConfig, from_dict, to_dict
 from train.config_sections import DataConfig, DistributedConfig, OptimizerConfig
-from train.options import Option, option, option_of, options
+from train.options import Option, flatten, option, option_of, options
 from train.parallel import distributed
 
 
@@ -112,6 +112,7 @@ def test_more_steps_without_the_old_schedule_are_a_conflict():
 
 CHANGEABLE = {
     *("name", "output_dir", "resume", "resume_step", "profile", "steps", "implementation", "remat"),
+    *("fit_vocab_size", "data.standard_library"),
     *("guard.action", "guard.loss_deviations", "guard.grad_norm_factor"),
     *("guard.window", "guard.patience"),
     *("report.tensorboard", "report.wandb", "report.wandb_project"),

@@ -31,6 +31,9 @@ from train.parallel.sharding import Share
 
 _THREADS = 2  # that cut rows
 _STEPS = 1 << 40  # more than anyone takes
+_UNNAMED = """data: expected documents to train on, got none; add one of these, for example:
+    --data.files 'texts/**/*.txt'    (text, JSONL, Parquet, directories of them, shards)
+    --data.dataset NAME              (of Hugging Face, as a stream)"""
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,10 @@ def find_source(config: DataConfig) -> Source:
     """The files that a configuration names, and its tokenizer: that of shards is beside them.
 
     Raises:
-      RunError: names that match no file, or a tokenizer that cannot be used.
+      RunError: no names, names that match no file, or a tokenizer that cannot be used.
     """
+    if not (config.files or config.dataset is not None or config.standard_library):
+        raise RunError(_UNNAMED)
     files = [] if config.dataset is not None else find_files(config)
     choice = config.tokenizer
     if files and files[0][1] == "tokens":
