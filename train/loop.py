@@ -28,7 +28,8 @@ from train.checkpointing.run_directory import (
     way_on,
 )
 from train.config import TrainConfig, to_dict
-from train.data.batches import Batches, find_source
+from train.data.batches import Batches
+from train.data.sources import find_source
 from train.evaluation.sample import sample
 from train.guard import DivergedError, raise_refused
 from train.metrics.log import MetricsLog, Progress
@@ -214,6 +215,7 @@ def _run_steps(
                 seconds, counted, waited = 0.0, 0, batches.waited
                 values |= {"tokens_per_second": round(speed), "data_wait": data_wait}
                 values |= monitor.values(speed)
+                values |= {name: round(step * x, 5) for name, x in run.data.epochs.items()}
                 log.write(step=step, **values)
                 progress.report(step, values["loss"], speed, data_wait)
             if config.stability_every and step % config.stability_every == 0:
@@ -221,9 +223,12 @@ def _run_steps(
                 log.write(step=step, **{name: x.item() for name, x in measured.items()})
             held_out = None
             if step % config.eval_every == 0 or step == last:
-                held_out = run.evaluate(state.params)
+                held_out, each = run.evaluate(state.params)
                 per_byte = held_out / run.data.bytes_per_token
-                log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte)
+                losses = {f"held_out_loss/{name}": loss for name, loss in each.items()}
+                log.write(
+                    step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte, **losses
+                )
                 progress.say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
             if step % config.checkpoint_every == 0 or step == last:
                 _check_refused(config, step, metrics)
@@ -232,7 +237,7 @@ def _run_steps(
             if stop and step < last:
                 return result(state, held_out_loss=None, signal=stop)
     if held_out is None:  # resumed after the last step
-        held_out = run.evaluate(state.params)
+        held_out = run.evaluate(state.params).mean
     return result(state, held_out_loss=held_out)
 
 

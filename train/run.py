@@ -12,8 +12,10 @@ from mdn_jax.text.text import text_of
 from mdn_jax.text.tokenizer import BYTES, TOKENIZER_FILE, FileTokenizer, Tokenizer
 from train.checkpointing.run_directory import CONFIG_FILE
 from train.config import TrainConfig
-from train.data.batches import Source, find_source, load_data
+from train.config_sections import documents_field
+from train.data.batches import load_data
 from train.data.packing import Batch, unigram_entropy
+from train.data.sources import Source, find_source
 from train.evaluation.held_out import make_evaluate
 from train.metrics.stability import make_stability
 from train.model_and_step import ModelAndStep
@@ -51,7 +53,10 @@ class Run(ModelAndStep):
         self.unigram = unigram_entropy(self.data.held_out)
         self.share = process_share(self.mesh)
         evaluate = make_evaluate(
-            self.loss, self.data.held_out, place=partial(from_global, self.mesh)
+            self.loss,
+            self.data.held_out,
+            sources=self.data.held_out_places,
+            place=partial(from_global, self.mesh),
         )
         self.train_step = on_mesh(self.mesh, self.step)
         self.evaluate = on_mesh(self.mesh, evaluate)
@@ -64,7 +69,7 @@ class Run(ModelAndStep):
           RunError: names what differs, and in which process.
         """
         data = self.config.data
-        documents = "data.files" if data.dataset is None else "data.dataset"
+        documents = documents_field(data)
         check_alike(
             "documents, tokenizer and checkpoints",
             {

@@ -129,7 +129,7 @@ def _files_of(pattern: str, split: str) -> list[str]:
     names = [name] if os.path.lexists(name) else _matching(name)
     files = list(filter(_is_file, sorted(names)))
     if not files:
-        hint = f" (a directory: try '{pattern}/**/*')" if directory else ""
+        hint = " (a directory without files that are not hidden)" if directory else ""
         raise RunError(
             f"data.files: expected a file or a glob that matches files, "
             f"got {pattern!r}, which matches none{hint}"
@@ -138,11 +138,16 @@ def _files_of(pattern: str, split: str) -> list[str]:
 
 
 def _files_of_directory(directory: str, split: str) -> list[str]:
-    """Shards, or the Parquet files of a split: <split>-*.parquet, or within <split>/."""
+    """Shards, or the Parquet files of a split: <split>-*.parquet, or within <split>/.
+
+    Where there are neither, all files within it, at any depth.
+    """
     shards = list(filter(_is_file, sorted(_inside(directory, f"*{SHARD_SUFFIX}"))))
     parquet = list(filter(_is_file, sorted(_inside(directory, "**", "*.parquet"))))
-    if shards or not parquet:
+    if shards:
         return shards
+    if not parquet:
+        return list(filter(_is_file, sorted(_inside(directory, "**", "*"))))
     names = {path: Path(path).relative_to(directory) for path in parquet}
     found = [
         path

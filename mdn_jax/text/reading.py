@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -73,13 +74,16 @@ def cut_files(files: Sequence[tuple[Path, Format]], *, size: int) -> Iterator[Pi
             yield Piece(path, format, 0, None, total)
 
 
-def read_documents(piece: Piece, field: str, *, utf8: bool = False) -> Iterator[bytes]:
+def read_documents(
+    piece: Piece, field: str, *, utf8: bool = False, empty: Counter[Path] | None = None
+) -> Iterator[bytes]:
     """The documents of a piece that are not empty.
 
     Args:
       piece: what to read.
       field: of JSONL or Parquet that holds the text.
       utf8: refuse text that is not UTF-8, which JSONL always is.
+      empty: counts the records without text by their files; files of plain text do not count.
 
     Raises:
       RunError: a file that cannot be read or is no text, a record that does not fit, by its line
@@ -101,6 +105,8 @@ def read_documents(piece: Piece, field: str, *, utf8: bool = False) -> Iterator[
                 ) from None
         if text:
             yield text
+        elif empty is not None and piece.format != "text":
+            empty[piece.path] += 1
 
 
 def _read_text(piece: Piece, field: str) -> Iterator[tuple[bytes, str]]:

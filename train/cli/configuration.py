@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,11 +14,11 @@ import tyro
 from configs import CONFIGS, describe
 from mdn_jax import __version__
 from mdn_jax.errors import RunError
-from mdn_jax.models import AttentionConfig
 from mdn_jax.saved.model import DIRECTORY, complete_steps
 from mdn_jax.saved.record import DamagedError, read_record
 from train import PROGRAM
 from train.cli import COMMANDS
+from train.cli.json_flags import json_flags
 from train.config import TrainConfig, from_dict, to_dict
 from train.config_file import READERS, as_toml, is_config_file, read_config_file, write_config_file
 from train.config_sections import DistributedConfig
@@ -29,7 +28,6 @@ _SHORT = {
     "--distributed": "--distributed.enabled",
     "--no-distributed": "--distributed.no-enabled",
 }
-_ATTENTION = '{"layers": [3, 7], "num_heads": 8}'
 _RECIPE = "config"  # the name in a Python file
 
 
@@ -58,7 +56,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         description=about,
         default=config,
         args=[_SHORT.get(flag, flag) for flag in flags],
-        registry=_registry(),
+        registry=json_flags(),
     )
     if _states(flags, "--model.vocab-size"):
         config = dataclasses.replace(config, fit_vocab_size=False)
@@ -235,36 +233,3 @@ def _with_stated(saved: TrainConfig, begin: TrainConfig, name: str) -> TrainConf
             f"{PROGRAM} {saved.output_dir} --resume"
         )
     return saved
-
-
-def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Makes softmax attention (`model.attn`) one flag: JSON, as in a published configuration."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    def parse_json(texts: list[str]) -> AttentionConfig | None:
-        if texts[0] == "None":
-            return None
-        try:
-            values = json.loads(texts[0])
-            return AttentionConfig(**values | {"layers": tuple(values["layers"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"expected None or an object like {_ATTENTION}: {error}") from None
-
-    def to_json(attention: AttentionConfig | None) -> list[str]:
-        return [json.dumps(dataclasses.asdict(attention)) if attention else "None"]
-
-    @registry.primitive_rule
-    def attention_rule(
-        info: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec[AttentionConfig | None] | None:
-        if info.type != AttentionConfig | None:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=parse_json,
-            is_instance=lambda value: value is None or isinstance(value, AttentionConfig),
-            str_from_instance=to_json,
-        )
-
-    return registry

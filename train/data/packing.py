@@ -74,7 +74,10 @@ class PackedRows:
           step: from 0.
           rows: of the batch; all of them if not given.
         """
-        position = step * self._batch_size + np.arange(self._batch_size)[rows]
+        return self.at(step * self._batch_size + np.arange(self._batch_size)[rows])
+
+    def at(self, position: NDArray[np.int64]) -> Batch:
+        """The rows of some positions in all epochs, one behind the other, from 0."""
         epoch, index = np.divmod(position, self.rows)
         row = np.empty_like(index)
         for number in np.unique(epoch):

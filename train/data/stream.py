@@ -107,13 +107,12 @@ def packed_stream(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
-    rows: int,
     sequence_length: int,
     seed: int,
     part: int,
     parts: int,
-) -> grain.IterDataset[Batch]:
-    """Batches of one process's part of a stream, without an end.
+) -> grain.IterDataset[Any]:
+    """Rows of one process's part of a stream, without an end.
 
     Documents are shuffled within windows of `data.shuffle_buffer`, which may reach into the next
     pass, and the files of the data set among themselves; every pass has an order of its own.
@@ -122,7 +121,6 @@ def packed_stream(
       stream: from `open_stream`.
       config: of the data.
       tokenizer: of the documents.
-      rows: in a batch.
       sequence_length: tokens in a row.
       seed: of the order.
       part: the process's part of the stream.
@@ -137,7 +135,7 @@ def packed_stream(
     documents = FlatMapIterDataset(together, _ToDocuments(tokenizer))
     lengths = dict.fromkeys((_TOKENS, _TARGETS), sequence_length)
     packed = ConcatThenSplitIterDataset(documents, length_struct=lengths)
-    return packed.map(_to_row).batch(rows)
+    return packed.map(_to_row)
 
 
 def from_json(state: Any) -> Any:
@@ -145,6 +143,8 @@ def from_json(state: Any) -> Any:
 
     Grain knows the absence of a remainder by a pair that has to be a tuple.
     """
+    if isinstance(state, list):
+        return [from_json(value) for value in state]
     if not isinstance(state, dict):
         return state
     values = {key: from_json(value) for key, value in state.items()}

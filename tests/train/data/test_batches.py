@@ -26,8 +26,9 @@ from tests.train.data.helpers import data_of
 from tests.train.helpers import TINY_RUN, assert_identical
 from train.config import TrainConfig
 from train.config_sections import DataConfig, OptimizerConfig
-from train.data.batches import find_source, load_data
+from train.data.batches import load_data
 from train.data.packing import PackedRows
+from train.data.sources import find_source
 from train.parallel.sharding import Share
 from train.run import Run, check_tokenizer
 

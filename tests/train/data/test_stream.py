@@ -40,12 +40,11 @@ def batches(config, *, rows=1, length=8, seed=0, part=0, parts=1, tokenizer=None
             open_stream(config),
             config,
             tokenizer or ByteTokenizer(),
-            rows=rows,
             sequence_length=length,
             seed=seed,
             part=part,
             parts=parts,
-        )
+        ).batch(rows)
     )
 
 
