@@ -41,6 +41,10 @@ class TrainConfig:
     resume_step: int | None = option(None, resume="may change")
     """With `resume`: continue from the checkpoint of this step; later ones are set aside."""
 
+    init_from: str | None = option(None, resume="may change", processes="own")
+    """Begin with the parameters in this directory, of a run, an exported or a published folder. The
+    model and the tokenizer are those from there."""
+
     model: MDNConfig = option(factory=MDNConfig, resume="fixed")
     """The model."""
 

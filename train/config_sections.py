@@ -157,6 +157,10 @@ class OptimizerConfig:
     clip_norm: float = option(1.0, resume="fixed")
     """Largest global norm of the gradient."""
 
+    frozen: tuple[str, ...] = option((), resume="fixed")
+    """Patterns of parameters that stay as they are, without moments: embeddings, layers.0,
+    'layers.*.mlp'; '*' stands for anything."""
+
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon", "clip_norm"):
             value = getattr(self, name)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +36,7 @@ from train.metrics.log import MetricsLog, Progress
 from train.metrics.loss_curve import plot_losses
 from train.metrics.utilization import Monitor
 from train.metrics.writers import check_packages, make_writers
+from train.origin import begin_with, check_origin_tokenizer, find_origin, origin_params
 from train.parallel.distributed import Agreement, check_configuration, is_first, together
 from train.parallel.sharding import on_mesh
 from train.run import Run, fit_vocabulary
@@ -89,14 +90,24 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     config = _with_saved_schedule(config).resolved()
     check_configuration(config)
     directory = config.directory
+    origin = None
+    if config.init_from is not None and not config.resume:
+        origin = find_origin(config.init_from)
+        config = begin_with(config, origin)
     source = find_source(config.data)
+    if origin is not None:
+        check_origin_tokenizer(origin, source.tokenizer)
     config = fit_vocabulary(config, source.tokenizer)
     run = Run(config, source=source, devices=devices)
     run.check_alike()
     print(run.describe(), flush=True)
     with Checkpoints(config) as checkpoints, together():
-        if not config.resume:
-            state, position, known = run.initial_state(), None, None
+        position, known = None, None
+        if origin is not None:
+            state = run.begin(origin_params(origin, run.like.params))
+            print(f"begins with the parameters in {origin.path}", flush=True)
+        elif not config.resume:
+            state = run.initial_state()
         else:
             state, position, known = checkpoints.restore(
                 run.like, corpus=run.data.fingerprint, begin=run.begin
@@ -117,6 +128,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
         with batches, log:
             try:
                 with Interrupt() as interrupt:
+                    if origin is not None:
+                        _evaluate(run, state, log, print)
                     result = _run_steps(run, state, batches, checkpoints, log, interrupt)
             except DivergedError as error:
                 checkpoints.wait()
@@ -223,13 +236,7 @@ def _run_steps(
                 log.write(step=step, **{name: x.item() for name, x in measured.items()})
             held_out = None
             if step % config.eval_every == 0 or step == last:
-                held_out, each = run.evaluate(state.params)
-                per_byte = held_out / run.data.bytes_per_token
-                losses = {f"held_out_loss/{name}": loss for name, loss in each.items()}
-                log.write(
-                    step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte, **losses
-                )
-                progress.say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
+                held_out = _evaluate(run, state, log, progress.say)
             if step % config.checkpoint_every == 0 or step == last:
                 _check_refused(config, step, metrics)
                 _save(run, batches, checkpoints, state, held_out)
@@ -239,6 +246,17 @@ def _run_steps(
     if held_out is None:  # resumed after the last step
         held_out = run.evaluate(state.params).mean
     return result(state, held_out_loss=held_out)
+
+
+def _evaluate(run: Run, state: TrainState, log: MetricsLog, say: Callable[[str], None]) -> float:
+    """Measures the held-out loss, for the metrics and whoever watches."""
+    step = int(state.step)
+    held_out, each = run.evaluate(state.params)
+    per_byte = held_out / run.data.bytes_per_token
+    losses = {f"held_out_loss/{name}": loss for name, loss in each.items()}
+    log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte, **losses)
+    say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
+    return held_out
 
 
 def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None:

@@ -112,7 +112,7 @@ def test_more_steps_without_the_old_schedule_are_a_conflict():
 
 CHANGEABLE = {
     *("name", "output_dir", "resume", "resume_step", "profile", "steps", "implementation", "remat"),
-    *("fit_vocab_size", "data.standard_library", "data.sources"),
+    *("fit_vocab_size", "init_from", "data.standard_library", "data.sources"),
     *("guard.action", "guard.loss_deviations", "guard.grad_norm_factor"),
     *("guard.window", "guard.patience"),
     *("report.tensorboard", "report.wandb", "report.wandb_project"),
@@ -125,7 +125,7 @@ CHANGEABLE = {
 }
 OF_A_PROCESS = {
     *("distributed.coordinator", "distributed.index"),
-    *("data.files", "data.sources", "data.tokenizer", "data.prefetch", "data.verify"),
+    *("init_from", "data.files", "data.sources", "data.tokenizer", "data.prefetch", "data.verify"),
 }
 FLAGS = flatten(to_dict(TrainConfig()))
 

@@ -16,12 +16,14 @@ from mdn_jax import __version__
 from mdn_jax.errors import RunError
 from mdn_jax.saved.model import DIRECTORY, complete_steps
 from mdn_jax.saved.record import DamagedError, read_record
+from mdn_jax.text.tokenizer import BYTES, TOKENIZER_FILE
 from train import PROGRAM
 from train.cli import COMMANDS
 from train.cli.json_flags import json_flags
 from train.config import TrainConfig, from_dict, to_dict
 from train.config_file import READERS, as_toml, is_config_file, read_config_file, write_config_file
 from train.config_sections import DistributedConfig
+from train.origin import find_origin
 
 # A section whose name alone is a flag.
 _SHORT = {
@@ -47,7 +49,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     chosen = parser.parse_args(arguments if named else ["", *arguments])
     own, flags = _own_flags(chosen.flags)
     try:
-        config, about = _begin(chosen.configuration, own)
+        config, about, resumed = _begin(chosen.configuration, own)
+        if not resumed:
+            config = _with_origin(config, chosen.configuration, own.init_from)
     except (RunError, ValueError) as error:
         parser.exit(2, f"{PROGRAM}: error: {error}\n")
     config = tyro.cli(
@@ -106,6 +110,7 @@ def _own_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--resume-step", "--resume_step", type=int)
     parser.add_argument("--output-dir", "--output_dir")
+    parser.add_argument("--init-from", "--init_from")
     parser.add_argument("--name")
     parser.parse_known_args(fields, own)
     return own, fields
@@ -116,8 +121,8 @@ def _states(flags: Sequence[str], flag: str) -> bool:
     return flag in names
 
 
-def _begin(name: str, own: argparse.Namespace) -> tuple[TrainConfig, str]:
-    """What the flags change, and a line on it.
+def _begin(name: str, own: argparse.Namespace) -> tuple[TrainConfig, str, bool]:
+    """What the flags change, a line on it, and whether it is what a run that resumes has.
 
     Raises:
       RunError, ValueError: nothing of this name, or a file that is no configuration.
@@ -129,7 +134,7 @@ def _begin(name: str, own: argparse.Namespace) -> tuple[TrainConfig, str]:
         saved = _saved(directory, own.resume_step)
         if saved is None:
             raise RunError(f"configuration: expected that of a run in {name}, got a model's alone")
-        return saved, f"The run in {name}."
+        return saved, f"The run in {name}.", True
     begin, about = None, ""
     if name:
         begin, about = _named(name)
@@ -141,11 +146,29 @@ def _begin(name: str, own: argparse.Namespace) -> tuple[TrainConfig, str]:
         if saved is not None:
             if begin is not None:
                 saved = _with_stated(saved, begin, name)
-            return saved, about or f"The run in {place}."
+            return saved, about or f"The run in {place}.", True
     if begin is None:
         where = f"a run in {own.output_dir}" if own.resume else "a recipe, a file or a directory"
         raise RunError(f"configuration: expected {where}, got none; recipes: {', '.join(CONFIGS)}")
-    return begin, about
+    return begin, about, False
+
+
+def _with_origin(config: TrainConfig, name: str, flag: str | None) -> TrainConfig:
+    """The configuration with the model that it begins with, where it begins with one.
+
+    What a file states of the model is kept: what contradicts is an error later.
+
+    Raises:
+      RunError: nothing to begin with.
+    """
+    origin = config.init_from if flag is None else flag
+    if origin is None or origin == "None":
+        return config
+    model = find_origin(origin).model
+    config = dataclasses.replace(config, model=model, fit_vocab_size=False)
+    if is_config_file(name):
+        config = read_config_file(name, CONFIGS, base=to_dict(config))
+    return config
 
 
 def _named(name: str) -> tuple[TrainConfig, str]:
@@ -210,8 +233,16 @@ def _saved(directory: Path, step: int | None) -> TrainConfig | None:
         # before the field there was, no files meant the standard library
         values["data"] = {"standard_library": True} | values.get("data", {})
         saved = from_dict({k: x for k, x in values.items() if k not in ("resume", "resume_step")})
-        here = str(directory.absolute())
-        return dataclasses.replace(saved, output_dir=here, distributed=DistributedConfig())
+        data, own = saved.data, directory.absolute() / TOKENIZER_FILE
+        named = None if data.tokenizer in (None, BYTES) else Path(str(data.tokenizer)).expanduser()
+        if named is not None and not named.exists() and own.exists():
+            data = dataclasses.replace(data, tokenizer=str(own))
+        return dataclasses.replace(
+            saved,
+            output_dir=str(directory.absolute()),
+            distributed=DistributedConfig(),
+            data=data,
+        )
     if damage:
         raise RunError(f"resume: expected an intact checkpoint in {directory}, got {damage}")
     return None
