@@ -29,6 +29,8 @@ class SourceConfig:
     files: tuple[str, ...] = ()
     format: Literal["text", "jsonl", "parquet", "tokens"] | None = None
     field: str | None = None
+    prompt: str | None = None
+    messages: str | None = None
     dataset: str | None = None
     subset: str | None = None
     split: str | None = None
@@ -68,6 +70,17 @@ class DataConfig:
 
     field: str = option("text", resume="fixed")
     """Field of JSONL, or column of Parquet and of a data set, that holds the text."""
+
+    prompt: str | None = option(None, resume="fixed")
+    """Field of the text before `field`, for records of a prompt and its completion: the loss is on
+    the completion alone."""
+
+    messages: str | None = option(None, resume="fixed")
+    """Field of chats, lists of messages with role and content: the loss is on what the assistant
+    says."""
+
+    chat_template: str | None = option(None, resume="may change", processes="own")
+    """File with the Jinja template that makes text of chats; None: that beside the tokenizer."""
 
     dataset: str | None = option(None, resume="fixed")
     """Hugging Face data set to stream, by name or local directory; `files` are then data files

@@ -14,6 +14,7 @@ from mdn_jax.cli.interrupt import Interrupt
 from mdn_jax.errors import RunError
 from mdn_jax.new_file import write_text
 from mdn_jax.saved.digest import file_digest
+from mdn_jax.text.chat import TEMPLATE_FILE
 from mdn_jax.text.text import text_of
 from mdn_jax.text.vocabulary import TOKENIZER_FILE
 from train.checkpointing.checkpoints import Checkpoints, has_checkpoint
@@ -120,6 +121,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
             # another version of the library would write it differently
             if known is None or file_digest(directory / TOKENIZER_FILE) != known:
                 run.data.tokenizer.save(directory)
+            if run.data.chat_template is not None:
+                write_text(directory / TEMPLATE_FILE, run.data.chat_template)
             write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
         path = directory / METRICS_FILE
         done = int(state.step)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mdn_jax.errors import RunError
 from mdn_jax.text.files import Format, TextSource, find_files, refuse_shards
 from mdn_jax.text.reading import cut_files, read_documents
+from mdn_jax.text.records import Fields
 
 
 class Corpus(NamedTuple):
@@ -56,6 +57,10 @@ def load_corpus(
     """
     texts = read_texts(source, files=files, utf8=utf8, empty=empty)
     documents = {digest_of(text): text for text in texts}
+    if len(documents) == 1 and (source.prompt is not None or source.messages is not None):
+        raise RunError(
+            "data.files: expected two different records or more, of which one is held out, got one"
+        )
     train, held_out = _split(documents, source.held_out_fraction)
     return Corpus(train, held_out, _fingerprint(train, held_out))
 
@@ -82,8 +87,9 @@ def read_texts(
         files = find_files(source)
     refuse_shards(files)
     none = True
+    fields = Fields(source.field, source.prompt, source.messages)
     for piece in cut_files(files, size=1 << 62):
-        for text in read_documents(piece, source.field, utf8=utf8, empty=empty):
+        for text in read_documents(piece, fields, utf8=utf8, empty=empty):
             none = False
             yield text
     if none:

@@ -22,7 +22,9 @@ class TextSource(Protocol):
     Attributes:
       files: names, globs or directories; none: the standard library's source text.
       format: what the files are; None: their suffix says so.
-      field: of JSONL, or column of Parquet, that holds the text.
+      field: of JSONL, or column of Parquet, that holds the text; with `prompt` the completion.
+      prompt: field of the text before a completion; None: there is none.
+      messages: field of chats; None: the records are none.
       split: of a directory of Parquet files.
       held_out_fraction: share of the documents that is held out.
     """
@@ -33,6 +35,10 @@ class TextSource(Protocol):
     def format(self) -> Format | None: ...  # noqa: D102
     @property
     def field(self) -> str: ...  # noqa: D102
+    @property
+    def prompt(self) -> str | None: ...  # noqa: D102
+    @property
+    def messages(self) -> str | None: ...  # noqa: D102
     @property
     def split(self) -> str: ...  # noqa: D102
     @property
@@ -46,6 +52,8 @@ class TextFiles:
     files: tuple[str, ...] = ()
     format: Format | None = None
     field: str = "text"
+    prompt: str | None = None
+    messages: str | None = None
     split: str = "train"
     held_out_fraction: float = 0.05
 

@@ -113,6 +113,7 @@ def test_more_steps_without_the_old_schedule_are_a_conflict():
 CHANGEABLE = {
     *("name", "output_dir", "resume", "resume_step", "profile", "steps", "implementation", "remat"),
     *("fit_vocab_size", "init_from", "data.standard_library", "data.sources"),
+    "data.chat_template",
     *("guard.action", "guard.loss_deviations", "guard.grad_norm_factor"),
     *("guard.window", "guard.patience"),
     *("report.tensorboard", "report.wandb", "report.wandb_project"),
@@ -125,6 +126,7 @@ CHANGEABLE = {
 }
 OF_A_PROCESS = {
     *("distributed.coordinator", "distributed.index"),
+    "data.chat_template",
     *("init_from", "data.files", "data.sources", "data.tokenizer", "data.prefetch", "data.verify"),
 }
 FLAGS = flatten(to_dict(TrainConfig()))

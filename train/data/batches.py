@@ -14,6 +14,7 @@ from mdn_jax.saved.digest import json_digest
 from mdn_jax.text.tokenizer import ByteTokenizer, Tokenizer
 from train.config import TrainConfig
 from train.data.documents import Documents
+from train.data.examples import chat_template
 from train.data.mixture import MixedRows, rows_of_part, shares
 from train.data.packing import Batch, PackedRows, held_out_batches
 from train.data.sources import Found, Source, find_source, open_documents
@@ -38,6 +39,7 @@ class TrainingData:
       size: what there is to train on, in words.
       dataset: batches of a process's share, without an end.
       streamed: whether the position is more than the number of steps.
+      chat_template: that makes text of chats; None: there are none.
       epochs: of files and shards, how much of an epoch a step is, by the name in the metrics.
     """
 
@@ -49,6 +51,7 @@ class TrainingData:
     size: str
     dataset: Callable[[Share], grain.IterDataset[Batch]]
     streamed: bool
+    chat_template: str | None
     epochs: dict[str, float]
 
     @property
@@ -165,6 +168,8 @@ def load_data(config: TrainConfig, source: Source | None = None) -> TrainingData
       RunError: data that cannot be used, or shards of another tokenizer.
     """
     found, tokenizer = source or find_source(config.data)
+    chats = [part.config for part in found if part.config.messages is not None]
+    template = chat_template(chats[0], tokenizer).source if chats else None
     parts = [_named(part, config, tokenizer) for part in found]
     weights = shares([part.weight for part in found])
     held_out: list[Batch] = []
@@ -183,10 +188,11 @@ def load_data(config: TrainConfig, source: Source | None = None) -> TrainingData
             weight * part.held_out.bytes_per_target
             for part, weight in zip(parts, weights, strict=True)
         ),
-        fingerprint=_fingerprint(parts),
+        fingerprint=_fingerprint(parts, template),
         size=" + ".join(sizes),
         dataset=_dataset(config, parts),
         streamed=any(part.rows is None for part in parts),
+        chat_template=template,
         epochs={
             f"epoch/{part.found.name}".removesuffix("/"): weight
             * config.batch_size
@@ -197,12 +203,12 @@ def load_data(config: TrainConfig, source: Source | None = None) -> TrainingData
     )
 
 
-def _fingerprint(parts: Sequence[_Part]) -> str:
-    """Of a mixture, that of its sources with their weights."""
-    if len(parts) == 1 and not parts[0].found.name:
+def _fingerprint(parts: Sequence[_Part], template: str | None) -> str:
+    """Of a mixture, that of its sources with their weights; of chats with their template."""
+    if len(parts) == 1 and not parts[0].found.name and template is None:
         return parts[0].fingerprint
     values = [[part.found.name, part.found.weight, part.fingerprint] for part in parts]
-    return json_digest(values)
+    return json_digest([template, *values])
 
 
 def _named(found: Found, config: TrainConfig, tokenizer: Tokenizer) -> _Part:

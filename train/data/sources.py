@@ -17,6 +17,7 @@ from mdn_jax.text.tokenizer import (
 )
 from train.config_sections import DataConfig
 from train.data.documents import Documents, tokenize
+from train.data.examples import fields_of, make_encoder
 from train.data.shards import open_shards, read_header
 from train.parallel.distributed import say
 
@@ -107,6 +108,12 @@ def open_documents(found: Found, tokenizer: Tokenizer) -> tuple[Documents, Docum
       RunError: documents that cannot be used, or shards of another tokenizer.
     """
     config = found.config
+    fields = fields_of(config)
+    if found.shards and fields.are_parts:
+        raise RunError(
+            "data.files: expected JSONL or Parquet with data.prompt or data.messages, got shards, "
+            "which do not say what is learned"
+        )
     if found.shards:
         return open_shards(
             found.shards,
@@ -121,8 +128,11 @@ def open_documents(found: Found, tokenizer: Tokenizer) -> tuple[Documents, Docum
         (path, _), *others = empty.most_common()
         more = f" and {len(others)} other file(s)" if others else ""
         say(
-            f"data.field: {empty.total()} record(s) with nothing in {config.field!r} are left "
-            f"out, in {shown(path)}{more}"
+            f"data.field: {empty.total()} record(s) with nothing in {fields.names[-1]!r} to learn "
+            f"are left out, in {shown(path)}{more}"
         )
-    train, held_out = (tokenize(texts, tokenizer) for texts in (corpus.train, corpus.held_out))
+    encoder = make_encoder(config, tokenizer) if fields.are_parts else None
+    train, held_out = (
+        tokenize(texts, tokenizer, encoder) for texts in (corpus.train, corpus.held_out)
+    )
     return train, held_out, corpus.fingerprint
