@@ -124,12 +124,17 @@ class DataConfig:
         )
         alone = not (self.files or self.dataset is not None)
         check("data.files", self.files, "none beside data.sources", alone or not self.sources)
+        check("data.prompt", self.prompt, "None with data.messages", not self._both)
         for name in ("prefetch", "shuffle_buffer"):
             value = getattr(self, name)
             check(f"data.{name}", value, "an int >= 1", value >= 1)
         for name in ("subset", "revision"):
             value, streamed = getattr(self, name), self.dataset is not None
             check(f"data.{name}", value, "None without data.dataset", streamed or value is None)
+
+    @property
+    def _both(self) -> bool:
+        return self.prompt is not None and self.messages is not None
 
 
 def documents_field(config: DataConfig) -> str:

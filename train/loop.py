@@ -37,7 +37,13 @@ from train.metrics.log import MetricsLog, Progress
 from train.metrics.loss_curve import plot_losses
 from train.metrics.utilization import Monitor
 from train.metrics.writers import check_packages, make_writers
-from train.origin import begin_with, check_origin_tokenizer, find_origin, origin_params
+from train.origin import (
+    begin_with,
+    check_origin_alike,
+    check_origin_tokenizer,
+    find_origin,
+    origin_params,
+)
 from train.parallel.distributed import Agreement, check_configuration, is_first, together
 from train.parallel.sharding import on_mesh
 from train.run import Run, fit_vocabulary
@@ -94,6 +100,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     origin = None
     if config.init_from is not None and not config.resume:
         origin = find_origin(config.init_from)
+        check_origin_alike(origin)
         config = begin_with(config, origin)
     source = find_source(config.data)
     if origin is not None:

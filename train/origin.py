@@ -11,11 +11,13 @@ import numpy as np
 
 from mdn_jax.errors import RunError
 from mdn_jax.models import MDNConfig
+from mdn_jax.saved.digest import json_digest
 from mdn_jax.saved.model import DIRECTORY, Saved, find_checkpoint, read_params
 from mdn_jax.saved.tokens import tokenizer_beside
 from mdn_jax.text.tokenizer import BYTES, TOKENIZER_FILE, VOCAB_SIZE, Tokenizer, make_tokenizer
 from train.config import TrainConfig
 from train.optimizer import Params
+from train.parallel.distributed import check_alike
 
 
 class Origin(NamedTuple):
@@ -92,6 +94,20 @@ def begin_with(config: TrainConfig, origin: Origin) -> TrainConfig:
             )
         data = dataclasses.replace(data, tokenizer=origin.tokenizer)
     return dataclasses.replace(config, model=origin.model, data=data, fit_vocab_size=False)
+
+
+def check_origin_alike(origin: Origin) -> None:
+    """Raises, in every process, unless all begin with the same parameters.
+
+    Raises:
+      RunError: names the process that has others.
+    """
+    if origin.saved is not None and origin.saved.digests is not None:
+        what = json_digest(dict(origin.saved.digests.arrays))
+    else:  # folders have no digests: names and sizes
+        files = sorted(origin.path.glob("*.safetensors"))
+        what = json_digest([[file.name, file.stat().st_size] for file in files])
+    check_alike("parameters", {"init_from": f"digest {what[:12]}"})
 
 
 def check_origin_tokenizer(origin: Origin, tokenizer: Tokenizer) -> None:

@@ -88,13 +88,17 @@ class Run(ModelAndStep):
         config, model = self.config, self.config.model
         parameters = sum(x.size for x in jax.tree.leaves(self.like.params))
         devices = self.mesh.devices
+        frozen = ""
+        if self.frozen is not None:
+            sizes = jax.tree.map(lambda x, y: x.size * y, self.like.params, self.frozen)
+            frozen = f" ({sum(jax.tree.leaves(sizes)):,} of them frozen)"
         kinds = ", ".join(dict.fromkeys(model.mixers))
         return (
             f"{config.name}: {model.num_hidden_layers} layers ({kinds}) of width "
             f"{model.hidden_size}, a vocabulary of {model.vocab_size:,}; {config.steps:,} steps of "
             f"{config.batch_size} x {config.sequence_length:,} tokens, {config.dtype}\n"
             f"{config.directory}: {CONFIG_FILE} has the whole configuration\n"
-            f"{parameters:,} parameters, {self.data.size}, "
+            f"{parameters:,} parameters{frozen}, {self.data.size}, "
             f"{config.tokens_per_step:,} tokens a step, on {devices.size} x "
             f"{devices.flat[0].device_kind} in {jax.process_count()} process(es)"
         )

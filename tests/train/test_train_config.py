@@ -59,6 +59,10 @@ def test_an_unknown_key_is_named(path, message):
         (lambda: TrainConfig(name="a/b"), "name: expected"),
         (lambda: DataConfig(prefetch=0), r"data\.prefetch: expected an int >= 1, got 0"),
         (lambda: DataConfig(subset="en"), r"data\.subset: expected None without data\.dataset"),
+        (
+            lambda: DataConfig(prompt="a", messages="b"),
+            r"data\.prompt: expected None with data\.messages, got 'a'",
+        ),
         (lambda: DataConfig(held_out_fraction=1.0), r"data\.held_out_fraction: .* got 1\.0"),
         (lambda: OptimizerConfig(learning_rate=0.0), r"optimizer\.learning_rate: .*> 0, got 0\.0"),
         (lambda: OptimizerConfig(beta2=1.0), r"optimizer\.beta2: expected .* below 1, got 1\.0"),

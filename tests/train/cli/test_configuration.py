@@ -7,6 +7,7 @@ import tomllib
 import pytest
 
 from configs import CONFIGS
+from mdn_jax.saved.digest import Digests
 from mdn_jax.saved.record import RECORD, make_record
 from train.cli.configuration import parse
 from train.config import TrainConfig, from_dict, to_dict
@@ -40,12 +41,13 @@ def refused(capsys, *arguments):
     return error.removeprefix("python -m train: error: ")
 
 
-def save_record(directory, step, config):
+def save_record(directory, step, config, corpus="c"):
     """A checkpoint, as far as the configuration is read from it."""
     place = directory / "checkpoints" / str(step) / RECORD
     place.mkdir(parents=True)
-    digests = type("Digests", (), {"kind": "mixed sum", "arrays": {}})
-    record = make_record(step, config=to_dict(config.resolved()), corpus="c", digests=digests)
+    values = to_dict(config.resolved()) if isinstance(config, TrainConfig) else config
+    digests = Digests("mixed sum", {})
+    record = make_record(step, config=values, corpus=corpus, digests=digests)
     (place / "metadata").write_text(json.dumps(record))
 
 
@@ -220,9 +222,19 @@ def test_a_run_from_before_had_the_standard_library(tmp_path):
     values = to_dict(parse(["smoke"]).resolved())
     del values["data"]["standard_library"]
     assert not from_dict(values).data.standard_library
-    place = tmp_path / "checkpoints" / "3" / RECORD
-    place.mkdir(parents=True)
-    digests = type("Digests", (), {"kind": "mixed sum", "arrays": {}})
-    record = make_record(3, config=values, corpus="c", digests=digests)
-    (place / "metadata").write_text(json.dumps(record))
+    save_record(tmp_path, 3, values)
     assert parse([str(tmp_path), "--resume"]).data.standard_library
+
+
+def test_a_converted_model_resumes_with_a_recipe(tmp_path, capsys):
+    save_record(tmp_path, 0, {"model": CONFIGS["smoke"]().model.to_dict()}, corpus=None)
+    assert "expected that of a run" in refused(capsys, tmp_path, "--resume")
+    assert parse(["smoke", "--resume", "--output-dir", str(tmp_path)]).steps == 300
+
+
+def test_the_tokenizer_of_a_run_stands_in_for_one_that_is_gone(tmp_path):
+    made = parse(["smoke", "--data.tokenizer", str(tmp_path / "gone.json")])
+    save_record(tmp_path / "run", 3, made)
+    own = tmp_path / "run" / "tokenizer.json"
+    own.write_text("{}")
+    assert parse([str(tmp_path / "run"), "--resume"]).data.tokenizer == str(own)

@@ -136,6 +136,15 @@ def test_a_source_is_a_flag(text, expected):
     assert config.data.sources == (expected, SourceConfig(files=("b",)))
 
 
+def test_sources_in_a_file(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text(
+        '[[data.sources]]\nfiles = ["a", "b"]\nweight = 3\n[[data.sources]]\ndataset = "c"'
+    )
+    sources = parse([str(file)]).data.sources
+    assert sources == (SourceConfig(files=("a", "b"), weight=3.0), SourceConfig(dataset="c"))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
