@@ -131,8 +131,22 @@ def open_documents(found: Found, tokenizer: Tokenizer) -> tuple[Documents, Docum
             f"data.field: {empty.total()} record(s) with nothing in {fields.names[-1]!r} to learn "
             f"are left out, in {shown(path)}{more}"
         )
+    odd = 0 if utf8 else sum(not _is_utf8(x) for x in (*corpus.train, *corpus.held_out))
+    if odd:
+        say(
+            f"data.files: {odd} document(s) are not UTF-8 text, or binary; a model of bytes learns "
+            "them as they are"
+        )
     encoder = make_encoder(config, tokenizer) if fields.are_parts else None
     train, held_out = (
         tokenize(texts, tokenizer, encoder) for texts in (corpus.train, corpus.held_out)
     )
     return train, held_out, corpus.fingerprint
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
