@@ -180,3 +180,6 @@ def test_a_folder_without_a_tokenizer_asks_for_one(base, texts, tmp_path):
     )
     with pytest.raises(RunError, match=r"data\.tokenizer: expected the tokenizer of init_from"):
         train(config)
+    (tmp_path / "folder" / "tokenizer.json").write_text("{}")
+    beside = str(tmp_path / "folder" / "tokenizer.json")
+    assert find_origin(str(tmp_path / "folder")).tokenizer == beside
