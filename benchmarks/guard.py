@@ -1,5 +1,6 @@
 """What the guard on gates and states (`train.metrics.stability`) costs beside a training step."""
 
+import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ def guard(config: Annotated[GuardConfig, tyro.conf.arg(name="")]) -> None:
     """Prints the guard's share of the steps' time; fails above the limit."""
     # not in the extra `benchmarks`: packages that only training needs
     from configs import CONFIGS
+    from train.config_sections import DataConfig
     from train.run import Run
 
     if config.name not in CONFIGS:
         raise SystemExit(f"name: expected one of {', '.join(CONFIGS)}, got {config.name}")
-    run = Run(CONFIGS[config.name]().resolved())
+    base = CONFIGS[config.name]()
+    run = Run(dataclasses.replace(base, data=DataConfig(standard_library=True)).resolved())
     state = run.initial_state()
     steps, guards = [], []
     with run.data.batches(run.share) as batches:

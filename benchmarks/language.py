@@ -216,7 +216,7 @@ def _run(config: LanguageConfig, name: str, model: MDNConfig, seed: int) -> Outc
         output_dir=str(directory),
         resume=has_checkpoint(directory),
         model=model,
-        data=DataConfig(files=config.files),
+        data=DataConfig(files=config.files, standard_library=True),
         optimizer=OptimizerConfig(
             learning_rate=config.learning_rate, warmup_steps=config.warmup_steps
         ),

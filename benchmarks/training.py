@@ -220,9 +220,9 @@ class _Run:
         )(state.params)
         wide = partial(jax.tree.map, lambda g, x: g.astype(x.dtype))
         update = jax.jit(
-            lambda state, gradient: make_update(step.optimizer, step.schedule, base.guard)(
-                state, jnp.ones(()), wide(gradient, state.params)
-            ),
+            lambda state, gradient: make_update(
+                step.optimizer, step.schedule, base.guard, step.frozen
+            )(state, jnp.ones(()), wide(gradient, state.params)),
             donate_argnums=0,
         )
         _, _, times = _time_steps(update, state, gradient, steps=self.config.steps)

@@ -20,6 +20,7 @@ def config() -> TrainConfig:
             tau_factor=1.0,
             attn=AttentionConfig(layers=tuple(range(3, 24, 4)), num_heads=8),
         ),
+        fit_vocab_size=True,
         steps=30_720,
         batch_size=128,
         sequence_length=4096,

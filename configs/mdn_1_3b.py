@@ -18,6 +18,7 @@ def config() -> TrainConfig:
             min_log_mu=-1.0,
             tau_factor=8.0,
         ),
+        fit_vocab_size=True,
         steps=102_400,
         batch_size=256,
         sequence_length=4096,

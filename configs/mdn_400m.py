@@ -18,6 +18,7 @@ def config() -> TrainConfig:
             min_log_mu=-2.0,
             tau_factor=1.0,
         ),
+        fit_vocab_size=True,
         steps=30_720,
         batch_size=128,
         sequence_length=4096,

@@ -3,7 +3,7 @@
 from mdn_jax import MDNConfig
 from mdn_jax.text.tokenizer import VOCAB_SIZE
 from train.config import TrainConfig
-from train.config_sections import OptimizerConfig
+from train.config_sections import DataConfig, OptimizerConfig
 
 
 def config() -> TrainConfig:
@@ -19,6 +19,8 @@ def config() -> TrainConfig:
             expand_v=2.0,
             hidden_ratio=3.0,
         ),
+        fit_vocab_size=True,
+        data=DataConfig(standard_library=True),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30),
         steps=300,
         batch_size=16,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 NOTEBOOKS = tuple(sorted((ROOT / "docs" / "notebook").glob("*.md")))
 ROOMS = "mdn_jax|pallas_kernels|train|configs|benchmarks|examples|tests|docs"
-TRAIN_COMMANDS = ("tokenize", "plot", "NAME", "CONFIG")
+TRAIN_COMMANDS = ("tokenize", "plot", "NAME", "CONFIG", "my_run.toml", "runs", "examples")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"```.*?```", re.DOTALL)
 

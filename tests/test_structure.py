@@ -15,7 +15,7 @@ ALLOWED = {
     "train": {"train", "mdn_jax"},
 }
 # the command line of training offers the configurations by name
-READ_CONFIGS = {ROOT / "train" / "cli" / "train.py"}
+READ_CONFIGS = {ROOT / "train" / "cli" / "configuration.py"}
 OURS = {*ALLOWED, "tests", "benchmarks", "examples"}
 
 

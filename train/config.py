@@ -41,8 +41,15 @@ class TrainConfig:
     resume_step: int | None = option(None, resume="may change")
     """With `resume`: continue from the checkpoint of this step; later ones are set aside."""
 
+    init_from: str | None = option(None, resume="may change", processes="own")
+    """Begin with the parameters in this directory, of a run, an exported or a published folder. The
+    model and the tokenizer are those from there."""
+
     model: MDNConfig = option(factory=MDNConfig, resume="fixed")
     """The model."""
+
+    fit_vocab_size: bool = option(False, resume="may change")
+    """Make `model.vocab_size` the tokenizer's; giving it by a flag or a file turns this off."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from train.options import option
@@ -14,13 +15,54 @@ def check(name: str, value: object, expected: str, holds: bool) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of a mixture; what it does not state is as of `DataConfig`.
+
+    Attributes:
+      name: in the metrics; None: by the first of its files.
+      weight: its share of the rows, beside those of the other sources.
+      files: as of `DataConfig`, and so are the others.
+    """
+
+    name: str | None = None
+    weight: float = 1.0
+    files: tuple[str, ...] = ()
+    format: Literal["text", "jsonl", "parquet", "tokens"] | None = None
+    field: str | None = None
+    prompt: str | None = None
+    messages: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        weight = self.weight
+        check("data.sources.weight", weight, "a finite number > 0", 0 < weight < math.inf)
+        named = bool(self.files) or self.dataset is not None
+        check("data.sources.files", self.files, "names of files, or a dataset", named)
+
+    @property
+    def title(self) -> str:
+        """The name of a source that states none: the last part of its first path, without globs."""
+        path = PurePath(self.files[0] if self.dataset is None else self.dataset)
+        return next((part for part in reversed(path.parts) if not set(part) & set("*?[")), "files")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which documents, what tokens they become, and how much of them is held out."""
 
     files: tuple[str, ...] = option((), resume="may change", processes="own")
     """Files or globs ('**' crosses directories): text, JSONL, Parquet or shards of tokens, by
-    their suffix; or directories of shards, or of Parquet files as Hugging Face lays them out. None:
-    the standard library's source text."""
+    their suffix; or directories of these, or of Parquet files as Hugging Face lays them out."""
+
+    standard_library: bool = option(False, resume="may change")
+    """Where no documents are named: those of the Python standard library's source text."""
+
+    sources: tuple[SourceConfig, ...] = option((), resume="may change", processes="own")
+    """A mixture, in place of `files` and `dataset`: PATHS=WEIGHT for each source (for example
+    'books/*.jsonl=3' shards=1), or an object with its fields as JSON."""
 
     format: Literal["text", "jsonl", "parquet", "tokens"] | None = option(None, resume="fixed")
     """What the files are; None: .jsonl, .ndjson (or .gz of them), .parquet and .tokens say so by
@@ -28,6 +70,17 @@ class DataConfig:
 
     field: str = option("text", resume="fixed")
     """Field of JSONL, or column of Parquet and of a data set, that holds the text."""
+
+    prompt: str | None = option(None, resume="fixed")
+    """Field of the text before `field`, for records of a prompt and its completion: the loss is on
+    the completion alone."""
+
+    messages: str | None = option(None, resume="fixed")
+    """Field of chats, lists of messages with role and content: the loss is on what the assistant
+    says."""
+
+    chat_template: str | None = option(None, resume="may change", processes="own")
+    """File with the Jinja template that makes text of chats; None: that beside the tokenizer."""
 
     dataset: str | None = option(None, resume="fixed")
     """Hugging Face data set to stream, by name or local directory; `files` are then data files
@@ -69,12 +122,26 @@ class DataConfig:
             "a number above 0 and below 1",
             0 < self.held_out_fraction < 1,
         )
+        alone = not (self.files or self.dataset is not None)
+        check("data.files", self.files, "none beside data.sources", alone or not self.sources)
+        check("data.prompt", self.prompt, "None with data.messages", not self._both)
         for name in ("prefetch", "shuffle_buffer"):
             value = getattr(self, name)
             check(f"data.{name}", value, "an int >= 1", value >= 1)
         for name in ("subset", "revision"):
             value, streamed = getattr(self, name), self.dataset is not None
             check(f"data.{name}", value, "None without data.dataset", streamed or value is None)
+
+    @property
+    def _both(self) -> bool:
+        return self.prompt is not None and self.messages is not None
+
+
+def documents_field(config: DataConfig) -> str:
+    """The field that names a run's documents, for messages."""
+    if config.sources:
+        return "data.sources"
+    return "data.files" if config.dataset is None else "data.dataset"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +174,10 @@ class OptimizerConfig:
 
     clip_norm: float = option(1.0, resume="fixed")
     """Largest global norm of the gradient."""
+
+    frozen: tuple[str, ...] = option((), resume="fixed")
+    """Patterns of parameters that stay as they are, without moments: embeddings, layers.0,
+    'layers.*.mlp'; '*' stands for anything."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon", "clip_norm"):

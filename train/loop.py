@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,10 +14,10 @@ from mdn_jax.cli.interrupt import Interrupt
 from mdn_jax.errors import RunError
 from mdn_jax.new_file import write_text
 from mdn_jax.saved.digest import file_digest
+from mdn_jax.text.chat import TEMPLATE_FILE
 from mdn_jax.text.text import text_of
 from mdn_jax.text.vocabulary import TOKENIZER_FILE
 from train.checkpointing.checkpoints import Checkpoints, has_checkpoint
-from train.checkpointing.resume import flatten
 from train.checkpointing.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -30,15 +30,23 @@ from train.checkpointing.run_directory import (
 )
 from train.config import TrainConfig, to_dict
 from train.data.batches import Batches
+from train.data.sources import find_source
 from train.evaluation.sample import sample
 from train.guard import DivergedError, raise_refused
 from train.metrics.log import MetricsLog, Progress
 from train.metrics.loss_curve import plot_losses
 from train.metrics.utilization import Monitor
 from train.metrics.writers import check_packages, make_writers
+from train.origin import (
+    begin_with,
+    check_origin_alike,
+    check_origin_tokenizer,
+    find_origin,
+    origin_params,
+)
 from train.parallel.distributed import Agreement, check_configuration, is_first, together
 from train.parallel.sharding import on_mesh
-from train.run import Run
+from train.run import Run, fit_vocabulary
 from train.step import StepMetrics, TrainState, scalars
 
 
@@ -89,13 +97,25 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
     config = _with_saved_schedule(config).resolved()
     check_configuration(config)
     directory = config.directory
-    print("\n".join(f"{k} = {json.dumps(v)}" for k, v in flatten(to_dict(config)).items()))
-    run = Run(config, devices=devices)
+    origin = None
+    if config.init_from is not None and not config.resume:
+        origin = find_origin(config.init_from)
+        check_origin_alike(origin)
+        config = begin_with(config, origin)
+    source = find_source(config.data)
+    if origin is not None:
+        check_origin_tokenizer(origin, source.tokenizer)
+    config = fit_vocabulary(config, source.tokenizer)
+    run = Run(config, source=source, devices=devices)
     run.check_alike()
     print(run.describe(), flush=True)
     with Checkpoints(config) as checkpoints, together():
-        if not config.resume:
-            state, position, known = run.initial_state(), None, None
+        position, known = None, None
+        if origin is not None:
+            state = run.begin(origin_params(origin, run.like.params))
+            print(f"begins with the parameters in {origin.path}", flush=True)
+        elif not config.resume:
+            state = run.initial_state()
         else:
             state, position, known = checkpoints.restore(
                 run.like, corpus=run.data.fingerprint, begin=run.begin
@@ -108,6 +128,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
             # another version of the library would write it differently
             if known is None or file_digest(directory / TOKENIZER_FILE) != known:
                 run.data.tokenizer.save(directory)
+            if run.data.chat_template is not None:
+                write_text(directory / TEMPLATE_FILE, run.data.chat_template)
             write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
         path = directory / METRICS_FILE
         done = int(state.step)
@@ -116,6 +138,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
         with batches, log:
             try:
                 with Interrupt() as interrupt:
+                    if origin is not None:
+                        _evaluate(run, state, log, print)
                     result = _run_steps(run, state, batches, checkpoints, log, interrupt)
             except DivergedError as error:
                 checkpoints.wait()
@@ -214,6 +238,7 @@ def _run_steps(
                 seconds, counted, waited = 0.0, 0, batches.waited
                 values |= {"tokens_per_second": round(speed), "data_wait": data_wait}
                 values |= monitor.values(speed)
+                values |= {name: round(step * x, 5) for name, x in run.data.epochs.items()}
                 log.write(step=step, **values)
                 progress.report(step, values["loss"], speed, data_wait)
             if config.stability_every and step % config.stability_every == 0:
@@ -221,10 +246,7 @@ def _run_steps(
                 log.write(step=step, **{name: x.item() for name, x in measured.items()})
             held_out = None
             if step % config.eval_every == 0 or step == last:
-                held_out = run.evaluate(state.params)
-                per_byte = held_out / run.data.bytes_per_token
-                log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte)
-                progress.say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
+                held_out = _evaluate(run, state, log, progress.say)
             if step % config.checkpoint_every == 0 or step == last:
                 _check_refused(config, step, metrics)
                 _save(run, batches, checkpoints, state, held_out)
@@ -232,8 +254,19 @@ def _run_steps(
             if stop and step < last:
                 return result(state, held_out_loss=None, signal=stop)
     if held_out is None:  # resumed after the last step
-        held_out = run.evaluate(state.params)
+        held_out = run.evaluate(state.params).mean
     return result(state, held_out_loss=held_out)
+
+
+def _evaluate(run: Run, state: TrainState, log: MetricsLog, say: Callable[[str], None]) -> float:
+    """Measures the held-out loss, for the metrics and whoever watches."""
+    step = int(state.step)
+    held_out, each = run.evaluate(state.params)
+    per_byte = held_out / run.data.bytes_per_token
+    losses = {f"held_out_loss/{name}": loss for name, loss in each.items()}
+    log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte, **losses)
+    say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
+    return held_out
 
 
 def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None:

@@ -12,6 +12,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.layers.sharding import FSDP, TENSOR
 from mdn_jax.models.sizes import check_fits
 from train.config import TrainConfig
+from train.freezing import frozen_mask, without_frozen
 from train.initialize import abstract_state, initial_params, place_state
 from train.optimizer import Params, make_optimizer, make_schedule
 from train.parallel.sharding import batch_sharding, check_divisible, make_mesh, replicated
@@ -31,6 +32,7 @@ class ModelAndStep:
       optimizer: update rule.
       model: shapes, without arrays.
       loss: of parameters and a batch, summed over targets.
+      frozen: which parameters stay as they are; None: none.
       like: shapes and shardings of the training state.
       step: compiled at its first call, which the mesh has to be ambient for.
     """
@@ -43,11 +45,11 @@ class ModelAndStep:
           devices: to run on; None: all of all processes.
 
         Raises:
-          RunError: a mesh that does not fit, or a model that no device can hold.
+          RunError: a mesh that does not fit, a model that no device can hold, or patterns of
+            frozen parameters that match none or all.
         """
         self.config = config
         self.schedule = make_schedule(config.optimizer, config.decay_steps)
-        self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.mesh = make_mesh(config.mesh, devices)
         _check_size(config, self.mesh)
         self.model = nnx.eval_shape(
@@ -60,6 +62,9 @@ class ModelAndStep:
             )
         )
         self.loss, params = split_model(self.model)
+        self.frozen = frozen_mask(params, config.optimizer.frozen)
+        optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.optimizer = without_frozen(optimizer, self.frozen)
         check_divisible(config, self.mesh, params)
         self.like = abstract_state(params, self.optimizer, self.mesh)
         self.step = make_train_step(
@@ -67,6 +72,7 @@ class ModelAndStep:
             self.optimizer,
             self.schedule,
             guard=config.guard,
+            frozen=self.frozen,
             accumulation=config.accumulation,
             dtype=jnp.dtype(config.dtype),
             state_sharding=jax.tree.map(lambda x: x.sharding, self.like),

@@ -5,8 +5,9 @@ process has the same, is metadata of the field.
 """
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 _KEY = "option"
 
@@ -80,6 +81,17 @@ def option_of(name: str, declared: Mapping[str, Option]) -> Option | None:
     return declared.get(name)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}} -> {"a.b": 1}`, the names that the flags have."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def build[C](kind: type[C], values: Any, prefix: str = "") -> C:
     """A configuration from JSON values, section by section; what is not there has its default.
 
@@ -99,9 +111,56 @@ def build[C](kind: type[C], values: Any, prefix: str = "") -> C:
             raise ValueError(f"{prefix}{name}: expected one of {sorted(names)}, got an unknown key")
         section = hints[name]
         if hasattr(section, "from_dict"):
-            parts[name] = section.from_dict(value)
+            try:
+                parts[name] = section.from_dict(value)
+            except ValueError as error:
+                raise ValueError(f"{prefix}{name}.{error}") from None
         elif dataclasses.is_dataclass(section):
             parts[name] = build(section, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            parts[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+            parts[name] = _typed(section, value, f"{prefix}{name}")
     return kind(**parts)
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """A JSON value as one of the types that fields have.
+
+    Raises:
+      ValueError: of another type, by its name.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for kind in arguments:
+            try:
+                return _typed(kind, value, name)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if any(value == x and type(value) is type(x) for x in arguments):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_typed(arguments[0], x, f"{name}[{i}]") for i, x in enumerate(value))
+    elif dataclasses.is_dataclass(hint):
+        return build(hint, value, f"{name}.")  # type: ignore[arg-type]
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    raise ValueError(f"{name}: expected {_words(hint)}, got {value!r:.80}")
+
+
+def _words(hint: Any) -> str:
+    """A type for a message."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(kind) for kind in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple:
+        return f"a list of {_words(arguments[0]).removeprefix('a ')}s"
+    names = {str: "a string", int: "an int", float: "a number", bool: "a bool", type(None): "None"}
+    return names.get(hint, "an object")

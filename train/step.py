@@ -14,6 +14,7 @@ from mdn_jax import MDNForCausalLM
 from mdn_jax.models.loss import IGNORED, summed_loss
 from train.config_sections import GuardConfig
 from train.data.packing import Batch
+from train.freezing import held, kept
 from train.guard import Guard, init_guard, judge
 from train.optimizer import Params, group_norms
 
@@ -107,7 +108,10 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, schedule: optax.Schedule, guard: GuardConfig
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    guard: GuardConfig,
+    frozen: Params | None = None,
 ) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, StepMetrics]]:
     """Builds what a step does with its loss and gradient: `(state, loss, gradient) -> ...`."""
 
@@ -121,6 +125,7 @@ def make_update(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(taken, new, old), proposed, (state.params, state.opt_state)
         )
+        params = kept(params, state.params, frozen)
         skipped = state.skipped + ~taken
         metrics = StepMetrics(
             loss=loss,
@@ -142,6 +147,7 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     guard: GuardConfig | None = None,
+    frozen: Params | None = None,
     accumulation: int = 1,
     dtype: jax.typing.DTypeLike = jnp.float32,
     state_sharding: Any = None,
@@ -159,6 +165,8 @@ def make_train_step(
       optimizer: update rule.
       schedule: its learning rate, for the metrics.
       guard: which steps are refused beside those that are not finite; None: none.
+      frozen: which parameters stay as they are (`frozen_mask`), for an optimizer that knows of them
+        (`without_frozen`); None: none. The gradient's norm is that of the others.
       accumulation: micro-batches to cut the batch into, along its rows.
       dtype: of the model's computation; the matrices are rounded to it once a step.
       state_sharding: where the state lies before and after; None: as it comes.
@@ -171,7 +179,9 @@ def make_train_step(
 
     def loss_and_gradient(params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
         count = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
-        gradient = jax.value_and_grad(lambda params, micro: summed_loss(params, micro) / count)
+        gradient = jax.value_and_grad(
+            lambda params, micro: summed_loss(held(params, frozen), micro) / count
+        )
         low = rounded(params, dtype)
         if accumulation == 1:
             loss, gradients = gradient(low, batch)
@@ -189,7 +199,7 @@ def make_train_step(
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         return lax.scan(add, zeros, micros)[0]
 
-    update = make_update(optimizer, schedule, guard or GuardConfig())
+    update = make_update(optimizer, schedule, guard or GuardConfig(), frozen)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return update(state, *loss_and_gradient(state.params, batch))

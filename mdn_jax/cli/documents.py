@@ -19,7 +19,7 @@ class FilesConfig:
 
     files: tuple[str, ...]
     """Files or globs ('**' crosses directories): text, JSONL or Parquet, by their suffix; or
-    directories of Parquet files as Hugging Face lays them out."""
+    directories of these, or of Parquet files as Hugging Face lays them out."""
 
     format: Literal["text", "jsonl", "parquet"] | None = None
     """What the files are; None: their suffix says so."""

@@ -1,6 +1,7 @@
 """Documents in memory, and which of them are held out."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from mdn_jax.errors import RunError
 from mdn_jax.text.files import Format, TextSource, find_files, refuse_shards
 from mdn_jax.text.reading import cut_files, read_documents
+from mdn_jax.text.records import Fields
 
 
 class Corpus(NamedTuple):
@@ -32,6 +34,7 @@ def load_corpus(
     *,
     files: Sequence[tuple[Path, Format]] | None = None,
     utf8: bool = False,
+    empty: Counter[Path] | None = None,
 ) -> Corpus:
     """Reads the documents and splits them into train and held-out.
 
@@ -44,6 +47,7 @@ def load_corpus(
       source: which files, and the fraction to hold out.
       files: those of the source, from `find_files`; None: to be found here.
       utf8: refuse plain text that is not UTF-8.
+      empty: counts the records without text, which are left out, by their files.
 
     Returns:
       The two sets.
@@ -51,7 +55,12 @@ def load_corpus(
     Raises:
       RunError: files that cannot be read, a record that does not fit, or no text at all.
     """
-    documents = {digest_of(text): text for text in read_texts(source, files=files, utf8=utf8)}
+    texts = read_texts(source, files=files, utf8=utf8, empty=empty)
+    documents = {digest_of(text): text for text in texts}
+    if len(documents) == 1 and (source.prompt is not None or source.messages is not None):
+        raise RunError(
+            "data.files: expected two different records or more, of which one is held out, got one"
+        )
     train, held_out = _split(documents, source.held_out_fraction)
     return Corpus(train, held_out, _fingerprint(train, held_out))
 
@@ -61,6 +70,7 @@ def read_texts(
     *,
     files: Sequence[tuple[Path, Format]] | None = None,
     utf8: bool = False,
+    empty: Counter[Path] | None = None,
 ) -> Iterator[bytes]:
     """The documents of files of text, JSONL and Parquet that are not empty, with every copy.
 
@@ -68,6 +78,7 @@ def read_texts(
       source: which files.
       files: those of the source, from `find_files`; None: to be found here.
       utf8: refuse text that is not UTF-8.
+      empty: counts the records without text, which are left out, by their files.
 
     Raises:
       RunError: files that cannot be read, a record that does not fit, or no text at all.
@@ -75,12 +86,13 @@ def read_texts(
     if files is None:
         files = find_files(source)
     refuse_shards(files)
-    empty = True
+    none = True
+    fields = Fields(source.field, source.prompt, source.messages)
     for piece in cut_files(files, size=1 << 62):
-        for text in read_documents(piece, source.field, utf8=utf8):
-            empty = False
+        for text in read_documents(piece, fields, utf8=utf8, empty=empty):
+            none = False
             yield text
-    if empty:
+    if none:
         several = ", ..." if len(source.files) > 5 else ""
         named = ", ".join(map(repr, source.files[:5])) or "the standard library's *.py files"
         raise RunError(

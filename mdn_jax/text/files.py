@@ -22,7 +22,9 @@ class TextSource(Protocol):
     Attributes:
       files: names, globs or directories; none: the standard library's source text.
       format: what the files are; None: their suffix says so.
-      field: of JSONL, or column of Parquet, that holds the text.
+      field: of JSONL, or column of Parquet, that holds the text; with `prompt` the completion.
+      prompt: field of the text before a completion; None: there is none.
+      messages: field of chats; None: the records are none.
       split: of a directory of Parquet files.
       held_out_fraction: share of the documents that is held out.
     """
@@ -33,6 +35,10 @@ class TextSource(Protocol):
     def format(self) -> Format | None: ...  # noqa: D102
     @property
     def field(self) -> str: ...  # noqa: D102
+    @property
+    def prompt(self) -> str | None: ...  # noqa: D102
+    @property
+    def messages(self) -> str | None: ...  # noqa: D102
     @property
     def split(self) -> str: ...  # noqa: D102
     @property
@@ -46,6 +52,8 @@ class TextFiles:
     files: tuple[str, ...] = ()
     format: Format | None = None
     field: str = "text"
+    prompt: str | None = None
+    messages: str | None = None
     split: str = "train"
     held_out_fraction: float = 0.05
 
@@ -129,7 +137,7 @@ def _files_of(pattern: str, split: str) -> list[str]:
     names = [name] if os.path.lexists(name) else _matching(name)
     files = list(filter(_is_file, sorted(names)))
     if not files:
-        hint = f" (a directory: try '{pattern}/**/*')" if directory else ""
+        hint = " (a directory without files that are not hidden)" if directory else ""
         raise RunError(
             f"data.files: expected a file or a glob that matches files, "
             f"got {pattern!r}, which matches none{hint}"
@@ -138,11 +146,16 @@ def _files_of(pattern: str, split: str) -> list[str]:
 
 
 def _files_of_directory(directory: str, split: str) -> list[str]:
-    """Shards, or the Parquet files of a split: <split>-*.parquet, or within <split>/."""
+    """Shards, or the Parquet files of a split: <split>-*.parquet, or within <split>/.
+
+    Where there are neither, all files within it, at any depth.
+    """
     shards = list(filter(_is_file, sorted(_inside(directory, f"*{SHARD_SUFFIX}"))))
     parquet = list(filter(_is_file, sorted(_inside(directory, "**", "*.parquet"))))
-    if shards or not parquet:
+    if shards:
         return shards
+    if not parquet:
+        return list(filter(_is_file, sorted(_inside(directory, "**", "*"))))
     names = {path: Path(path).relative_to(directory) for path in parquet}
     found = [
         path

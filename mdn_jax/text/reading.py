@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import IO, Any, NamedTuple
 from mdn_jax.errors import RunError
 from mdn_jax.extras import install
 from mdn_jax.text.files import Format, is_compressed, reason_of, shown
+from mdn_jax.text.records import Fields
 
 # How files begin that are no text, whatever their names say; others have a zero byte somewhere.
 _BEGINNINGS = {
@@ -73,24 +75,33 @@ def cut_files(files: Sequence[tuple[Path, Format]], *, size: int) -> Iterator[Pi
             yield Piece(path, format, 0, None, total)
 
 
-def read_documents(piece: Piece, field: str, *, utf8: bool = False) -> Iterator[bytes]:
+def read_documents(
+    piece: Piece, field: str | Fields, *, utf8: bool = False, empty: Counter[Path] | None = None
+) -> Iterator[bytes]:
     """The documents of a piece that are not empty.
 
     Args:
       piece: what to read.
-      field: of JSONL or Parquet that holds the text.
+      field: of JSONL or Parquet that holds the text, or several that are a document.
       utf8: refuse text that is not UTF-8, which JSONL always is.
+      empty: counts the records without text by their files; files of plain text do not count.
 
     Raises:
       RunError: a file that cannot be read or is no text, a record that does not fit, by its line
         or row.
     """
-    readers: dict[Format, Callable[[Piece, str], Iterator[tuple[bytes, str]]]] = {
+    readers: dict[Format, Callable[[Piece, Fields], Iterator[tuple[bytes, str]]]] = {
         "text": _read_text,
         "jsonl": _read_jsonl,
         "parquet": _read_parquet,
     }
-    for text, place in readers[piece.format](piece, field):
+    fields = Fields(field) if isinstance(field, str) else field
+    if fields.are_parts and piece.format == "text":
+        raise RunError(
+            f"data.files: expected JSONL or Parquet with data.prompt or data.messages, got text "
+            f"({shown(piece.path)})"
+        )
+    for text, place in readers[piece.format](piece, fields):
         if utf8:
             try:
                 text.decode()
@@ -101,9 +112,11 @@ def read_documents(piece: Piece, field: str, *, utf8: bool = False) -> Iterator[
                 ) from None
         if text:
             yield text
+        elif empty is not None and piece.format != "text":
+            empty[piece.path] += 1
 
 
-def _read_text(piece: Piece, field: str) -> Iterator[tuple[bytes, str]]:
+def _read_text(piece: Piece, fields: Fields) -> Iterator[tuple[bytes, str]]:
     with reading(piece.path), _open(piece.path) as file:
         text = file.read()
     zero = text.find(0)
@@ -117,7 +130,7 @@ def _read_text(piece: Piece, field: str) -> Iterator[tuple[bytes, str]]:
     yield text, ""
 
 
-def _read_jsonl(piece: Piece, field: str) -> Iterator[tuple[bytes, str]]:
+def _read_jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[bytes, str]]:
     with reading(piece.path), _open(piece.path) as file:
         position = piece.start
         if position:  # a line belongs to the piece that it starts in
@@ -127,7 +140,7 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[tuple[bytes, str]]:
         while (piece.stop is None or position < piece.stop) and (line := file.readline()):
             if line.strip():
                 try:
-                    yield _text_of_line(line, field), ""
+                    yield _text_of_line(line, fields), ""
                 except ValueError as error:
                     number = _line_number(piece.path, position)
                     raise RunError(f"{shown(piece.path)}:{number}: {error}") from None
@@ -138,22 +151,17 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return gzip.open(path) if is_compressed(path) else path.open("rb")
 
 
-def _text_of_line(line: bytes, field: str) -> bytes:
+def _text_of_line(line: bytes, fields: Fields) -> bytes:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected a line of JSON, got {line[:40]!r}: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    if field not in record:
-        raise ValueError(f"data.field: expected one of {_some(sorted(record))}, got {field!r}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"{field}: expected a string, got {type(text).__name__}")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{field}: expected text, got half of a surrogate pair: {error}") from None
+    for name in fields.names:
+        if name not in record:
+            raise ValueError(f"data.field: expected one of {_some(sorted(record))}, got {name!r}")
+    return fields.document(record)
 
 
 def _some(names: list[str]) -> str:
@@ -170,28 +178,42 @@ def _line_number(path: Path, position: int) -> int:
     return lines
 
 
-def _read_parquet(piece: Piece, field: str) -> Iterator[tuple[bytes, str]]:
+def _read_parquet(piece: Piece, fields: Fields) -> Iterator[tuple[bytes, str]]:
     name = shown(piece.path)
     with _open_parquet(piece.path) as file:
         names = file.schema_arrow.names
-        if field not in names:
-            raise RunError(
-                f"data.field: expected one of {_some(names)} (columns of {name}), got {field!r}"
-            )
-        if names.count(field) > 1:
-            raise RunError(f"data.field: expected one {field!r} in {name}, got a column twice")
-        kind = str(file.schema_arrow.field(field).type)
-        if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
-            raise RunError(f"data.field: expected text in {field!r} of {name}, got {kind}")
+        for field in fields.names:
+            if field not in names:
+                raise RunError(
+                    f"data.field: expected one of {_some(names)} (columns of {name}), got {field!r}"
+                )
+            if names.count(field) > 1:
+                raise RunError(f"data.field: expected one {field!r} in {name}, got a column twice")
+            kind = str(file.schema_arrow.field(field).type)
+            if fields.messages is None and kind not in _TEXTS[: 3 if fields.are_parts else None]:
+                raise RunError(f"data.field: expected text in {field!r} of {name}, got {kind}")
         stop = file.num_row_groups if piece.stop is None else piece.stop
         row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
         groups = list(range(piece.start, stop))
-        for batch in file.iter_batches(1024, row_groups=groups, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                if value is None:
-                    raise RunError(f"{name}: expected text in row {row}, got null")
-                yield value if isinstance(value, bytes) else value.encode(), f" in row {row}"
+        for batch in file.iter_batches(1024, row_groups=groups, columns=list(fields.names)):
+            for record in batch.to_pylist():
+                yield _text_of_row(record, fields, f"{name}: ", row), f" in row {row}"
                 row += 1
+
+
+_TEXTS = ("string", "large_string", "string_view", "binary", "large_binary")  # types of columns
+
+
+def _text_of_row(record: dict[str, Any], fields: Fields, name: str, row: int) -> bytes:
+    if None in record.values():
+        raise RunError(f"{name}expected text in row {row}, got null")
+    value = record[fields.text] if not fields.are_parts else None
+    if isinstance(value, bytes):
+        return value
+    try:
+        return fields.document(record)
+    except ValueError as error:
+        raise RunError(f"{name}row {row}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mdn_jax.errors import RunError
-from mdn_jax.text.corpus import load_corpus
+from mdn_jax.text.corpus import load_corpus, read_texts
 from mdn_jax.text.files import TextFiles, find_files, standard_library_files
 
 
@@ -88,8 +89,23 @@ def test_a_pattern_without_files_is_named(tmp_path):
     pattern = str(tmp_path / "*.md")
     with pytest.raises(RunError, match=r"data\.files: expected a file or a glob.*\.md'.*none"):
         load_corpus(TextFiles(files=(str(tmp_path / "a.txt"), pattern)))
-    with pytest.raises(RunError, match=r"a directory: try"):
-        load_corpus(TextFiles(files=(str(tmp_path),)))
+    (tmp_path / "hidden" / ".git").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"a directory without files that are not hidden"):
+        load_corpus(TextFiles(files=(str(tmp_path / "hidden"),)))
+
+
+def test_a_directory_is_all_files_within_it(tmp_path):
+    write(tmp_path, {"a.txt": "a", "b/c.md": "c", "b/.d": "d", ".e/f": "f"})
+    (tmp_path / "b" / "g.jsonl").write_text('{"text": "g"}')
+    assert sorted(read_texts(TextFiles(files=(str(tmp_path),)))) == [b"a", b"c", b"g"]
+
+
+def test_records_without_text_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": ""}\n')
+    (tmp_path / "b.txt").write_text("")
+    empty = Counter()
+    assert list(read_texts(TextFiles(files=(str(tmp_path),)), empty=empty)) == [b"a"]
+    assert empty == {tmp_path / "a.jsonl": 2}
 
 
 def test_files_without_text_are_named(tmp_path):

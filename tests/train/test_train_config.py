@@ -8,11 +8,11 @@ import pytest
 
 from mdn_jax import MDNConfig
 from mdn_jax.models import AttentionConfig
-from train.checkpointing.resume import flatten, resume_conflicts
+from train.checkpointing.resume import resume_conflicts
 from train.cli.train import parse
 from train.config import TrainConfig, from_dict, to_dict
 from train.config_sections import DataConfig, DistributedConfig, OptimizerConfig
-from train.options import Option, option, option_of, options
+from train.options import Option, flatten, option, option_of, options
 from train.parallel import distributed
 
 
@@ -59,6 +59,10 @@ def test_an_unknown_key_is_named(path, message):
         (lambda: TrainConfig(name="a/b"), "name: expected"),
         (lambda: DataConfig(prefetch=0), r"data\.prefetch: expected an int >= 1, got 0"),
         (lambda: DataConfig(subset="en"), r"data\.subset: expected None without data\.dataset"),
+        (
+            lambda: DataConfig(prompt="a", messages="b"),
+            r"data\.prompt: expected None with data\.messages, got 'a'",
+        ),
         (lambda: DataConfig(held_out_fraction=1.0), r"data\.held_out_fraction: .* got 1\.0"),
         (lambda: OptimizerConfig(learning_rate=0.0), r"optimizer\.learning_rate: .*> 0, got 0\.0"),
         (lambda: OptimizerConfig(beta2=1.0), r"optimizer\.beta2: expected .* below 1, got 1\.0"),
@@ -121,6 +125,8 @@ def test_more_steps_without_the_old_schedule_are_a_conflict():
 
 CHANGEABLE = {
     *("name", "output_dir", "resume", "resume_step", "profile", "steps", "implementation", "remat"),
+    *("fit_vocab_size", "init_from", "data.standard_library", "data.sources"),
+    "data.chat_template",
     *("guard.action", "guard.loss_deviations", "guard.grad_norm_factor"),
     *("guard.window", "guard.patience"),
     *("report.tensorboard", "report.wandb", "report.wandb_project"),
@@ -133,7 +139,8 @@ CHANGEABLE = {
 }
 OF_A_PROCESS = {
     *("distributed.coordinator", "distributed.index"),
-    *("data.files", "data.tokenizer", "data.prefetch", "data.verify"),
+    "data.chat_template",
+    *("init_from", "data.files", "data.sources", "data.tokenizer", "data.prefetch", "data.verify"),
 }
 FLAGS = flatten(to_dict(TrainConfig()))
 

@@ -30,6 +30,7 @@ from train.checkpointing.keeping import Best, StepNames
 from train.checkpointing.resume import resume_conflicts
 from train.checkpointing.run_directory import way_on
 from train.config import TrainConfig, to_dict
+from train.config_sections import documents_field
 from train.optimizer import Params
 from train.parallel.distributed import from_all, is_first
 from train.step import TrainState
@@ -255,10 +256,10 @@ class Checkpoints:
     ) -> None:
         self._raise_conflicts(step, resume_conflicts(configuration, to_dict(self._config)))
         if documents != corpus:
-            name = "data.files" if self._config.data.dataset is None else "data.dataset"
             raise RunError(
-                f"{name}: expected the documents of the checkpoint of step {step} in "
-                f"{self._directory} (digest {documents[:12]}), got others ({corpus[:12]})"
+                f"{documents_field(self._config.data)}: expected the documents of the checkpoint "
+                f"of step {step} in {self._directory} (digest {documents[:12]}), got others "
+                f"({corpus[:12]})"
             )
 
     def _set_aside(self, steps: Sequence[int]) -> None:

@@ -5,18 +5,7 @@ from typing import Any
 
 from mdn_jax.models.config import with_present_names
 from train.config import TrainConfig, to_dict
-from train.options import option_of, options
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}} -> {"a.b": 1}`, the names that the flags have."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+from train.options import flatten, option_of, options
 
 
 def resume_conflicts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

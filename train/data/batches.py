@@ -1,30 +1,23 @@
 """From a configuration to batches: what a run trains on, one step after another."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grain
 from grain.experimental import ThreadPrefetchIterDataset
 
 from mdn_jax.errors import RunError
-from mdn_jax.text.corpus import load_corpus
-from mdn_jax.text.files import Format, find_files
-from mdn_jax.text.tokenizer import (
-    BYTES,
-    TOKENIZER_FILE,
-    ByteTokenizer,
-    Tokenizer,
-    make_tokenizer,
-)
+from mdn_jax.saved.digest import json_digest
+from mdn_jax.text.tokenizer import ByteTokenizer, Tokenizer
 from train.config import TrainConfig
-from train.config_sections import DataConfig
-from train.data.documents import Documents, tokenize
+from train.data.documents import Documents
+from train.data.examples import chat_template
+from train.data.mixture import MixedRows, rows_of_part, shares
 from train.data.packing import Batch, PackedRows, held_out_batches
-from train.data.shards import open_shards, read_header
+from train.data.sources import Found, Source, find_source, open_documents
 from train.data.stream import from_json, held_out_of_stream, open_stream, packed_stream
 from train.parallel.distributed import from_all
 from train.parallel.sharding import Share
@@ -40,20 +33,26 @@ class TrainingData:
     Attributes:
       tokenizer: of the tokens.
       held_out: batches that the held-out loss is measured on.
+      held_out_places: where those of each source of a mixture are among them; {} of one source.
       bytes_per_token: bytes of text for each token that is predicted, of the held-out documents.
       fingerprint: digest of the documents; of a stream, of its name and the held-out ones.
       size: what there is to train on, in words.
       dataset: batches of a process's share, without an end.
       streamed: whether the position is more than the number of steps.
+      chat_template: that makes text of chats; None: there are none.
+      epochs: of files and shards, how much of an epoch a step is, by the name in the metrics.
     """
 
     tokenizer: Tokenizer
     held_out: list[Batch]
+    held_out_places: dict[str, slice]
     bytes_per_token: float
     fingerprint: str
     size: str
     dataset: Callable[[Share], grain.IterDataset[Batch]]
     streamed: bool
+    chat_template: str | None
+    epochs: dict[str, float]
 
     @property
     def unit(self) -> str:
@@ -131,38 +130,31 @@ class Batches:
         self._iterator.close()
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a configuration names, found and not read yet.
+class _Part(NamedTuple):
+    """A source, opened.
 
     Attributes:
-      files: from `find_files`; none of a stream.
-      tokenizer: of the documents.
+      found: what it is.
+      rows: of files and shards; None of a stream.
+      stream: rows of a process's part of a stream.
+      held_out: documents.
+      fingerprint: digest of the documents; of a stream, of the held-out ones.
+      size: what there is to train on, in words.
     """
 
-    files: list[tuple[Path, Format]]
-    tokenizer: Tokenizer
+    found: Found
+    rows: PackedRows | None
+    stream: Callable[[Share], grain.IterDataset[Any]] | None
+    held_out: Documents
+    fingerprint: str
+    size: str
 
-    @property
-    def shards(self) -> list[Path]:
-        """The files where they are shards of tokens; else none."""
-        return [path for path, format in self.files if format == "tokens"]
-
-
-def find_source(config: DataConfig) -> Source:
-    """The files that a configuration names, and its tokenizer: that of shards is beside them.
-
-    Raises:
-      RunError: names that match no file, or a tokenizer that cannot be used.
-    """
-    files = [] if config.dataset is not None else find_files(config)
-    choice = config.tokenizer
-    if files and files[0][1] == "tokens":
-        path, _ = files[0]
-        header = read_header(path)
-        if choice is None and header.tokenizer != BYTES:
-            choice = str(path.parent / TOKENIZER_FILE)
-    return Source(files, make_tokenizer(choice, config.start_token))
+    def rows_of(self, share: Share) -> grain.IterDataset[Any]:
+        """One row after another, for a mixture with streams."""
+        if self.rows is not None:
+            return rows_of_part(self.rows, share.part, share.parts)
+        assert self.stream is not None
+        return self.stream(share)
 
 
 def load_data(config: TrainConfig, source: Source | None = None) -> TrainingData:
@@ -175,52 +167,122 @@ def load_data(config: TrainConfig, source: Source | None = None) -> TrainingData
     Raises:
       RunError: data that cannot be used, or shards of another tokenizer.
     """
-    source = source or find_source(config.data)
-    tokenizer = source.tokenizer
-    if config.data.dataset is not None:
-        return _streamed(config, tokenizer)
-    if source.shards:
-        train, held_out, fingerprint = open_shards(
-            source.shards,
-            tokenizer,
-            held_out_fraction=config.data.held_out_fraction,
-            verify=config.data.verify,
-        )
-    else:
-        utf8 = not isinstance(tokenizer, ByteTokenizer)
-        corpus = load_corpus(config.data, files=source.files, utf8=utf8)
-        train, held_out = (tokenize(texts, tokenizer) for texts in (corpus.train, corpus.held_out))
-        fingerprint = corpus.fingerprint
-    rows = PackedRows(
-        train,
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        seed=config.seed,
-    )
-
-    def dataset(share: Share) -> grain.IterDataset[Batch]:
-        options = grain.ReadOptions(
-            num_threads=min(_THREADS, config.data.prefetch),
-            prefetch_buffer_size=config.data.prefetch,
-        )
-        mine = _Steps(rows, share.rows(config.batch_size))
-        return grain.MapDataset.source(mine).to_iter_dataset(options)
-
+    found, tokenizer = source or find_source(config.data)
+    chats = [part.config for part in found if part.config.messages is not None]
+    template = chat_template(chats[0], tokenizer).source if chats else None
+    parts = [_named(part, config, tokenizer) for part in found]
+    weights = shares([part.weight for part in found])
+    held_out: list[Batch] = []
+    places = {}
+    for part, weight in zip(parts, weights, strict=True):
+        batches = _held_out(config, part, max(1, round(config.eval_rows * weight)))
+        if part.found.name:
+            places[part.found.name] = slice(len(held_out), len(held_out) + len(batches))
+        held_out += batches
+    sizes = [f"{part.found.name} {part.size}".strip() for part in parts]
     return TrainingData(
         tokenizer=tokenizer,
-        held_out=_held_out(config, held_out),
-        bytes_per_token=held_out.bytes_per_target,
-        fingerprint=fingerprint,
-        size=f"{train.tokens:,} tokens to train on",
-        dataset=dataset,
-        streamed=False,
+        held_out=held_out,
+        held_out_places=places,
+        bytes_per_token=sum(
+            weight * part.held_out.bytes_per_target
+            for part, weight in zip(parts, weights, strict=True)
+        ),
+        fingerprint=_fingerprint(parts, template),
+        size=" + ".join(sizes),
+        dataset=_dataset(config, parts),
+        streamed=any(part.rows is None for part in parts),
+        chat_template=template,
+        epochs={
+            f"epoch/{part.found.name}".removesuffix("/"): weight
+            * config.batch_size
+            / part.rows.rows
+            for part, weight in zip(parts, weights, strict=True)
+            if part.rows is not None
+        },
     )
+
+
+def _fingerprint(parts: Sequence[_Part], template: str | None) -> str:
+    """Of a mixture, that of its sources with their weights; of chats with their template."""
+    if len(parts) == 1 and not parts[0].found.name and template is None:
+        return parts[0].fingerprint
+    values = [[part.found.name, part.found.weight, part.fingerprint] for part in parts]
+    return json_digest([template, *values])
+
+
+def _named(found: Found, config: TrainConfig, tokenizer: Tokenizer) -> _Part:
+    """Opens a source, with its name in errors."""
+    try:
+        return _open(found, config, tokenizer)
+    except RunError as error:
+        raise RunError(f"{found.name}: {error}" if found.name else str(error)) from None
+
+
+def _open(found: Found, config: TrainConfig, tokenizer: Tokenizer) -> _Part:
+    data = found.config
+    if data.dataset is None:
+        train, held_out, fingerprint = open_documents(found, tokenizer)
+        rows = PackedRows(
+            train,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+        )
+        size = f"{train.tokens:,} tokens to train on"
+        return _Part(found, rows, None, held_out, fingerprint, size)
+    stream = open_stream(data)
+    tokens = config.eval_rows * config.sequence_length + 1
+    held_out, fingerprint = held_out_of_stream(stream, data, tokenizer, tokens=tokens)
+
+    def of_share(share: Share) -> grain.IterDataset[Any]:
+        return packed_stream(
+            stream,
+            data,
+            tokenizer,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            part=share.part,
+            parts=share.parts,
+        )
+
+    size = f"documents of {data.dataset} as they come"
+    return _Part(found, None, of_share, held_out, fingerprint, size)
+
+
+def _dataset(
+    config: TrainConfig, parts: Sequence[_Part]
+) -> Callable[[Share], grain.IterDataset[Batch]]:
+    """Batches of a process's share: by their number, or with a stream one after another."""
+    weights = [part.found.weight for part in parts]
+    packed = [part.rows for part in parts if part.rows is not None]
+    prefetch = config.data.prefetch
+    if len(packed) == len(parts):
+        size = config.batch_size
+        rows = packed[0] if len(parts) == 1 else MixedRows(packed, weights, batch_size=size)
+
+        def by_number(share: Share) -> grain.IterDataset[Batch]:
+            options = grain.ReadOptions(
+                num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch
+            )
+            mine = _Steps(rows, share.rows(size))
+            return grain.MapDataset.source(mine).to_iter_dataset(options)
+
+        return by_number
+
+    def one_by_one(share: Share) -> grain.IterDataset[Batch]:
+        each = [part.rows_of(share) for part in parts]
+        mixed = each[0] if len(each) == 1 else grain.IterDataset.mix(each, weights)
+        batches = mixed.batch(config.batch_size // share.parts)
+        return ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+
+    return one_by_one
 
 
 class _Steps:
     """Batches by the number of their step, as a source of Grain's."""
 
-    def __init__(self, rows: PackedRows, mine: slice) -> None:
+    def __init__(self, rows: PackedRows | MixedRows, mine: slice) -> None:
         self._rows, self._mine = rows, mine
 
     def __len__(self) -> int:
@@ -230,39 +292,10 @@ class _Steps:
         return self._rows.batch(step, self._mine)
 
 
-def _streamed(config: TrainConfig, tokenizer: Tokenizer) -> TrainingData:
-    stream = open_stream(config.data)
-    tokens = config.eval_rows * config.sequence_length + 1
-    held_out, fingerprint = held_out_of_stream(stream, config.data, tokenizer, tokens=tokens)
-
-    def dataset(share: Share) -> grain.IterDataset[Batch]:
-        packed = packed_stream(
-            stream,
-            config.data,
-            tokenizer,
-            rows=config.batch_size // share.parts,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-            part=share.part,
-            parts=share.parts,
-        )
-        return ThreadPrefetchIterDataset(packed, prefetch_buffer_size=config.data.prefetch)
-
-    return TrainingData(
-        tokenizer=tokenizer,
-        held_out=_held_out(config, held_out),
-        bytes_per_token=held_out.bytes_per_target,
-        fingerprint=fingerprint,
-        size=f"documents of {config.data.dataset} as they come",
-        dataset=dataset,
-        streamed=True,
-    )
-
-
-def _held_out(config: TrainConfig, documents: Documents) -> list[Batch]:
+def _held_out(config: TrainConfig, part: _Part, rows: int) -> list[Batch]:
     return held_out_batches(
-        documents,
+        part.held_out,
         batch_size=config.batch_size // config.accumulation,
         sequence_length=config.sequence_length,
-        max_rows=config.eval_rows,
+        max_rows=rows,
     )

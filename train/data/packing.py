@@ -55,13 +55,13 @@ class PackedRows:
         self._packed = _Packed(documents[order], sequence_length)
         self._orders: dict[int, NDArray[np.int64]] = {}  # of the epochs around the last batch
         self.tokens = documents.tokens
-        self.rows = (self.tokens - 1) // sequence_length
+        self.rows = self._packed.rows
         if not self.rows:
             raise RunError(
                 f"data.files: expected at least sequence_length + 1 = {sequence_length + 1} tokens "
                 f"of text to train on, got {self.tokens}"
             )
-        if self.tokens == len(documents):
+        if not documents.targets.any():
             raise RunError(
                 "data.files: expected documents to train on of more than one token, got "
                 f"{len(documents)} of one: there is nothing to predict"
@@ -74,7 +74,10 @@ class PackedRows:
           step: from 0.
           rows: of the batch; all of them if not given.
         """
-        position = step * self._batch_size + np.arange(self._batch_size)[rows]
+        return self.at(step * self._batch_size + np.arange(self._batch_size)[rows])
+
+    def at(self, position: NDArray[np.int64]) -> Batch:
+        """The rows of some positions in all epochs, one behind the other, from 0."""
         epoch, index = np.divmod(position, self.rows)
         row = np.empty_like(index)
         for number in np.unique(epoch):
@@ -108,7 +111,7 @@ def held_out_batches(
       RunError: documents in which there is nothing to predict.
     """
     packed = _Packed(documents, sequence_length)
-    total = max(1, -(-(documents.tokens - 1) // sequence_length))
+    total = max(1, -(-(packed.extent - 1) // sequence_length))
     count = min(total, max_rows)
     filled = -(-count // batch_size) * batch_size
     rows = np.append(np.arange(count) * total // count, np.full(filled - count, total))
@@ -134,21 +137,37 @@ def unigram_entropy(batches: Iterable[Batch]) -> float:
 
 
 class _Packed:
-    """Documents one behind the other, cut into rows; behind the last there is nothing to see."""
+    """Documents one behind the other, cut into rows; behind the last there is nothing to see.
+
+    Documents with parts are not cut where that can be helped, so that no answer is without its
+    question: one that does not fit into the rest of a row begins the next, and what is left of
+    the row is empty.
+
+    Attributes:
+      extent: tokens from the beginning to the last of all, what is empty included.
+      rows: to train on: of documents with parts all, else all that are full.
+    """
 
     def __init__(self, documents: Documents, sequence_length: int) -> None:
         self._documents, self._length = documents, sequence_length
         self._ends = np.cumsum(documents.length)
+        if documents.learned is not None:
+            self._ends = _whole_ends(documents.length, sequence_length)
+        self._starts = self._ends - documents.length
+        self.extent = int(self._ends[-1]) if len(documents) else 0
+        left_out = 0 if documents.learned is None else sequence_length - 1
+        self.rows = max(0, self.extent - 1 + left_out) // sequence_length
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
         # neighbours share one token, which is a target only once
         tokens = np.zeros((len(rows), self._length + 1), np.int32)
         segments = np.zeros_like(tokens)
+        learned = np.ones(tokens.shape, np.bool_)
         targets = np.full((len(rows), self._length), IGNORED, np.int32)
         for i, row in enumerate(rows):
-            filled = self._fill(int(row) * self._length, tokens[i], segments[i])
+            filled = self._fill(int(row) * self._length, tokens[i], segments[i], learned[i])
             inside = slice(0, max(0, filled - 1))
-            same = segments[i, 1:] == segments[i, :-1]
+            same = (segments[i, 1:] == segments[i, :-1]) & learned[i, 1:]
             targets[i, inside] = np.where(same, tokens[i, 1:], IGNORED)[inside]
         return Batch(
             tokens=np.ascontiguousarray(tokens[:, :-1]),
@@ -156,17 +175,40 @@ class _Packed:
             targets=targets,
         )
 
-    def _fill(self, position: int, tokens: NDArray[np.int32], segments: NDArray[np.int32]) -> int:
+    def _fill(
+        self,
+        position: int,
+        tokens: NDArray[np.int32],
+        segments: NDArray[np.int32],
+        learned: NDArray[np.bool_],
+    ) -> int:
         """One row from a position of the concatenated documents; how much of it there is."""
-        document = first = int(np.searchsorted(self._ends, position, side="right"))
-        filled = 0
+        document = int(np.searchsorted(self._ends, position, side="right"))
+        filled = number = 0
         while filled < len(tokens) and document < len(self._ends):
-            left = int(self._ends[document]) - position - filled
-            start = int(self._documents.length[document]) - left
-            count = min(len(tokens) - filled, left)
-            stretch = slice(filled, filled + count)
-            tokens[stretch] = self._documents.read(document, start, start + count)
-            segments[stretch] = document - first
-            filled, document = filled + count, document + 1
-        segments[filled:] = document - first
+            start = position + filled - int(self._starts[document])
+            if start < 0:  # empty until the next document
+                stretch = slice(filled, min(len(tokens), filled - start))
+                learned[stretch] = False
+            else:
+                count = min(len(tokens) - filled, int(self._documents.length[document]) - start)
+                stretch = slice(filled, filled + count)
+                tokens[stretch] = self._documents.read(document, start, start + count)
+                if self._documents.learned is not None:
+                    learned[stretch] = self._documents.read_learned(document, start, start + count)
+                document += 1
+            segments[stretch] = number
+            filled, number = stretch.stop, number + 1
+        segments[filled:] = number
         return filled
+
+
+def _whole_ends(lengths: NDArray[np.int64], row: int) -> NDArray[np.int64]:
+    """Where documents end of which each that fits into a row lies in one."""
+    ends = np.empty_like(lengths)
+    end = 0
+    for i, length in enumerate(lengths.tolist()):
+        left = -end % row
+        end += length if length <= left else left + length
+        ends[i] = end
+    return ends

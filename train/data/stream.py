@@ -22,7 +22,8 @@ from mdn_jax.text.corpus import digest_of, place
 from mdn_jax.text.files import reason_of
 from mdn_jax.text.tokenizer import Tokenizer
 from train.config_sections import DataConfig
-from train.data.documents import Documents, tokenize
+from train.data.documents import Documents, Encoder, tokenize
+from train.data.examples import fields_of, make_encoder
 from train.data.packing import Batch
 
 _TOKENS, _TARGETS = "tokens", "targets"
@@ -58,12 +59,13 @@ def open_stream(config: DataConfig) -> Any:
         ) from None
     if not columns:
         raise RunError(f"data.dataset: expected documents in {config.dataset!r}, got none")
-    if config.field not in columns:
-        raise RunError(
-            f"data.field: expected one of {sorted(columns)} (columns of {config.dataset}), "
-            f"got {config.field!r}"
-        )
-    return stream.select_columns([config.field])
+    for name in fields_of(config).names:
+        if name not in columns:
+            raise RunError(
+                f"data.field: expected one of {sorted(columns)} (columns of {config.dataset}), "
+                f"got {name!r}"
+            )
+    return stream.select_columns(list(fields_of(config).names))
 
 
 def held_out_of_stream(
@@ -85,15 +87,16 @@ def held_out_of_stream(
     """
     texts: list[bytes] = []
     missing = tokens
+    encoder = make_encoder(config, tokenizer)
     digest = hashlib.sha256()
     for text in _texts(iter(stream), config):
         if place(digest_of(text)) < config.held_out_fraction:
             texts.append(text)
             digest.update(digest_of(text))
-            missing -= len(tokenizer.encode_documents([text])[0])
+            missing -= sum(len(example.tokens) for example in encoder([text]))
             if missing <= 0:
                 break
-    documents = tokenize(texts, tokenizer)
+    documents = tokenize(texts, tokenizer, encoder)
     if not len(documents):
         raise RunError(
             f"data.held_out_fraction: expected documents of {config.dataset} that are held out, "
@@ -107,13 +110,12 @@ def packed_stream(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
-    rows: int,
     sequence_length: int,
     seed: int,
     part: int,
     parts: int,
-) -> grain.IterDataset[Batch]:
-    """Batches of one process's part of a stream, without an end.
+) -> grain.IterDataset[Any]:
+    """Rows of one process's part of a stream, without an end.
 
     Documents are shuffled within windows of `data.shuffle_buffer`, which may reach into the next
     pass, and the files of the data set among themselves; every pass has an order of its own.
@@ -122,7 +124,6 @@ def packed_stream(
       stream: from `open_stream`.
       config: of the data.
       tokenizer: of the documents.
-      rows: in a batch.
       sequence_length: tokens in a row.
       seed: of the order.
       part: the process's part of the stream.
@@ -134,10 +135,10 @@ def packed_stream(
     texts = _TextStream(mine, config, seed)
     shuffled = WindowShuffleIterDataset(texts, window_size=config.shuffle_buffer, seed=seed)
     together = shuffled.batch(_TOGETHER, batch_fn=list)
-    documents = FlatMapIterDataset(together, _ToDocuments(tokenizer))
+    documents = FlatMapIterDataset(together, _ToDocuments(make_encoder(config, tokenizer)))
     lengths = dict.fromkeys((_TOKENS, _TARGETS), sequence_length)
     packed = ConcatThenSplitIterDataset(documents, length_struct=lengths)
-    return packed.map(_to_row).batch(rows)
+    return packed.map(_to_row)
 
 
 def from_json(state: Any) -> Any:
@@ -145,6 +146,8 @@ def from_json(state: Any) -> Any:
 
     Grain knows the absence of a remainder by a pair that has to be a tuple.
     """
+    if isinstance(state, list):
+        return [from_json(value) for value in state]
     if not isinstance(state, dict):
         return state
     values = {key: from_json(value) for key, value in state.items()}
@@ -159,15 +162,20 @@ class _ToDocuments(FlatMapTransform):
 
     max_fan_out = _TOGETHER
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
 
     @override
     def flat_map(self, element: list[bytes]) -> list[dict[str, NDArray[np.int32]]]:
-        documents = [x.astype(np.int32) for x in self._tokenizer.encode_documents(element)]
-        return [  # a document's last token predicts nothing
-            {_TOKENS: x, _TARGETS: np.append(x[1:], np.int32(IGNORED))} for x in documents if len(x)
-        ]
+        found = []
+        for example in self._encoder(element):
+            tokens = example.tokens.astype(np.int32)
+            # a document's last token predicts nothing
+            targets = np.append(tokens[1:], np.int32(IGNORED))
+            if example.learned is not None:
+                targets[:-1][~example.learned[1:]] = IGNORED
+            found.append({_TOKENS: tokens, _TARGETS: targets})
+        return found
 
 
 def _to_row(packed: Mapping[str, NDArray[np.int32]]) -> Batch:
@@ -191,23 +199,21 @@ def _texts(records: Iterator[Mapping[str, Any]], config: DataConfig) -> Iterator
                 f"data.dataset: expected readable records in {config.dataset}, got after {count} "
                 f"of them: {reason_of(error)}"
             ) from error
-        text = record[config.field]
-        if not isinstance(text, str | bytes):
-            raise RunError(
-                f"data.field: expected text in {config.field!r} of {config.dataset}, got "
-                f"{type(text).__name__} in record {count}"
-            )
-        if isinstance(text, str):
-            try:
-                text = text.encode()
-            except UnicodeEncodeError as error:
-                raise RunError(
-                    f"data.field: expected text in {config.field!r} of {config.dataset}, got half "
-                    f"of a surrogate pair in record {count}: {error}"
-                ) from None
+        try:
+            text = _text(record, config)
+        except ValueError as error:
+            raise RunError(f"data.field: {error} in record {count} of {config.dataset}") from None
         count += 1
         if text:
             yield text
+
+
+def _text(record: Mapping[str, Any], config: DataConfig) -> bytes:
+    fields = fields_of(config)
+    if not fields.are_parts and isinstance(record[config.field], bytes):
+        text: bytes = record[config.field]
+        return text
+    return fields.document(record)
 
 
 class _TextStream(grain.IterDataset[bytes]):

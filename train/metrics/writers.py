@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from mdn_jax.errors import RunError
 from mdn_jax.extras import install
 from mdn_jax.new_file import write_text
-from train.checkpointing.resume import flatten
 from train.config import TrainConfig, to_dict
 from train.config_sections import ReportConfig
+from train.options import flatten
 
 TENSORBOARD_DIRECTORY, WANDB_ID_FILE = "tensorboard", "wandb_id.txt"
 

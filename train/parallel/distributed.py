@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -14,10 +15,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mdn_jax.errors import RunError
-from train.checkpointing.resume import flatten
+from train import PROGRAM
 from train.config import TrainConfig, to_dict
 from train.config_sections import DistributedConfig
-from train.options import options
+from train.options import flatten, options
 from train.parallel.lifeline import Lifeline, leave_now
 from train.parallel.meeting import WAIT, Hub, Spoke
 from train.parallel.relay import open_relay
@@ -145,6 +146,12 @@ def _find(config: DistributedConfig) -> tuple[str, int, int]:
 def is_first() -> bool:
     """Whether this is the process that prints and writes files (checkpoints: all do)."""
     return jax.process_index() == 0
+
+
+def say(warning: str) -> None:
+    """Prints a warning to standard error, in one process."""
+    if is_first():
+        print(f"{PROGRAM}: warning: {warning}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

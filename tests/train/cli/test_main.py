@@ -57,7 +57,8 @@ def test_a_command_has_its_own_arguments(monkeypatch, capsys, tmp_path):
 def test_a_missing_package_is_one_line_that_names_the_extra(
     monkeypatch, capsys, program, module, extra
 ):
-    monkeypatch.delitem(sys.modules, module, raising=False)
+    for name in (module, "train.cli.configuration"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert command(program, module, [], extra=extra) == 1
     error = capsys.readouterr().err

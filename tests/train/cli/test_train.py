@@ -23,7 +23,8 @@ def test_end_to_end(corpus, tmp_path, capsys):
     arguments = flags(corpus, tmp_path / "run", **{"optimizer.learning_rate": 0.01})
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "optimizer.learning_rate = 0.01\n" in out
+    assert f"{tmp_path / 'run'}: config.json has the whole configuration\n" in out
+    assert len(out.partition("sample at")[0].splitlines()) < 8
     assert "sample at temperature" in out
     last = out.strip().splitlines()[-1]
     assert last.startswith("held-out loss ")
@@ -43,8 +44,8 @@ def test_end_to_end(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["required: configuration"]),
-        (["smok"], ["invalid choice: 'smok'", "smoke", "mdn_400m"]),
+        ([], ["configuration: expected a recipe"]),
+        (["smok"], ["got 'smok'", "smoke", "mdn_400m"]),
         (["smoke", "--optimizer.learning-rte", "1"], ["--optimizer.learning-rte", "Perhaps"]),
         (["smoke", "--steps", "many"], ["--steps", "'many'"]),
         (["smoke", "--steps", "0"], ["steps: expected an int >= 1, got 0"]),
@@ -81,6 +82,18 @@ def test_a_bad_corpus_is_one_clear_message(tmp_path, capsys, pattern, text, expe
     assert error.startswith(f"python -m train: error: {expected}")
     assert len(error.splitlines()) == 1
     assert not output.exists()
+
+
+def test_a_recipe_without_data_is_an_error_that_says_what_to_add(tmp_path, capsys):
+    assert main(["mdn_400m", "--output-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "python -m train: error: data: expected documents to train on, got none"
+    )
+    assert [line.split()[0] for line in error.splitlines()[1:]] == [
+        "--data.files",
+        "--data.dataset",
+    ]
 
 
 def test_a_second_run_is_one_clear_message(corpus, tmp_path, capsys):

@@ -19,17 +19,18 @@ from mdn_jax import MDNConfig
 from mdn_jax.errors import RunError
 from mdn_jax.text import corpus, files
 from mdn_jax.text.corpus import digest_of, place
-from mdn_jax.text.tokenizer import FileTokenizer
+from mdn_jax.text.tokenizer import ByteTokenizer, FileTokenizer
 from tests.text.helpers import TEXTS, write_bpe
 from tests.tiny import TINY_MODEL
 from tests.train.data.helpers import data_of
 from tests.train.helpers import TINY_RUN, assert_identical
 from train.config import TrainConfig
 from train.config_sections import DataConfig, OptimizerConfig
-from train.data.batches import find_source, load_data
+from train.data.batches import load_data
 from train.data.packing import PackedRows
+from train.data.sources import find_source
 from train.parallel.sharding import Share
-from train.run import Run, check_tokenizer
+from train.run import Run, check_tokenizer, fit_vocabulary
 
 KINDS = ["text", "jsonl", "parquet", "tokens", "stream"]
 ALONE = Share(0, 1)
@@ -331,3 +332,30 @@ def test_the_digest_is_that_of_the_documents(tmp_path):
         data_of("stream", tmp_path / "stream", texts),
     )
     assert not {*map(digest, changed)} & {*before}
+
+
+def test_the_vocabulary_follows_the_tokenizer_or_is_far_too_large(tmp_path, capsys):
+    run = run_of(DataConfig(files=("a",)), tmp_path / "run", vocab_size=513)
+    assert fit_vocabulary(run, ByteTokenizer()) == run
+    assert capsys.readouterr().err == ""
+    large = run_of(DataConfig(files=("a",)), tmp_path / "run", vocab_size=514)
+    assert fit_vocabulary(large, ByteTokenizer()) == large
+    warning = capsys.readouterr().err
+    assert "warning: model.vocab_size: 514 for a tokenizer of 257 tokens" in warning
+    assert warning.count("\n") == 1
+    fitted = fit_vocabulary(dataclasses.replace(large, fit_vocab_size=True), ByteTokenizer())
+    assert fitted.model.vocab_size == 257
+    assert not fitted.fit_vocab_size
+
+
+def test_what_is_odd_about_documents_is_said_in_one_line_each(tmp_path, capsys):
+    write = (tmp_path / "a.txt", "x" * 40), (tmp_path / "b.txt", "y" * 40)
+    for path, text in write:
+        path.write_text(text)
+    (tmp_path / "c.bin").write_bytes(b"\xff\xd8" * 20)
+    (tmp_path / "d.jsonl").write_text('{"text": ""}\n{"text": "z"}\n{"text": ""}\n')
+    load_data(run_of(DataConfig(files=(str(tmp_path),)), tmp_path / "run"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "data.field: 2 record(s) with nothing in 'text' to learn are left out" in first
+    assert "d.jsonl" in first
+    assert "data.files: 1 document(s) are not UTF-8 text" in second

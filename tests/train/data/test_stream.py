@@ -40,12 +40,11 @@ def batches(config, *, rows=1, length=8, seed=0, part=0, parts=1, tokenizer=None
             open_stream(config),
             config,
             tokenizer or ByteTokenizer(),
-            rows=rows,
             sequence_length=length,
             seed=seed,
             part=part,
             parts=parts,
-        )
+        ).batch(rows)
     )
 
 
@@ -165,7 +164,7 @@ def test_local_files_by_their_format(tmp_path):
         ({"dataset": "/nowhere/at/all"}, r"data\.dataset: expected a data set with the split 'tr"),
         ({"split": "dev"}, r"data\.dataset: expected a data set with the split 'dev'"),
         ({"field": "body"}, r"data\.field: expected one of \['id', 'text'\].*, got 'body'"),
-        ({"field": "id"}, r"data\.field: expected text in 'id' of .*, got int in record 0"),
+        ({"field": "id"}, r"data\.field: id: expected a string, got int in record 0 of"),
         ({"held_out_fraction": 1e-9}, r"data\.held_out_fraction: expected documents of"),
         ({"held_out_fraction": 1 - 1e-9}, r"data\.dataset: expected documents to train on"),
     ],
@@ -193,7 +192,9 @@ def test_home_is_found(tmp_path, monkeypatch):
 def test_half_a_surrogate_pair_is_named():
     config = DataConfig(dataset="somewhere")
     records = iter([{"text": "a"}, {"text": "b\ud83d"}])
-    with pytest.raises(RunError, match=r"data\.field: expected text .* surrogate pair in record 1"):
+    with pytest.raises(
+        RunError, match=r"data\.field: text: expected text, .* surrogate pair.* in record 1 of"
+    ):
         list(_texts(records, config))
 
 
