@@ -10,9 +10,12 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
 # a file's tests share compiled functions, which each process would compile for itself
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
+SITE := docs/_build/html
+SITE_READY := $(VENV)/.docs-ready
+
 SMOKE := smoke-tasks smoke-mqar smoke-tracking smoke-language smoke-throughput
 
-.PHONY: help setup train test test-fast test-newest faults faults-quick smoke $(SMOKE) lint types format bench clean
+.PHONY: help setup train test test-fast test-newest faults faults-quick smoke $(SMOKE) site lint types format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +68,14 @@ $(SMOKE): smoke-%: $(READY)  # compiling is most of it
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
 	  XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m benchmarks $* --smoke $(OPTIONS) --output "$$out"
 
+$(SITE_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $(SITE_READY)
+
+site: $(SITE_READY)  ## the documentation as a site, notebooks run, no warning allowed
+	@PYTHONPATH=. $(BIN)/python -m sphinx -W --keep-going -q -b html docs $(SITE)
+	@echo "$(SITE)/index.html"
+
 lint: $(READY)  ## ruff: rules and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -80,4 +91,4 @@ bench: $(READY)  ## the operator's implementations side by side
 	@$(BIN)/python -m benchmarks kernels $(ARGS)
 
 clean:  ## remove what the targets made (never runs/)
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,7 @@
-"""The examples run, and show what they say."""
+"""The examples, and the Python of the documents, run and show what they say."""
+
+import re
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +23,20 @@ def test_a_right_kernel_and_a_wrong_one(capsys):
     out = capsys.readouterr().out
     assert out.startswith("FAIL float32-every_regime\n")
     assert "d_log_mu: expected errors of at most" in out
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = {
+    code: f"{page.stem}-{i}"
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
+}
+
+
+@pytest.mark.parametrize("code", CODE, ids=CODE.values())
+def test_code_of_the_documents_runs(code):
+    exec(compile(code, "a document", "exec"), {})
 
 
 @pytest.mark.slow

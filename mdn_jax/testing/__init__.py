@@ -1,11 +1,13 @@
 """Error metrics, random inputs and a conformance suite, for this project's tests and for yours.
 
-inputs = random_inputs(seed=0, length=200, regime="momentum_lost")
-(expected, state), _ = definition(inputs)
-assert relative_error(my_kernel(**inputs)[0], expected) < 1e-4
+For example::
 
-for check in conformance_checks(my_kernel):
-check()
+    inputs = random_inputs(seed=0, length=200, regime="momentum_lost")
+    (expected, state), _ = definition(inputs)
+    assert relative_error(my_kernel(**inputs)[0], expected) < 1e-4
+
+    for check in conformance_checks(my_kernel):
+        check()
 """
 
 from mdn_jax.testing.cases import Case
