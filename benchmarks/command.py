@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import tyro
 
 from benchmarks.check import check
+from benchmarks.corpus.command import corpus
 from benchmarks.decode import decode
 from benchmarks.generation import generation
 from benchmarks.guard import guard
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tyro.extras.subcommand_cli_from_dict(
         {
             "check": check,
+            "corpus": corpus,
             "decode": decode,
             "generation": generation,
             "guard": guard,
