@@ -11,7 +11,7 @@ from benchmarks.generation import generation
 from benchmarks.guard import guard
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
-from benchmarks.language import language
+from benchmarks.language.command import language
 from benchmarks.mixers import mixers
 from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -95,3 +96,22 @@ def compiled_once(directory: Path) -> Iterator[None]:
 def _keep_in(directory: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
     compilation_cache.reset_cache()  # what was chosen before the first compilation stays otherwise
+
+
+def commit_of_tree(*, needed: bool) -> str:
+    """Commit of the working directory, with a mark if it has changes.
+
+    Args:
+      needed: whether there has to be one; if not, "unknown" stands for it.
+
+    Raises:
+      SystemExit: there is none.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        out = ""
+    if not out and needed:
+        raise SystemExit("commit: expected --commit or a directory that git knows, got neither")
+    return out or "unknown"

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from benchmarks.mqar.model import (
     state_entries,
 )
 from benchmarks.mqar.train import Recipe, Steps, draw_data
-from benchmarks.records import Records, compiled_once
+from benchmarks.records import Records, commit_of_tree, compiled_once
 from mdn_jax.ops.api import Implementation
 
 
@@ -152,7 +151,7 @@ def mqar(config: Annotated[MqarConfig, tyro.conf.arg(name="")]) -> None:
     # the default leaves a quarter of the device unused; read when jax first asks for devices
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     clock, path = Clock(config.minutes), config.output / "results.jsonl"
-    commit = config.commit or _commit(needed=not config.smoke)
+    commit = config.commit or commit_of_tree(needed=not config.smoke)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
     with Records(path) as records, compiled_once(config.output):
         try:
@@ -275,15 +274,3 @@ def _add(
         f"epochs {done.epochs} ({done.end}): {accuracies}",
         flush=True,
     )
-
-
-def _commit(*, needed: bool) -> str:
-    """Of the working directory, with a mark if it has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        out = ""
-    if not out and needed:
-        raise SystemExit("commit: expected --commit or a directory that git knows, got neither")
-    return out or "unknown"

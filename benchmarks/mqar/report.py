@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from benchmarks.equal_models import SHOWN
 from benchmarks.records import read_records
+from benchmarks.style import STYLES
 from mdn_jax.new_file import new_file
 
 NAMES: Mapping[str, str] = {
@@ -19,19 +20,6 @@ NAMES: Mapping[str, str] = {
     "mdn_slow_uncorrected": "MDN, slow, no correction",
 }
 """Of the variants, in tables."""
-
-# Okabe and Ito's colours, which the colour-blind tell apart; a marker each as well
-_STYLES: dict[str, tuple[str, str]] = {
-    "attention": ("#000000", "D"),
-    "gdn": ("#0072B2", "s"),
-    "kda": ("#56B4E9", "^"),
-    "comba": ("#009E73", "v"),
-    "mamba2": ("#CC79A7", "P"),
-    "mdn": ("#D55E00", "o"),
-    "mdn_slow": ("#E69F00", "o"),
-    "mdn_uncorrected": ("#D55E00", "X"),
-    "mdn_slow_uncorrected": ("#E69F00", "X"),
-}
 
 
 class Model(NamedTuple):
@@ -91,7 +79,7 @@ def models(records: Sequence[Mapping[str, Any]]) -> list[Model]:
     for record in records:
         key = tuple(record[name] for name in ("variant", "width", "value_width"))
         groups.setdefault(key, {})[record["learning_rate"], record["seed"]] = record
-    order = list(_STYLES)
+    order = list(STYLES)
     keys = sorted(groups, key=lambda key: (order.index(key[0]), *key[1:]))
     return [_best(groups[key]) for key in keys]
 
@@ -175,7 +163,7 @@ def draw(chosen: Sequence[Model], path: Path) -> None:
             seeds = [_means(getattr(model, part)) for model in own]
             states = [model.states[i] for model in own]
             published = values == (1 if variant in ("attention", "kda") else 2)
-            colour, marker = _STYLES[variant]
+            colour, marker = STYLES[variant]
             style: dict[str, Any] = {
                 "color": colour,
                 "marker": marker,
