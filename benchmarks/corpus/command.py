@@ -125,7 +125,7 @@ def _documents(
       SystemExit: a directory with the documents of others.
     """
     made_of: Any = [
-        [[domain.name, domain.most_mb, sorted(domain.suffixes)] for domain in domains],
+        [[x.name, x.most_mb, sorted(x.suffixes), x.without] for x in domains],
         [[*source._asdict().values()] for source in sources],
         config.scale,
         config.test_fraction,

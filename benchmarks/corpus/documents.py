@@ -114,7 +114,7 @@ def write_documents(
             (digest_of(text.encode()), source.name, text)
             for source in sources
             if source.domain == domain.name
-            for text in read_texts(directory, source)
+            for text in read_texts(directory, source, domain.without)
         ]
         if texts:
             texts.sort(key=lambda text: text[0][::-1])

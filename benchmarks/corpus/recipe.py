@@ -15,12 +15,14 @@ class Domain(NamedTuple):
       most_mb: MB (1e6 bytes) of text that are kept at most.
       suffixes: of the files that are read.
       packages: by name, the parts of which a file's path must have one; none: every path.
+      without: parts that no file's path may have.
     """
 
     name: str
     most_mb: float
     suffixes: frozenset[str]
     packages: dict[str, tuple[str, ...]]
+    without: tuple[str, ...]
 
 
 def _strings(values: object) -> tuple[str, ...]:
@@ -43,6 +45,7 @@ def read_recipe(path: Path = RECIPE) -> list[Domain]:
                 float(domain["most_mb"]),
                 frozenset(map(str, domain["suffixes"])),
                 {package: _strings(parts) for package, parts in domain["packages"].items()},
+                _strings(domain.get("without", [])),
             )
             for name, domain in values.items()
         ]

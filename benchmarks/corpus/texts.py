@@ -146,11 +146,19 @@ def _choice(domain: str, suffixes: frozenset[str], parts: Sequence[str]) -> list
     return [domain, sorted(suffixes), list(parts)]
 
 
-def read_texts(directory: Path, source: Source) -> Iterator[str]:
-    """The texts of a package that `extract` wrote."""
+def read_texts(directory: Path, source: Source, without: Sequence[str]) -> Iterator[str]:
+    """The texts of a package that `extract` wrote.
+
+    Args:
+      directory: as of `extract`.
+      source: from it.
+      without: parts that no file's path may have.
+    """
     with (directory / "texts" / f"{source.name}.jsonl").open() as file:
         for line in file:
-            yield json.loads(line)["text"]
+            record = json.loads(line)
+            if not any(part in record["path"] for part in without):
+                yield record["text"]
 
 
 def _extract(job: _Job) -> Source:

@@ -25,6 +25,7 @@ RECIPE = """
 [code]
 most_mb = 1
 suffixes = [".py", ".c", ".java"]
+without = ["old/"]
 [code.packages]
 alpha = ["lib/", "inner/", "java/"]
 gone = []
@@ -87,6 +88,7 @@ def debian(tmp_path, monkeypatch):
     code |= {
         "usr/lib/copy.py": source(1).encode(),
         "usr/lib/near.py": (source(2) + "# a line of its own, behind all the others\n").encode(),
+        "usr/lib/old/x.py": source(98).encode(),
         "usr/other/left.py": source(99).encode(),
         "usr/lib/zero.py": b"x\0" * 300,
         "usr/share/doc/alpha/copyright": TERMS,
@@ -127,7 +129,7 @@ def test_a_corpus_from_packages(debian, capsys):
     assert manifest["missing"] == [{"name": "gone", "reason": "not in apt's lists of packages"}]
     alpha, beta = manifest["sources"]
     assert (alpha["version"], alpha["licence"]) == ("1:2-3", "MIT; GPL-2+")
-    assert (alpha["files"], alpha["documents"]) == (45, 44)
+    assert (alpha["files"], alpha["documents"]) == (46, 45)
     assert alpha["left_out"] == {"a zero byte": 1}
     assert beta["licence"].startswith("in the copyright file of another")
     code, words = manifest["domains"]
@@ -144,6 +146,7 @@ def test_a_corpus_from_packages(debian, capsys):
         ]
         for part in ("documents", "test")
     }
+    assert not any(source(98).strip() in text for part in texts_of.values() for text in part)
     assert all(place(digest_of(t.encode())) < 0.75 for t in texts_of["documents"])
     assert all(place(digest_of(t.encode())) >= 0.75 for t in texts_of["test"])
     shards = tmp_path / "out" / "shards"
