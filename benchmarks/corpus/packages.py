@@ -19,6 +19,7 @@ from mdn_jax.extras import install
 _TOOLS = ("apt-cache", "apt-get", "dpkg-deb")
 _LICENCE = re.compile(r"^License:[ \t]*(\S.*)$", re.MULTILINE)
 _MOST_LICENCES = 6
+_LONGEST_NAME = 60
 
 
 class Package(NamedTuple):
@@ -171,7 +172,8 @@ def licences(copyright_file: bytes | None) -> str:
         return "in the copyright file of another package of the same source"
     if copyright_file[:2] == b"\x1f\x8b":
         copyright_file = gzip.decompress(copyright_file)
-    found = [" ".join(x.split()) for x in _LICENCE.findall(copyright_file.decode(errors="replace"))]
+    lines = _LICENCE.findall(copyright_file.decode(errors="replace"))
+    found = [" ".join(x.split()) for x in lines if len(x) <= _LONGEST_NAME]  # others are sentences
     if not found:
         return "in words, see its debian/copyright"
     names = sorted(set(found), key=lambda name: (-found.count(name), name))

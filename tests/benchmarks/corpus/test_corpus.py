@@ -206,6 +206,15 @@ def test_apt_says_no(tmp_path, monkeypatch):
         packages.fetch(package, tmp_path)
 
 
+def test_licences():
+    assert packages.licences(TERMS) == "MIT; GPL-2+"
+    assert packages.licences(gzip.compress(b"License: A\nLicense: B\nLicense: B\n")) == "B; A"
+    assert packages.licences(b"It is free.\n") == "in words, see its debian/copyright"
+    assert packages.licences(b"License: " + b"may be copied " * 9) == packages.licences(b"")
+    many = b"".join(b"License: L%d\n" % i for i in range(8))
+    assert packages.licences(many) == "L0; L1; L2; L3; L4; L5 and 2 more"
+
+
 def test_copies():
     copies = Copies()
     first = "A paragraph that is longer than forty characters, number 1.\n\n" + "Other text. " * 9
