@@ -139,7 +139,7 @@ def language(config: Annotated[LanguageConfig, tyro.conf.arg(name="")]) -> None:
         raise SystemExit(str(error)) from None
     per_run = config.steps * config.batch_size * config.sequence_length
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
-    print(f"{per_run:,} tokens a run, {len(models)} models, {len(config.seeds)} seeds", flush=True)
+    print(f"{per_run:,} tokens a run{_passes(source, per_run)}, {len(models)} models", flush=True)
     with Records(config.output / "results.jsonl") as records, compiled_once(config.output):
         complete = _train(config, recipe, source, models, records, clock, commit)
         found = records.find({"experiment": "language", "recipe": recipe._asdict()})
@@ -154,6 +154,16 @@ def _source(config: LanguageConfig) -> Source:
         return Source(config.files, 0.05, None)
     read_manifest(config.corpus)  # raises
     return Source((str(config.corpus / "shards" / "documents"),), HELD_OUT, config.corpus)
+
+
+def _passes(source: Source, tokens: int) -> str:
+    """How often a run sees a corpus, in words."""
+    if source.corpus is None:
+        return ""
+    from train.data.shards import read_header
+
+    paths = Path(source.files[0]).glob("*.tokens")
+    return f" ({tokens / sum(read_header(path).tokens for path in paths):.2f} passes)"
 
 
 def _recipe(config: LanguageConfig, source: Source) -> Recipe:

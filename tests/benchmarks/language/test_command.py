@@ -102,7 +102,9 @@ def test_smoke_is_cut_short_and_goes_on(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(command, "Clock", Clock)
     language(LanguageConfig(**options, minutes=1))
-    assert "minutes are over" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1,024 tokens a run (0.0" in out
+    assert "minutes are over" in out
     assert (tmp_path / "mdn-0.001-0" / "minutes.json").exists()
     language(LanguageConfig(**options))
     out = capsys.readouterr().out
