@@ -63,7 +63,7 @@ smoke: $(SMOKE)  ## the comparisons of docs/comparisons.md at their smallest siz
 $(SMOKE): OPTIONS :=
 smoke-mqar: OPTIONS := --mixers mdn_slow --equal state
 smoke-tracking: OPTIONS := --tasks mod3 --mixers mdn_stable
-smoke-language: OPTIONS := --ablations no-momentum no-output-correction no-beta-bound no-alpha-bound no-mu-clamp
+smoke-language: OPTIONS := --mixers mdn attention --ablations no-beta-bound
 $(SMOKE): smoke-%: $(READY)  # compiling is most of it
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
 	  XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m benchmarks $* --smoke $(OPTIONS) --output "$$out"

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import tyro
 
 from benchmarks.check import check
+from benchmarks.corpus.command import corpus
 from benchmarks.decode import decode
 from benchmarks.generation import generation
 from benchmarks.guard import guard
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
-from benchmarks.language import language
+from benchmarks.language.command import language
 from benchmarks.mixers import mixers
 from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tyro.extras.subcommand_cli_from_dict(
         {
             "check": check,
+            "corpus": corpus,
             "decode": decode,
             "generation": generation,
             "guard": guard,

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
-from mdn_jax.models import Mixer
+from mdn_jax.models import AttentionConfig, Mixer
 
 Equal = Literal["state", "parameters"]
 
@@ -49,6 +49,7 @@ def model_config(
     layers: int,
     heads: int,
     equal: Equal,
+    attention_every: int | None = None,
 ) -> MDNConfig:
     """The model of a mixer beside that of MDN with `heads` heads as wide together as the model.
 
@@ -68,6 +69,8 @@ def model_config(
       heads: key heads; Mamba-2 and Mamba-3 have heads of twice the width together, of half a key
         head's each, softmax attention as many fewer as its width takes.
       equal: what is.
+      attention_every: softmax attention in the last of so many layers, as of a hybrid; None: none
+        beside the mixer.
     """
     if hidden_size % (2 * heads):
         raise ValueError(
@@ -76,15 +79,16 @@ def model_config(
     width = hidden_size // heads
     narrow = ("mdn", "titans") if equal == "state" else ("kda", "gdn2")
 
-    def make(mixer: Mixer, mlp: int) -> MDNConfig:
+    few = heads
+    while hidden_size // few < ATTENTION_WIDTH and few % 2 == 0:
+        few //= 2
+
+    def make(mixer: Mixer, mlp: int, every: int | None = None) -> MDNConfig:
         expand = 1.0 if mixer in narrow else 2.0
         shape = {"num_heads": heads, "head_dim": width, "expand_v": expand}
         if mixer in ("mamba2", "mamba3"):
             shape = {"num_heads": 1, "num_v_heads": 4 * heads, "head_dim": width, "expand_v": 0.5}
         if mixer == "attention":
-            few = heads
-            while hidden_size // few < ATTENTION_WIDTH and few % 2 == 0:
-                few //= 2
             shape |= {"num_heads": few, "head_dim": hidden_size // few}
         return MDNConfig(
             vocab_size=vocab_size,
@@ -95,14 +99,17 @@ def model_config(
             conv_bias=mixer == "mamba2",
             intermediate_size=mlp,
             tie_word_embeddings=True,
+            attn=AttentionConfig(tuple(range(every - 1, layers, every)), few) if every else None,
             **shape,  # type: ignore[arg-type]
         )
 
     largest: Mixer = "gdn" if equal == "state" else "mdn"
     target = model_size(make(largest, 2 * hidden_size)).parameters
-    plain = model_size(make(mixer, 0)).parameters + layers * hidden_size  # the norm of the MLP
+    plain = (
+        model_size(make(mixer, 0, attention_every)).parameters + layers * hidden_size
+    )  # the norm of the MLP
     mlp = round((target - plain) / (3 * layers * hidden_size))
-    return make(mixer, max(1, mlp))
+    return make(mixer, max(1, mlp), attention_every)
 
 
 @functools.cache

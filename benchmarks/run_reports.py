@@ -10,17 +10,6 @@ from benchmarks.records import read_records
 
 Record = Mapping[str, Any]
 
-BLACK, BLUE, SKY, GREEN, PINK, RED, ORANGE = (
-    "#000000",
-    "#0072B2",
-    "#56B4E9",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#E69F00",
-)
-"""Okabe and Ito's colours, which the colour-blind tell apart."""
-
 
 class Best(NamedTuple):
     """The runs of one model at its best learning rate.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,12 @@ class Result:
     bytes_per_token: float = 1.0
 
 
-def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -> Result:
+def train(
+    config: TrainConfig,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
     """Runs the training that a configuration describes.
 
     With several processes (`jax.distributed`) each makes the same call, and the first writes. From
@@ -80,6 +86,7 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
     Args:
       config: the run. Its directory gets the configuration, checkpoints, metrics, plot and sample.
       devices: to run on; None: all of all processes.
+      stop: asked after every step; True ends the run as SIGTERM does, with a checkpoint.
 
     Returns:
       The state at the end and the losses.
@@ -89,10 +96,12 @@ def train(config: TrainConfig, *, devices: Sequence[jax.Device] | None = None) -
     """
     check_packages(config)
     with only_run(config.directory) if is_first() else contextlib.nullcontext():
-        return _train(config, devices)
+        return _train(config, devices, stop)
 
 
-def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
+def _train(
+    config: TrainConfig, devices: Sequence[jax.Device] | None, stop: Callable[[], bool]
+) -> Result:
     _check_directory(config)
     config = _with_saved_schedule(config).resolved()
     check_configuration(config)
@@ -140,7 +149,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> Result:
                 with Interrupt() as interrupt:
                     if origin is not None:
                         _evaluate(run, state, log, print)
-                    result = _run_steps(run, state, batches, checkpoints, log, interrupt)
+                    result = _run_steps(run, state, batches, checkpoints, log, interrupt, stop)
             except DivergedError as error:
                 checkpoints.wait()
                 raise DivergedError(f"{error}; {way_on(directory)}", step=error.step) from None
@@ -198,6 +207,7 @@ def _run_steps(
     checkpoints: Checkpoints,
     log: MetricsLog,
     interrupt: Interrupt,
+    stop: Callable[[], bool],
 ) -> Result:
     """Steps until the last one or a signal, with metrics, checkpoints and evaluations.
 
@@ -250,9 +260,9 @@ def _run_steps(
             if step % config.checkpoint_every == 0 or step == last:
                 _check_refused(config, step, metrics)
                 _save(run, batches, checkpoints, state, held_out)
-            stop = agreed(interrupt.signal or 0)
-            if stop and step < last:
-                return result(state, held_out_loss=None, signal=stop)
+            ends = agreed(interrupt.signal or (signal.SIGTERM if stop() else 0))
+            if ends and step < last:
+                return result(state, held_out_loss=None, signal=ends)
     if held_out is None:  # resumed after the last step
         held_out = run.evaluate(state.params).mean
     return result(state, held_out_loss=held_out)

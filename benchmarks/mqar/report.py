@@ -8,19 +8,8 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from benchmarks.equal_models import SHOWN
-from benchmarks.run_reports import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    Record,
-    best,
-    provenance,
-    spread,
-)
+from benchmarks.run_reports import Record, best, provenance, spread
+from benchmarks.style import STYLES
 from mdn_jax.new_file import new_file
 
 NAMES: Mapping[str, str] = {
@@ -30,22 +19,6 @@ NAMES: Mapping[str, str] = {
     "mdn_slow_uncorrected": "MDN, slow, no correction",
 }
 """Of the variants, in tables."""
-
-# a colour and a marker each
-_STYLES: dict[str, tuple[str, str]] = {
-    "attention": (BLACK, "D"),
-    "gdn": (BLUE, "s"),
-    "kda": (SKY, "^"),
-    "comba": (GREEN, "v"),
-    "gdn2": (BLUE, "p"),
-    "mamba2": (PINK, "P"),
-    "mamba3": (PINK, "*"),
-    "titans": (GREEN, "h"),
-    "mdn": (RED, "o"),
-    "mdn_slow": (ORANGE, "o"),
-    "mdn_uncorrected": (RED, "X"),
-    "mdn_slow_uncorrected": (ORANGE, "X"),
-}
 
 
 class Model(NamedTuple):
@@ -80,7 +53,7 @@ def models(records: Sequence[Mapping[str, Any]]) -> list[Model]:
     for record in records:
         key = tuple(record[name] for name in ("variant", "width", "value_width"))
         groups.setdefault(key, []).append(record)
-    order = list(_STYLES)
+    order = list(STYLES)
     keys = sorted(groups, key=lambda key: (order.index(key[0]), *key[1:]))
     return [_best(groups[key]) for key in keys]
 
@@ -145,7 +118,7 @@ def draw(chosen: Sequence[Model], path: Path) -> None:
             seeds = [_means(getattr(model, part)) for model in own]
             states = [model.states[i] for model in own]
             published = values == (1 if variant in ("attention", "kda") else 2)
-            colour, marker = _STYLES[variant]
+            colour, marker = STYLES[variant]
             style: dict[str, Any] = {
                 "color": colour,
                 "marker": marker,

@@ -1,6 +1,8 @@
 """Tasks of recall: what was read must be found again."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,9 +165,77 @@ class Induction:
         return Examples(tokens, jnp.concatenate([ignored(rows, self.length - 1), answer], axis=1))
 
 
-_HAYSTACK = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back. "
-_NEEDLE = b" The pass key is "
-_QUESTION = b" What is the pass key? The pass key is "
+class NeedleText(NamedTuple):
+    """The parts of a row of `Needle`, in tokens of any kind.
+
+    Attributes:
+      haystack: what repeats itself.
+      told: before the number.
+      end: behind it.
+      question: before the number at the end of the row.
+      digits: the token of each digit.
+    """
+
+    haystack: tuple[int, ...]
+    told: tuple[int, ...]
+    end: tuple[int, ...]
+    question: tuple[int, ...]
+    digits: tuple[int, ...]
+
+    @classmethod
+    def of(cls, encode: Callable[[str], Sequence[int]]) -> "NeedleText":
+        """The text in the tokens of a tokenizer.
+
+        Raises:
+          ValueError: a digit that is not one token.
+        """
+        digits = [tuple(encode(digit)) for digit in "0123456789"]
+        if any(len(digit) != 1 for digit in digits):
+            raise ValueError(f"digits: expected a token each, got {digits}")
+        haystack, told, end, question = (
+            tuple(encode(part)) for part in (_HAYSTACK, _NEEDLE, ". ", _QUESTION)
+        )
+        return cls(haystack, told, end, question, tuple(digit[0] for digit in digits))
+
+    def least(self, digits: int) -> int:
+        """Tokens of the shortest row with a number of so many digits."""
+        return len(self.told) + len(self.end) + len(self.question) + 2 * digits - 1
+
+
+_HAYSTACK = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back. "
+_NEEDLE = " The pass key is "
+_QUESTION = " What is the pass key? The pass key is "
+NEEDLE_BYTES = NeedleText.of(lambda text: list(text.encode()))
+
+
+def needle_rows(
+    key: PRNGKeyArray, rows: int, length: int, digits: int, text: NeedleText
+) -> Examples:
+    """Rows with a number at a random depth of a text that repeats itself, then the question.
+
+    Args:
+      key: of the random numbers.
+      rows: in number.
+      length: tokens of a row, at least `text.least(digits)`.
+      digits: of the number; the targets are these, at the end of the row.
+      text: in tokens.
+    """
+    of_digits, of_depth, of_start = jax.random.split(key, 3)
+    drawn = jax.random.randint(of_digits, (rows, digits), 0, 10)
+    number = jnp.asarray(text.digits)[drawn]
+    size = length - len(text.question) - digits + 1
+    told = len(text.told) + digits + len(text.end)
+    depth = jax.random.randint(of_depth, (rows, 1), 0, size - told + 1)
+    start = jax.random.randint(of_start, (rows, 1), 0, len(text.haystack))
+    hay = jnp.asarray(text.haystack)[(start + jnp.arange(size)) % len(text.haystack)]
+
+    def repeated(part: Sequence[int]) -> Array:
+        return jnp.broadcast_to(jnp.asarray(part, jnp.int32), (rows, len(part)))
+
+    needle = jnp.concatenate([repeated(text.told), number, repeated(text.end)], axis=1)
+    hay = hay.at[jnp.arange(rows)[:, None], depth + jnp.arange(told)].set(needle)
+    tokens = jnp.concatenate([hay, repeated(text.question), number[:, :-1]], axis=1)
+    return Examples(tokens, jnp.concatenate([ignored(rows, length - digits), number], axis=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,16 +252,8 @@ class Needle:
 
     def __post_init__(self) -> None:
         require("digits", self.digits, "at least 1", self.digits >= 1)
-        least = self._asked + self._told
+        least = NEEDLE_BYTES.least(self.digits)
         require("length", self.length, f"at least {least}", self.length >= least)
-
-    @property
-    def _told(self) -> int:
-        return len(_NEEDLE) + self.digits + 2
-
-    @property
-    def _asked(self) -> int:
-        return len(_QUESTION) + self.digits - 1
 
     @property
     def vocab_size(self) -> int:
@@ -205,24 +267,4 @@ class Needle:
 
     def sample(self, key: PRNGKeyArray, rows: int, level: Int[Array, ""]) -> Examples:
         """Random rows."""
-        of_digits, of_depth, of_start = jax.random.split(key, 3)
-        shape = (rows, self.digits)
-        digits = ord("0") + jax.random.randint(of_digits, shape, 0, 10)
-        size = self.length - self._asked
-        depth = jax.random.randint(of_depth, (rows, 1), 0, size - self._told + 1)
-        start = jax.random.randint(of_start, (rows, 1), 0, len(_HAYSTACK))
-        text = _bytes(_HAYSTACK)[(start + jnp.arange(size)) % len(_HAYSTACK)]
-
-        def repeated(text: bytes) -> Array:
-            return jnp.broadcast_to(_bytes(text), (rows, len(text)))
-
-        needle = jnp.concatenate([repeated(_NEEDLE), digits, repeated(b". ")], axis=1)
-        places = depth + jnp.arange(self._told)
-        text = text.at[jnp.arange(rows)[:, None], places].set(needle)
-        tokens = jnp.concatenate([text, repeated(_QUESTION), digits[:, :-1]], axis=1)
-        before = ignored(rows, self.length - self.digits)
-        return Examples(tokens, jnp.concatenate([before, digits], axis=1))
-
-
-def _bytes(text: bytes) -> Array:
-    return jnp.asarray(list(text), jnp.int32)
+        return needle_rows(key, rows, self.length, self.digits, NEEDLE_BYTES)

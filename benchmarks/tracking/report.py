@@ -7,33 +7,13 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from benchmarks.run_reports import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    RED,
-    SKY,
-    Record,
-    best,
-    provenance,
-    spread,
-)
+from benchmarks.run_reports import Record, best, provenance, spread
+from benchmarks.style import STYLES
 from benchmarks.tracking.variants import NAMES
 from mdn_jax.new_file import new_file
 
 SHOWN: Mapping[str, str] = {"parity": "parity", "mod3": "modulo 3", "mod5": "modulo 5", "s5": "S5"}
 """Names of the tasks."""
-
-# a colour and a marker each
-_STYLES: Mapping[str, tuple[str, str]] = {
-    "mdn": (RED, "o"),
-    "mdn_slow": (ORANGE, "o"),
-    "mdn_stable": (GREEN, "D"),
-    "mdn_unbounded": (BLACK, "X"),
-    "gdn": (SKY, "s"),
-    "gdn_negative": (BLUE, "^"),
-}
 
 
 class Model(NamedTuple):
@@ -67,7 +47,7 @@ def models(records: Sequence[Record]) -> list[Model]:
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record["task"], record["variant"]), []).append(record)
-    order = [(task, variant) for task in SHOWN for variant in _STYLES]
+    order = [(task, variant) for task in SHOWN for variant in NAMES]
     return [_model(groups[key]) for key in order if key in groups]
 
 
@@ -121,14 +101,14 @@ def draw(chosen: Sequence[Model], path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
-    variants = [variant for variant in _STYLES if any(m.variant == variant for m in chosen)]
+    variants = [variant for variant in NAMES if any(m.variant == variant for m in chosen)]
     for panel, task in zip(panels, tasks, strict=True):
         own = [model for model in chosen if model.task == task]
         lengths = sorted(own[0].accuracies)
         panel.axhline(own[0].chance, color="gray", linestyle=":", linewidth=1)
         panel.axvline(own[0].trained, color="gray", linestyle="--", linewidth=1)
         for model in own:
-            colour, marker = _STYLES[model.variant]
+            colour, marker = STYLES[model.variant]
             # side by side, so that points of several variants do not hide each other
             shift = 1.03 ** (variants.index(model.variant) - (len(variants) - 1) / 2)
             x = [length * shift for length in lengths]

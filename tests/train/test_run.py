@@ -247,6 +247,17 @@ def test_a_damaged_configuration_is_named_on_resume(straight, tmp_path, content)
         train(again)
 
 
+def test_a_run_is_told_to_stop(corpus, tmp_path, straight):
+    _, expected = straight
+    config = tiny_config(corpus, tmp_path / "run")
+    answers = iter([False, True])
+    result = train(config, stop=lambda: next(answers))
+    assert (result.signal, result.held_out_loss) == (signal.SIGTERM, None)
+    assert [p.name for p in (config.directory / "checkpoints").iterdir()] == ["2"]
+    resumed = train(dataclasses.replace(config, resume=True))
+    assert_identical(resumed.state, expected.state)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_and_stops(corpus, tmp_path, monkeypatch, straight, number):
     _, expected = straight

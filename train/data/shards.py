@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,10 +247,24 @@ def check_tokenizer(path: Path, header: Header, tokenizer: Tokenizer) -> None:
         )
 
 
+class Mapped(NamedTuple):
+    """Shards that are mapped.
+
+    Attributes:
+      documents: of all of them, in their order.
+      digests: the first 8 bytes of the SHA-256 of each document's text.
+      fingerprint: digest of all shards.
+    """
+
+    documents: Documents
+    digests: NDArray[np.uint64]
+    fingerprint: str
+
+
 def open_shards(
     paths: Sequence[Path], tokenizer: Tokenizer, *, held_out_fraction: float, verify: bool
 ) -> tuple[Documents, Documents, str]:
-    """Maps shards.
+    """Maps shards and divides their documents.
 
     Args:
       paths: of the files, all the shards of each directory that they are from.
@@ -263,6 +278,17 @@ def open_shards(
     Raises:
       RunError: shards that are missing, damaged, or of another tokenizer.
     """
+    documents, digests, fingerprint = map_shards(paths, tokenizer, verify=verify)
+    if len(documents) == 1:
+        train, held_out = documents.cut(held_out_fraction)
+    else:
+        held = held_out_of(digests, held_out_fraction)
+        train, held_out = documents[~held], documents[held]
+    return train, held_out, fingerprint
+
+
+def map_shards(paths: Sequence[Path], tokenizer: Tokenizer, *, verify: bool) -> Mapped:
+    """Maps shards; arguments and errors as of `open_shards`."""
     _check_complete(paths)
     arrays, tables = [], []
     fingerprint = hashlib.sha256()
@@ -283,7 +309,6 @@ def open_shards(
         raise RunError(f"data.files: expected shards with documents, got {len(paths)} without any")
     length = np.concatenate([np.diff(table[:, 0], prepend=np.uint64(0)) for table in tables])
     end = np.concatenate([table[:, 0] for table in tables])
-    digests = np.concatenate([table[:, 2] for table in tables])
     documents = Documents(
         arrays,
         np.repeat(np.arange(len(tables), dtype=np.int32), counts),
@@ -291,12 +316,8 @@ def open_shards(
         length.astype(np.int64),
         np.concatenate([table[:, 1] for table in tables]).astype(np.int64),
     )
-    if len(documents) == 1:
-        train, held_out = documents.cut(held_out_fraction)
-    else:
-        held = held_out_of(digests, held_out_fraction)
-        train, held_out = documents[~held], documents[held]
-    return train, held_out, fingerprint.hexdigest()
+    digests = np.concatenate([table[:, 2] for table in tables])
+    return Mapped(documents, digests, fingerprint.hexdigest())
 
 
 def _check_table(path: Path, header: Header, table: NDArray[np.uint64]) -> None:

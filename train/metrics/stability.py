@@ -38,6 +38,10 @@ def make_stability(model: MDNForCausalLM) -> Callable[[Params, Batch], dict[str,
                                  than four times the norm of half way, or with nan
         layers.i.memory_norm     Frobenius norm of the memory at the row's end, mean over heads
         layers.i.momentum_norm   the same of the momentum
+        layers.i.memory_growth   norm of the memory at the row's end over that of half way, in the
+                                 head where it is largest; inf with nan
+        layers.i.momentum_growth the same of the momentum
+        layers.i.fastest_head    the head of the larger of both
     """
     graph, _, *rest = nnx.split(model, nnx.Param, ...)
 
@@ -61,12 +65,22 @@ def _layer_metrics(layer: int, first: Any, second: Any) -> dict[str, jax.Array]:
     before, after = state_norms(first.state), state_norms(second.state)
     kept = [y <= GROWTH * x for x, y in zip(before, after, strict=True)]  # False for nan
     grown = ~jnp.stack(kept).all(0)[0]
+    growth = jnp.stack([_growth(x[0], y[0]) for x, y in zip(before, after, strict=True)])  # [2, HV]
     return {
         f"layers.{layer}.unstable_heads": jnp.mean(~stable),
         f"layers.{layer}.growing_heads": jnp.mean(grown),
         f"layers.{layer}.memory_norm": jnp.mean(after[0]),
         f"layers.{layer}.momentum_norm": jnp.mean(after[1]),
+        f"layers.{layer}.memory_growth": jnp.max(growth[0]),
+        f"layers.{layer}.momentum_growth": jnp.max(growth[1]),
+        f"layers.{layer}.fastest_head": jnp.argmax(jnp.max(growth, axis=0)),
     }
+
+
+def _growth(before: jax.Array, after: jax.Array) -> jax.Array:
+    """Of norms, a head each; where one of them is not finite, inf."""
+    growth = jnp.where(before == 0, 1.0, after / before)
+    return jnp.where(jnp.isfinite(growth), growth, jnp.inf)
 
 
 def _stable(record: Any) -> jax.Array:

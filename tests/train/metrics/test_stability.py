@@ -16,7 +16,15 @@ from train.metrics.log import read_metrics
 from train.metrics.stability import make_stability
 from train.step import split_model
 
-NAMES = ("unstable_heads", "growing_heads", "memory_norm", "momentum_norm")
+NORMS = ("memory_norm", "momentum_norm")
+NAMES = (
+    "unstable_heads",
+    "growing_heads",
+    *NORMS,
+    "memory_growth",
+    "momentum_growth",
+    "fastest_head",
+)
 
 
 def build(**changes):
@@ -37,7 +45,7 @@ def test_a_new_model_is_stable_and_the_norms_are_those_of_its_caches():
     _, cache = nnx.jit(lambda model, x: model(x))(model, first_row)
     for i in (0, 1):
         assert metrics[f"layers.{i}.unstable_heads"] == 0
-        for name, state in zip(NAMES[2:], cache[i].state, strict=True):
+        for name, state in zip(NORMS, cache[i].state, strict=True):
             norm = np.linalg.norm(np.asarray(state[0]).reshape(2, -1), axis=1).mean()
             assert metrics[f"layers.{i}.{name}"] == pytest.approx(norm, rel=1e-4)
 
@@ -65,6 +73,19 @@ def test_a_head_outside_of_the_region_is_counted_in_its_layer():
     assert measured(model, batch)["layers.1.unstable_heads"] == 0
 
 
+def test_the_head_that_grows_fastest_is_named():
+    model, batch = build(use_p_times_alpha=False), random_batch(0, rows=1, length=64)
+    metrics = measured(model, batch)
+    for i in (0, 1):
+        assert 0 < metrics[f"layers.{i}.memory_growth"] < 4
+    gates = model.layers[1].mixer.gates
+    gates.b_proj[...] = gates.b_proj[...].at[0, 1].set(jnp.nan)
+    metrics = measured(model, batch)
+    assert metrics["layers.1.fastest_head"] == 1
+    assert metrics["layers.1.memory_growth"] == np.inf
+    assert metrics["layers.0.memory_growth"] < 4
+
+
 def test_a_state_that_explodes_is_counted():
     model = build(num_hidden_layers=1, use_p_times_alpha=False, use_short_conv=False, num_heads=1)
     mixer = model.layers[0].mixer
@@ -78,6 +99,7 @@ def test_a_state_that_explodes_is_counted():
     metrics = measured(model, random_batch(0, rows=1, length=64))
     assert metrics["layers.0.unstable_heads"] == 1
     assert metrics["layers.0.growing_heads"] == 1
+    assert metrics["layers.0.memory_growth"] > 4
     gates.e_proj[...] = jnp.zeros_like(gates.e_proj[...])
     metrics = measured(model, random_batch(0, rows=1, length=64))
     assert metrics["layers.0.unstable_heads"] == 0

@@ -1,0 +1,1 @@
+"""A corpus of text and source code from the packages of a Debian system."""

@@ -1,0 +1,1 @@
+"""Models of every mixer, and MDN without its parts, trained on the same text."""
