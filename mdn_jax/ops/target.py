@@ -9,7 +9,7 @@ def target_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Within it, calls are traced and lowered for a CUDA GPU that need not be in this machine.
 
     The rule takes the kernels, with the tiles of that GPU, for `implementation=None` where they
-    support the call. What is traced here runs on GPUs of this capability alone:
+    support the call. What is traced here runs on GPUs of this capability alone::
 
         with target_gpu((9, 0)):
             exported = jax.export.export(
