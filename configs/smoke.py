@@ -21,7 +21,7 @@ def config() -> TrainConfig:
         ),
         fit_vocab_size=True,
         data=DataConfig(standard_library=True),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30),
+        optimizer=OptimizerConfig(learning_rate=4e-3),
         steps=300,
         batch_size=16,
         sequence_length=256,

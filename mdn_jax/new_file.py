@@ -1,6 +1,7 @@
 """Files that are there complete or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -40,6 +41,23 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raises OSError, by the name of `path`, where `new_file` could not write it.
+
+    For what takes long to make: a file beside it is made and removed.
+    """
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not target.exists() or target.is_file():
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        try:
+            temporary.touch(exist_ok=False)
+            temporary.unlink()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

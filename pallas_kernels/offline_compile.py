@@ -10,25 +10,20 @@ import os
 import re
 import subprocess
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
+from pallas_kernels.target import DEVICES, target_gpu
 from pallas_kernels.tiling import KEY_DIMS, SHARED_MEMORY, Tiles, unsupported
-
-DEVICES = {(8, 0): ("NVIDIA A100-SXM4-80GB", 108), (9, 0): ("NVIDIA H100 80GB HBM3", 132)}
-"""Device kind and number of cores by compute capability."""
 
 _LENGTH, _HEADS, _DECODE_BATCH = 4096, 6, 64
 
@@ -146,32 +141,6 @@ class KernelReport(NamedTuple):
         return self.shared > self.shared_limit
 
 
-@contextmanager
-def abstract_gpu(
-    capability: tuple[int, int], axes: Mapping[str, int] | None = None
-) -> Iterator[None]:
-    """Within it, jax lowers for a GPU, or a mesh of them, that need not be here.
-
-    Args:
-      capability: compute capability, one of `DEVICES`.
-      axes: name and size of the mesh's axes.
-    """
-    if capability not in DEVICES:
-        raise ValueError(f"capability: expected one of {list(DEVICES)}, got {capability}")
-    kind, cores = DEVICES[capability]
-    axes = axes or {}
-    mesh = AbstractMesh(
-        tuple(axes.values()),
-        tuple(axes),
-        (AxisType.Auto,) * len(axes),
-        abstract_device=AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu"),
-    )
-    with use_abstract_mesh(mesh), warnings.catch_warnings():
-        # jax announces that its Triton backend will leave
-        warnings.filterwarnings("ignore", ".*Triton backend", DeprecationWarning)
-        yield
-
-
 def lower(
     key_dim: int,
     value_dim: int,
@@ -231,7 +200,7 @@ def lower(
 def _lowered(
     function: Callable[..., Any], capability: tuple[int, int], *arguments: Any
 ) -> list[Kernel]:
-    with abstract_gpu(capability):
+    with target_gpu(capability):
         traced = jax.jit(function).trace(*arguments)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     with module.context as context:

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from examples import check_your_kernel, documents_and_pieces, own_training_loop
+from examples import (
+    check_your_kernel,
+    documents_and_pieces,
+    linen_bridge,
+    own_training_loop,
+)
 from mdn_jax.testing import conformance_checks, random_inputs, relative_error
 
 
@@ -51,3 +56,10 @@ def test_documents_and_pieces():
     packed, separate = documents_and_pieces.packed_and_separate(inputs)
     assert relative_error(packed, separate) < 1e-6
     assert relative_error(documents_and_pieces.in_pieces(inputs, 100), separate) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_linen_model_learns():
+    first, last = linen_bridge.train(steps=60)
+    assert first > 2.5
+    assert last < 0.3

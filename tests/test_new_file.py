@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mdn_jax.new_file import new_file, write_text
+from mdn_jax.new_file import check_place, new_file, write_text
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -58,3 +58,20 @@ def test_errors_name_the_path_that_was_asked_for(tmp_path):
         write_text(tmp_path / "gone" / "a", "x")
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         write_text(tmp_path, "x")
+
+
+def test_a_place_is_tried_before_the_work(tmp_path):
+    (tmp_path / "there").write_text("as it was")
+    for name in ("there", "new"):
+        check_place(tmp_path / name)
+    check_place("/dev/null")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_text() == "as it was"
+    for path, kind in (
+        (tmp_path, IsADirectoryError),
+        (tmp_path / "nowhere" / "x", FileNotFoundError),
+        (tmp_path / "there" / "x", NotADirectoryError),
+    ):
+        with pytest.raises(kind) as raised:
+            check_place(path)
+        assert raised.value.filename == str(path)

@@ -159,12 +159,12 @@ class TrainConfig:
             f"a divisor of batch_size = {self.batch_size}",
             self.batch_size % self.accumulation == 0,
         )
-        decay_steps = self.decay_steps
+        decay_steps, warmup_steps = self.decay_steps, self.optimizer.warmup_steps
         check(
             "optimizer.warmup_steps",
-            self.optimizer.warmup_steps,
+            warmup_steps,
             f"below the {decay_steps} steps of the schedule (optimizer.decay_steps, or steps)",
-            self.optimizer.warmup_steps < decay_steps,
+            warmup_steps is None or warmup_steps < decay_steps,
         )
 
     @property

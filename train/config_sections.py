@@ -154,8 +154,9 @@ class OptimizerConfig:
     final_fraction: float = option(0.1, resume="fixed")
     """Learning rate at the end of the decay and after it, as a fraction of the peak."""
 
-    warmup_steps: int = option(1024, resume="fixed")
-    """Updates over which the learning rate rises linearly from 0."""
+    warmup_steps: int | None = option(None, resume="fixed")
+    """Updates over which the learning rate rises linearly from 0. None: a tenth of those of the
+    schedule, at most 1,024."""
 
     decay_steps: int | None = option(None, resume="fixed")
     """Updates after which the cosine ends, warm-up included; None: `steps` of the first start."""
@@ -189,7 +190,12 @@ class OptimizerConfig:
         fraction, decay = self.final_fraction, self.weight_decay
         check("optimizer.final_fraction", fraction, "a number from 0 to 1", 0 <= fraction <= 1)
         check("optimizer.weight_decay", decay, "a finite number >= 0", 0 <= decay < math.inf)
-        check("optimizer.warmup_steps", self.warmup_steps, "an int >= 0", self.warmup_steps >= 0)
+        check(
+            "optimizer.warmup_steps",
+            self.warmup_steps,
+            "an int >= 0",
+            self.warmup_steps is None or self.warmup_steps >= 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

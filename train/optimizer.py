@@ -27,6 +27,9 @@ NOT_DECAYED = frozenset(
 )
 
 
+_LONGEST_WARMUP = 1024  # updates, the published ones
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of each update (from 0): linear from 0 to the peak, then half a cosine.
 
@@ -37,11 +40,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Returns:
       Function from the number of updates made to the learning rate.
     """
+    decay_steps = config.decay_steps or steps
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(_LONGEST_WARMUP, decay_steps // 10)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.decay_steps or steps,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
         end_value=config.learning_rate * config.final_fraction,
     )
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdn_jax.errors import RunError
+from mdn_jax.errors import NoModelError, RunError
 from mdn_jax.models import MDNConfig
+from mdn_jax.saved.anywhere import find_model
 from mdn_jax.saved.digest import json_digest
-from mdn_jax.saved.model import DIRECTORY, Saved, find_checkpoint, read_params
+from mdn_jax.saved.model import Saved, read_params
 from mdn_jax.saved.tokens import tokenizer_beside
-from mdn_jax.text.tokenizer import BYTES, TOKENIZER_FILE, VOCAB_SIZE, Tokenizer, make_tokenizer
+from mdn_jax.text.tokenizer import BYTES, VOCAB_SIZE, Tokenizer, make_tokenizer
 from train.config import TrainConfig
 from train.optimizer import Params
 from train.parallel.distributed import check_alike
@@ -43,32 +44,22 @@ def find_origin(name: str) -> Origin:
       RunError: neither of these, or one that is damaged.
     """
     path = Path(os.path.expanduser(name)).absolute()
-    saved, tokenizer = None, None
-    if (path / DIRECTORY).is_dir():
-        saved = find_checkpoint(path)
-        model, beside = saved.model, tokenizer_beside(path, saved)
-        is_run = saved.dtype is not None
-    elif any(path.glob("*.safetensors")):
-        from mdn_jax.interop.folder import read_folder
-
-        try:
-            model = read_folder(path).config
-        except (ValueError, ImportError) as error:
-            raise RunError(f"init_from: {error}") from None
-        beside = path / TOKENIZER_FILE if (path / TOKENIZER_FILE).exists() else None
-        if beside is None and (path / "merges.txt").exists():
-            beside = path  # GPT-2's two files
-        is_run = False
-    else:
+    try:
+        saved = find_model(path)
+    except NoModelError:
         raise RunError(
             "init_from: expected the directory of a run, or a folder with safetensors files, "
             f"got {name}"
-        )
+        ) from None
+    except (ValueError, ImportError) as error:
+        raise RunError(f"init_from: {error}") from None
+    beside, tokenizer = tokenizer_beside(path, saved), None
+    is_run = saved.dtype is not None
     if beside is not None:
         tokenizer = str(beside)
-    elif is_run or model.vocab_size == VOCAB_SIZE:
+    elif is_run or saved.model.vocab_size == VOCAB_SIZE:
         tokenizer = BYTES
-    return Origin(path, model, tokenizer, saved)
+    return Origin(path, saved.model, tokenizer, None if saved.folder else saved)
 
 
 def begin_with(config: TrainConfig, origin: Origin) -> TrainConfig:

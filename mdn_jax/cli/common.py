@@ -17,7 +17,7 @@ from mdn_jax.cli.interrupt import status_of
 from mdn_jax.errors import RunError
 from mdn_jax.models import MDNForCausalLM
 from mdn_jax.ops.api import Implementation
-from mdn_jax.saved.model import find_checkpoint, load_model
+from mdn_jax.saved.anywhere import find_model, load_found
 from mdn_jax.saved.tokens import load_text
 from mdn_jax.text.text import Text
 
@@ -27,7 +27,7 @@ class CheckpointConfig:
     """Which model, and how it computes."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Output directory of a training run or of mdn-convert."""
+    """Output directory of a training run or of mdn-convert, or a published folder."""
 
     step: int | None = None
     """Checkpoint of this step; None: the latest."""
@@ -47,10 +47,11 @@ def open_checkpoint(config: CheckpointConfig) -> tuple[MDNForCausalLM, Text]:
 
     Raises:
       RunError: no such checkpoint, or one that cannot be read.
+      ValueError: a folder whose files do not fit.
     """
-    saved = find_checkpoint(config.checkpoint, config.step)
+    saved = find_model(config.checkpoint, config.step)
     text = load_text(config.tokenizer, config.checkpoint, saved)
-    return load_model(saved, dtype=config.dtype, implementation=config.implementation), text
+    return load_found(saved, dtype=config.dtype, implementation=config.implementation), text
 
 
 def parse[C](

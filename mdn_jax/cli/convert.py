@@ -13,9 +13,16 @@ import tyro
 
 from mdn_jax.cli.common import parse_command, run
 from mdn_jax.interop import folder_parameters, new_directory, read_folder, write_folder
-from mdn_jax.saved.model import find_checkpoint, iterate_params, save_model
+from mdn_jax.interop.companions import (
+    copy_companions,
+    model_card,
+    with_tokens,
+    write_companions,
+)
+from mdn_jax.saved.model import find_checkpoint, iterate_params, save_model, split_abstract
+from mdn_jax.saved.record import read_record
 from mdn_jax.saved.tokens import tokenizer_beside
-from mdn_jax.text.vocabulary import TOKENIZER_FILE
+from mdn_jax.text.vocabulary import TOKENIZER_FILE, Vocabulary
 
 PROGRAM = "mdn-convert"
 
@@ -77,6 +84,7 @@ def _import(config: ImportConfig) -> int:
                 inner = inner.setdefault(part, {})
             inner[path[-1]] = jax.device_put(x)
         _copy_tokenizer(config.folder / TOKENIZER_FILE, directory)
+        copy_companions(config.folder, directory)
         save_model(directory, folder.config, params)
     _report(config.output, params)
     return 0
@@ -86,11 +94,24 @@ def _export(config: ExportConfig) -> int:
     """Checkpoint of ours to a published folder."""
     saved = find_checkpoint(config.checkpoint, config.step)
     tokenizer = tokenizer_beside(config.checkpoint, saved)
+    vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
+    model = with_tokens(saved.model, vocabulary)
+    record = read_record(saved.path)
+    _, shapes = split_abstract(saved.model)
+    card = model_card(
+        model,
+        parameters=sum(x.size for x in jax.tree.leaves(shapes)),
+        run=record.config,
+        step=saved.step,
+        held_out_loss=record.held_out_loss,
+    )
     with new_directory(config.output) as directory:
         params = iterate_params(saved)
         limit = round(config.shard_gb * 1e9)
-        write_folder(directory, saved.model, _converted(params, config.dtype), shard_bytes=limit)
+        write_folder(directory, model, _converted(params, config.dtype), shard_bytes=limit)
         _copy_tokenizer(tokenizer, directory)
+        copy_companions(config.checkpoint, directory)
+        write_companions(directory, model, vocabulary, card)
     files = sorted(path.name for path in config.output.iterdir())
     print(f"{config.output}: {', '.join(files)}")
     return 0

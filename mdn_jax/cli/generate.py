@@ -16,6 +16,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.models import MDNForCausalLM, Sampling
 from mdn_jax.models.generate import GenerationState, Piece, prefill, stream
 from mdn_jax.models.state_file import load_state, save_state
+from mdn_jax.new_file import check_place
 from mdn_jax.text.decoding import Decoder
 from mdn_jax.text.text import Text
 
@@ -114,6 +115,8 @@ def generate_text(config: GenerateConfig) -> int:
       RunError, ValueError, OSError: something that the user can put right.
     """
     texts = _prompts(config)
+    if config.save_state is not None:
+        check_place(config.save_state)
     model, text = open_checkpoint(config)
     state = None
     if config.load_state is not None:

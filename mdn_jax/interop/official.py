@@ -37,12 +37,14 @@ class PublishedTensor(NamedTuple):
       shape: in the published layout.
       ours: function from the published layout to ours.
       published: the inverse.
+      one_for_all: whether it may have one entry, which all value heads share.
     """
 
     name: str
     shape: tuple[int, ...]
     ours: Callable[[Any], Any]
     published: Callable[[Any], Any]
+    one_for_all: bool = False
 
 
 _LAYOUTS = {
@@ -50,6 +52,9 @@ _LAYOUTS = {
     "linear": _Layout(lambda x: x.T, lambda x: x.T),  # [out, in] <-> [in, out]
     "conv": _Layout(lambda x: x[:, 0].T, lambda x: x.T[:, None]),  # [C, 1, W] <-> [W, C]
 }
+
+# the published layer has one entry of these a key head; one key head's serves all value heads
+_PER_KEY_HEAD = ("A_log", "Mu_log", "log_factor")
 
 _MIXER = {
     **{
@@ -196,12 +201,12 @@ def official_state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
       TypeError: another kind of module.
       ValueError: a model or layer that the published implementation does not have.
     """
-    table = _table(module)
+    published = published_tensors(module)
     tensors = {}
     for path, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        name, layout = table[_join(path)]
-        tensors[name] = np.ascontiguousarray(
-            _LAYOUTS[layout].published(np.asarray(parameter.get_value()))
+        tensor = published[path]
+        tensors[tensor.name] = np.ascontiguousarray(
+            tensor.published(np.asarray(parameter.get_value()))
         )
     if isinstance(module, MDNForCausalLM) and module.config.tie_word_embeddings:
         tensors[_LM_HEAD] = tensors[_EMBEDDINGS]
@@ -238,13 +243,28 @@ def published_tensors(module: nnx.Module) -> dict[tuple[Any, ...], PublishedTens
       TypeError: a kind of module that `official_state_dict` does not know.
     """
     table = _table(module)
+    one_key_head = (
+        isinstance(module, MDNForCausalLM | MomentumDeltaNet) and module.config.num_heads == 1
+    )
     tensors = {}
     for path, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         name, layout = table[_join(path)]
+        if name.rpartition(".")[2] in _PER_KEY_HEAD and one_key_head:
+            tensors[path] = _one_key_head(name, parameter.shape)
+            continue
         shape = jax.ShapeDtypeStruct(parameter.shape, parameter.dtype)
         back = _LAYOUTS[layout].published
         tensors[path] = PublishedTensor(name, jax.eval_shape(back, shape).shape, *_LAYOUTS[layout])
     return tensors
+
+
+def _one_key_head(name: str, shape: tuple[int, ...]) -> PublishedTensor:
+    """Of a parameter with an entry a value head, `shape`, of which the published may have one."""
+
+    def published(x: Any) -> Any:
+        return x[:1] if (x == x[:1]).all() else x
+
+    return PublishedTensor(name, shape, lambda x: np.broadcast_to(x, shape), published, True)
 
 
 def _table(module: nnx.Module) -> dict[str, _Published]:
@@ -291,8 +311,10 @@ def _join(path: tuple[Any, ...]) -> str:
 
 def check_tensors(tensors: Mapping[str, Any], published: Iterable[PublishedTensor]) -> None:
     """Raises ValueError with every tensor that is missing, unexpected or mis-shaped."""
-    expected = {tensor.name: tensor.shape for tensor in published}
     got = {name: tuple(np.shape(x)) for name, x in tensors.items()}
+    expected = {
+        x.name: (1,) if x.one_for_all and got.get(x.name) == (1,) else x.shape for x in published
+    }
     problems = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in got]
     problems += [f"unexpected {n} {list(s)}" for n, s in got.items() if n not in expected]
     problems += [

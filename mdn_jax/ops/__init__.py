@@ -11,8 +11,10 @@ from mdn_jax.ops.gated import (
     trapezoidal_linear_attention,
 )
 from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.target import TRITON_CALL, target_gpu
 
 __all__ = [
+    "TRITON_CALL",
     "MDNState",
     "MissingBackendWarning",
     "TrapezoidalState",
@@ -21,5 +23,6 @@ __all__ = [
     "gated_linear_attention",
     "kimi_delta_rule",
     "momentum_delta_rule",
+    "target_gpu",
     "trapezoidal_linear_attention",
 ]

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -15,7 +16,7 @@ from mdn_jax.ops.arguments import (
     check_values,
 )
 from mdn_jax.ops.chunkwise import chunkwise_rule
-from mdn_jax.ops.fallback import warn_without_backend
+from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
 from mdn_jax.ops.inputs import RuleInputs, document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
@@ -120,14 +121,15 @@ def momentum_delta_rule(
                 'use implementation="xla", or None for the best one that supports the call'
             )
     if implementation in _KERNELS:
-        return _on_kernels(
-            (q, k, v, p, *gates),
-            state,
-            segment_ids,
-            scale=float(scale),
-            normalize=normalize_qk,
-            native=implementation == "triton",
-        )
+        with reverse_mode_alone(implementation):
+            return _on_kernels(
+                (q, k, v, p, *gates),
+                state,
+                segment_ids,
+                scale=float(scale),
+                normalize=normalize_qk,
+                native=implementation == "triton",
+            )
     if state is None:
         state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
         # inside shard_map the states differ over the mesh axes that the inputs differ over
@@ -153,18 +155,24 @@ def momentum_delta_rule(
         o, state = scan_rule(inputs, state, scale=scale, chunk_size=chunk_size)
     else:
         full = v.dtype.itemsize > 2 or in_full_precision()
-        o, state = chunkwise_rule(
-            inputs,
-            state,
-            scale=scale,
-            chunk_size=chunk_size,
-            precision=lax.Precision.HIGHEST if full else lax.Precision.DEFAULT,
-        )
+        with reverse_mode_alone(implementation):
+            o, state = chunkwise_rule(
+                inputs,
+                state,
+                scale=scale,
+                chunk_size=chunk_size,
+                precision=lax.Precision.HIGHEST if full else lax.Precision.DEFAULT,
+            )
     return o.reshape(batch, length, value_heads, value_dim).astype(v.dtype), state
 
 
 def _capability() -> tuple[int, int] | None:
-    """Compute capability of the default device; None if it is no CUDA GPU."""
+    """Compute capability of `target_gpu` or the default device; None if it is no CUDA GPU."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        from pallas_kernels.target import targeted  # not imported with the library
+
+        if capability := targeted():
+            return capability
     if jax.default_backend() != "gpu":
         return None
     version = getattr(jax.devices()[0], "compute_capability", "")
@@ -190,13 +198,15 @@ def kernels_lack(
     """What the GPU kernels would need that this call lacks; None if they can run it."""
     capability = _capability()
     if capability is None:
-        return "a CUDA GPU as the default device, got none"
+        return "a CUDA GPU as the default device (or mdn_jax.ops.target_gpu), got none"
     from pallas_kernels.backends import jax_triton_lacks, triton_lacks
     from pallas_kernels.momentum_delta import CHUNK, MAX_STEPS
     from pallas_kernels.tiling import unsupported
 
     if q.dtype == jnp.float64:
         return "float32, bfloat16 or float16 inputs, got float64"
+    if any(map(jax.export.is_symbolic_dim, (*q.shape, *v.shape))):
+        return f"sizes known when the call is traced, got q {q.shape}, v {v.shape}"
     if chunk_size not in (None, CHUNK):
         return f"chunk_size {CHUNK} or None, got {chunk_size}"
     if isinstance(scale, jax.core.Tracer):

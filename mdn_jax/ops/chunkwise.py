@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -63,10 +64,16 @@ def chunkwise_rule(
       Outputs `[B, T, H, G, V]` and the final state.
     """
     batch, length, heads, groups, value_dim = inputs.v.shape
-    chunk = min(chunk_size or default_chunk_size(), length)
-    chunks = -(-length // chunk)
-    blocks = -(-chunks // max(1, largest_block() // chunk))
-    block = -(-chunks // blocks) * chunk  # even blocks: the least padding
+    chunk = chunk_size or default_chunk_size()
+    most = max(1, largest_block() // chunk)  # chunks of a block
+    if jax.export.is_symbolic_dim(length):
+        block = most * chunk
+        blocks = (length + block - 1) // block  # which is known to be 1 at least
+    else:
+        chunk = min(chunk, length)
+        chunks = -(-length // chunk)
+        blocks = -(-chunks // most)
+        block = -(-chunks // blocks) * chunk  # even blocks: the least padding
     inputs = pad_time(inputs._replace(q=scale * inputs.q), blocks * block - length)
 
     grouped = (batch, heads, groups, inputs.k.shape[-1], value_dim)
@@ -143,7 +150,7 @@ _run_blocks_compiled = jax.jit(_run_blocks, static_argnums=2)
 
 
 def _block_starts(inputs: RuleInputs, options: _Options) -> Array:
-    return jnp.arange(0, inputs.v.shape[1], options.block)
+    return options.block * jnp.arange(inputs.v.shape[1] // options.block)
 
 
 def _take[Tree](x: Tree, start: Array, count: int) -> Tree:

@@ -1,6 +1,8 @@
-"""The warning of calls that the kernels could run if JAX still had their backend."""
+"""What is said where an implementation cannot do what the call asks for."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _warned = False
 
@@ -29,3 +31,17 @@ def warn_without_backend(lacking: str | None) -> None:
         MissingBackendWarning,
         stacklevel=3,
     )
+
+
+@contextmanager
+def reverse_mode_alone(implementation: str) -> Iterator[None]:
+    """Says what to use where forward mode meets a rule with a backward pass of its own."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            f'implementation: expected "scan" under forward-mode differentiation (jax.jvp, '
+            f'jax.jacfwd, jax.hessian), got "{implementation}"'
+        ) from None

@@ -9,12 +9,15 @@ import math
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from mdn_jax.ops.inputs import RuleInputs, pad_time, split_time
 from mdn_jax.ops.state import MDNState
+
+_PIECE = 64  # steps, of a length that is not known yet
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -31,15 +34,19 @@ def scan_rule(
       inputs: prepared inputs (see `RuleInputs`), in the dtype to compute in.
       state: entering state.
       scale: factor on the output.
-      chunk_size: steps between two kept states; None means `ceil(sqrt(T))`.
+      chunk_size: steps between two kept states; None means `ceil(sqrt(T))`, of a symbolic `T` 64.
 
     Returns:
       Outputs `[B, T, H, G, V]` and the final state.
     """
     batch, length, heads, groups, value_dim = inputs.v.shape
     key_dim = inputs.k.shape[-1]
-    piece = min(chunk_size or math.isqrt(length - 1) + 1, length)
-    pieces = split_time(pad_time(inputs, -length % piece), piece)
+    if jax.export.is_symbolic_dim(length):
+        piece = chunk_size or _PIECE
+    else:
+        piece = min(chunk_size or math.isqrt(length - 1) + 1, length)
+    padded = (length + piece - 1) // piece * piece
+    pieces = split_time(pad_time(inputs, padded - length), piece)
 
     def step(state: tuple[Array, Array], x: RuleInputs) -> tuple[tuple[Array, Array], Array]:
         s, m = state  # [B, H, G, K, V]

@@ -27,6 +27,6 @@ class MDNState(NamedTuple):
         value_dim: int,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> "MDNState":
-        """The state before the first token: all zeros."""
-        zeros = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
-        return cls(s=zeros, m=zeros)
+        """The state before the first token: zeros, in two buffers, so that it can be donated."""
+        shape = (batch, heads, key_dim, value_dim)
+        return cls(s=jnp.zeros(shape, dtype), m=jnp.zeros(shape, dtype))

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from mdn_jax.errors import NoModelError
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.ops.api import Implementation
 
@@ -21,8 +22,8 @@ def load(
       path: the directory of a run or of `mdn-convert import`, or a folder with `config.json` and
         safetensors files, published or of `mdn-convert export`.
       step: the checkpoint of this step; None: the latest. A folder has none.
-      dtype: of the computation. None: as in training; for a converted model the parameters' own,
-        for a folder float32.
+      dtype: of the computation. None: as in training; for a converted model or a folder the
+        parameters' own.
       implementation: of the momentum delta rule; None: the best that supports the call.
 
     Raises:
@@ -31,18 +32,14 @@ def load(
       ImportError: a folder, without the safetensors library.
     """
     # what reads checkpoints takes longer to import than the library itself
-    from mdn_jax.interop.folder import model_from_folder
-    from mdn_jax.saved.model import DIRECTORY, find_checkpoint, load_model
+    from mdn_jax.saved.anywhere import find_model, load_found
 
     directory = Path(path).expanduser()
-    if (directory / DIRECTORY).is_dir():
-        return load_model(
-            find_checkpoint(directory, step), dtype=dtype, implementation=implementation
-        )
-    if not any(directory.glob("*.safetensors")):
+    try:
+        saved = find_model(directory, step)
+    except NoModelError:
         raise ValueError(
-            f"path: expected a directory with {DIRECTORY}/ or with safetensors files, got {path}"
-        )
-    if step is not None:
-        raise ValueError(f"step: expected None for a folder of one model, got {step}")
-    return model_from_folder(directory, dtype=dtype or "float32", implementation=implementation)
+            "path: expected the output directory of a run or of a conversion, or a folder with "
+            f"safetensors files, got {path}"
+        ) from None
+    return load_found(saved, dtype=dtype, implementation=implementation)

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from numpy.typing import NDArray
 
-from mdn_jax.errors import RunError
+from mdn_jax.errors import NoModelError, RunError
 from mdn_jax.models import MDNConfig, MDNForCausalLM
 from mdn_jax.models.sizes import check_fits
 from mdn_jax.ops.api import Implementation
@@ -44,6 +44,7 @@ class Saved(NamedTuple):
       digests: of the arrays; None for a converted model of before there were any.
       tokenizer: SHA-256 of the tokenizer's file beside the checkpoints; None where there was none,
         or of before.
+      folder: whether it is a folder with safetensors files instead, which has no digests.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Saved(NamedTuple):
     dtype: str | None
     digests: Digests | None = None
     tokenizer: str | None = None
+    folder: bool = False
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
@@ -78,9 +80,9 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
     """
     steps = complete_steps(directory / DIRECTORY)
     if not steps:
-        raise RunError(
-            f"checkpoint: expected the output directory of a run or of a conversion, "
-            f"got {directory}, which holds no checkpoints"
+        raise NoModelError(
+            "checkpoint: expected the output directory of a run or of a conversion, or a folder "
+            f"with safetensors files, got {directory}, which holds neither"
         )
     if step is not None and step not in steps:
         raise RunError(f"step: expected one of {steps} (checkpoints in {directory}), got {step}")

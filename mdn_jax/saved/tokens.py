@@ -13,7 +13,7 @@ from mdn_jax.text.vocabulary import TOKENIZER_FILE
 
 
 def tokenizer_beside(directory: Path, saved: Saved) -> Path | None:
-    """The tokenizer's file of a run, or of a conversion, if there is one.
+    """The tokenizer's file of a run, a conversion or a folder, or the folder of GPT-2's two files.
 
     Raises:
       RunError: not the one that the checkpoint was written with.
@@ -26,7 +26,10 @@ def tokenizer_beside(directory: Path, saved: Saved) -> Path | None:
                 f"tokenizer: expected the {TOKENIZER_FILE} of the checkpoint in {path} (SHA-256 "
                 f"{saved.tokenizer[:12]}), got {'none' if got is None else f'another ({got[:12]})'}"
             )
-    return path if path.exists() else None
+    if path.exists():
+        return path
+    # GPT-2's two files
+    return directory if saved.folder and (directory / "merges.txt").exists() else None
 
 
 def load_text(choice: Path | Literal["bytes"] | None, directory: Path, saved: Saved) -> Text:

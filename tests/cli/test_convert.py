@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from mdn_jax import MDNConfig, MDNForCausalLM
-from mdn_jax.cli import convert
+from mdn_jax.cli import convert, generate
 from mdn_jax.cli.convert import main
 from mdn_jax.models import AttentionConfig
 from mdn_jax.saved.model import find_checkpoint, load_model, read_params
@@ -33,6 +35,13 @@ CONFIG = MDNConfig(
 )
 
 
+def save_tokenizer(folder):
+    """A tokenizer of three words, the last of which ends a text."""
+    library = Tokenizer(WordLevel({"a": 0, "b": 1, "<|endoftext|>": 2}, unk_token="a"))
+    library.save(str(folder / "tokenizer.json"))
+    return (folder / "tokenizer.json").read_text()
+
+
 def convert_there_and_back(source, between, target, *flags):
     assert main(["import", str(source), str(between)]) == 0
     assert main(["export", str(between), str(target), *flags]) == 0
@@ -42,13 +51,15 @@ def convert_there_and_back(source, between, target, *flags):
 def test_there_and_back_is_exact(tmp_path, capsys, dtype):
     tensors = published(CONFIG, dtype)
     source = make_folder(tmp_path / "in", CONFIG, tensors, 3)
-    (source / "tokenizer.json").write_text("{}")
+    words = save_tokenizer(source)
+    (source / "special_tokens_map.json").write_text('{"eos_token": "b"}')
     flags = ["--shard-gb", "1e-5"]
     convert_there_and_back(source, tmp_path / "ours", tmp_path / "out", *flags)
     assert_same(tensors_of(tmp_path / "out"), tensors)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.items() >= (CONFIG.to_dict() | {"torch_dtype": np.dtype(dtype).name}).items()
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == words
+    assert (tmp_path / "out" / "special_tokens_map.json").read_text() == '{"eos_token": "b"}'
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert np.dtype(dtype).name in capsys.readouterr().out
     model = load_model(find_checkpoint(tmp_path / "ours"))
@@ -209,3 +220,46 @@ def test_a_model_keeps_its_parameters(checkpoint):
     assert model.dtype == "bfloat16"
     expected = MDNForCausalLM(saved.model, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(model.embeddings[...], expected.embeddings[...])
+
+
+def test_an_exported_folder_has_what_other_tools_look_for(corpus, tmp_path, capsys):
+    config = tiny_config(corpus, tmp_path / "run")
+    train(config)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "bytes")]) == 0
+    card = (tmp_path / "bytes" / "README.md").read_text()
+    assert "library_name: mdn-jax" in card
+    assert f"Trained for {config.steps} steps of {config.batch_size} rows" in card
+    assert "Loss on held-out text: " in card
+    published_config = json.loads((tmp_path / "bytes" / "config.json").read_text())
+    assert published_config["architectures"] == ["MomentumDeltaNetForCausalLM"]
+    assert "eos_token_id" not in published_config
+    assert json.loads((tmp_path / "bytes" / "generation_config.json").read_text()) == {}
+    assert not (tmp_path / "bytes" / "tokenizer_config.json").exists()
+    capsys.readouterr()
+    (text,) = {said_by(tmp_path / name, capsys) for name in ("run", "bytes")}
+    assert len(text) > 4
+
+
+def said_by(directory, capsys):
+    """A text by the model, wherever it lies."""
+    flags = ["--prompt", "x = ", "--max-new-tokens", "6", "--implementation", "scan"]
+    assert generate.main([str(directory), *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_ids_and_names_come_from_the_tokenizer(tmp_path):
+    plain = dataclasses.replace(CONFIG, extras=())
+    source = make_folder(tmp_path / "in", plain, published(plain))
+    save_tokenizer(source)
+    convert_there_and_back(source, tmp_path / "ours", tmp_path / "out")
+
+    def fields(name):
+        return json.loads((tmp_path / "out" / name).read_text())
+
+    assert fields("config.json")["eos_token_id"] == 2
+    assert fields("generation_config.json") == {"eos_token_id": 2}
+    named = fields("tokenizer_config.json")
+    assert named["eos_token"] == "<|endoftext|>"
+    assert named["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "bos_token" not in named
+    assert "Trained for" not in (tmp_path / "out" / "README.md").read_text()

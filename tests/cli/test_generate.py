@@ -198,3 +198,10 @@ def test_ctrl_c_keeps_what_there_is(checkpoint, tmp_path):
     assert process.returncode == 130
     with np.load(tmp_path / "state") as state:
         assert state["position"][0] > len("start:") + 8  # a broken character shows as 3 bytes
+
+
+def test_the_place_of_the_state_is_checked_first(tmp_path, capsys):
+    """Before the checkpoint is read, which there is none of."""
+    place = tmp_path / "nowhere" / "state.npz"
+    assert main([str(tmp_path), "--save-state", str(place)]) == 1
+    assert capsys.readouterr().err.endswith(f"No such file or directory: '{place}'\n")

@@ -314,3 +314,28 @@ def test_attention_without_shared_heads(tmp_path):
     (tmp_path / "out").mkdir()
     write_folder(tmp_path / "out", config, folder_parameters(folder))
     assert_same(tensors_of(tmp_path / "out"), tensors)
+
+
+def test_one_entry_for_all_value_heads_of_one_key_head(tmp_path):
+    """As the published layer keeps it; what differs by value head is written as it is."""
+    config = dataclasses.replace(TINY, num_heads=1, num_v_heads=2)
+    names = ("A_log", "Mu_log", "log_factor")
+    many = published(config)
+    one = {k: x[:1] if k.endswith(names) else x for k, x in many.items()}
+    assert sum(x.shape == (1,) for x in one.values()) == 3 * config.num_hidden_layers
+    for i, tensors in enumerate((one, many)):
+        folder = make_folder(tmp_path / f"in{i}", config, tensors)
+        model = model_from_folder(folder)
+        gates = model.layers[0].mixer.gates
+        for ours, name in (("a_log", "A_log"), ("mu_log", "Mu_log"), ("log_factor", "log_factor")):
+            expected = np.broadcast_to(tensors[f"model.layers.0.attn.{name}"], (2,))
+            np.testing.assert_array_equal(getattr(gates, ours)[...], expected)
+        assert_same(official_state_dict(model), tensors)
+        (tmp_path / f"out{i}").mkdir()
+        read = read_folder(folder)
+        write_folder(tmp_path / f"out{i}", read.config, folder_parameters(read))
+        assert_same(tensors_of(tmp_path / f"out{i}"), tensors)
+    two = dataclasses.replace(TINY, num_heads=2, num_v_heads=4)
+    tensors = {k: x[:1] if k.endswith("A_log") else x for k, x in published(two).items()}
+    with pytest.raises(ValueError, match=r"A_log: expected shape \[4\], got \[1\]"):
+        model_from_folder(make_folder(tmp_path / "two", two, tensors))

@@ -12,6 +12,7 @@ from benchmarks import inspect as command
 from pallas_kernels import offline_compile
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
 from pallas_kernels.offline_compile import CI, Case, Kernel, KernelReport
+from pallas_kernels.target import target_gpu
 from tests.kernels import compiled
 
 KERNELS = {
@@ -111,7 +112,7 @@ def test_odd_dims_and_vmap_lower():
     keys, values = (jax.ShapeDtypeStruct((2, 1, 70, 3, size), jnp.float16) for size in (24, 40))
     state = jax.ShapeDtypeStruct((2, 1, 3, 24, 40), jnp.float32)
     x = Tokens(keys, keys, values, None, per_step, per_step, per_step, per_step)
-    with offline_compile.abstract_gpu((9, 0)):
+    with target_gpu((9, 0)):
         traced = jax.jit(jax.vmap(gradient)).trace(x, Memory(state, state))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(name in text for name in KERNELS)
@@ -124,7 +125,7 @@ def test_shard_map_lowers():
     state = jax.ShapeDtypeStruct((2, 1, 16, 16), jnp.float32)
     x = Tokens(keys, keys, keys, None, per_step, per_step, per_step, per_step)
     data = PartitionSpec("data")
-    with offline_compile.abstract_gpu((9, 0), {"data": 2}):
+    with target_gpu((9, 0), {"data": 2}):
         sharded = jax.shard_map(gradient, in_specs=(data, data), out_specs=data)
         traced = jax.jit(sharded).trace(x, Memory(state, state))
         traced.lower(lowering_platforms=("cuda",))

@@ -3,13 +3,15 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from mdn_jax import MDNState, momentum_delta_rule
-from mdn_jax.testing import random_inputs, relative_errors
+from mdn_jax.ops import TRITON_CALL, target_gpu
+from mdn_jax.testing import random_inputs, relative_error, relative_errors
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["scan", "xla"])
 
@@ -130,7 +132,7 @@ def test_forward_mode_is_for_the_scan():
         return jax.jvp(outputs, (inputs["v"],), (inputs["v"],))[1]
 
     assert bool(jnp.isfinite(derivative("scan")).all())
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(TypeError, match=r'implementation: expected "scan" .*, got "xla"'):
         derivative("xla")
 
 
@@ -171,3 +173,72 @@ def gradient_memory(implementation, *, batch, length, heads, key_dim, value_dim)
     gradient = jax.jit(jax.grad(loss, argnums=tuple(range(7))))
     compiled = gradient.lower(wide, wide, value, gate, gate, gate, gate).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+@IMPLEMENTATIONS
+def test_export_of_any_length(implementation):
+    """One program for all lengths, gradients too."""
+    inputs = random_inputs(seed=6, batch=1, length=150, heads=1, initial_state=False)
+
+    def loss(x):
+        o, state = momentum_delta_rule(**x, implementation=implementation)
+        return jnp.sum(o * o) + jnp.sum(state.s * state.m)
+
+    both = jax.jit(jax.value_and_grad(loss))
+    (length,) = jax.export.symbolic_shape("T")
+    shapes = {
+        name: jax.ShapeDtypeStruct((1, length, *x.shape[2:]), x.dtype) for name, x in inputs.items()
+    }
+    exported = jax.export.export(both)(shapes)
+    for count in (1, 150):
+        cut = {name: x[:, :count] for name, x in inputs.items()}
+        (value, gradients), (expected, wanted) = exported.call(cut), both(cut)
+        assert float(value) == pytest.approx(float(expected), rel=1e-5)
+        assert max(relative_error(gradients[x], wanted[x]) for x in wanted) <= 2e-5
+    with pytest.raises(ValueError, match="pallas_triton"), target_gpu():
+        jax.export.export(
+            jax.jit(partial(momentum_delta_rule, implementation="pallas_triton")),
+            platforms=["cuda"],
+        )(**shapes)
+
+
+def test_a_state_of_zeros_can_be_donated():
+    inputs = random_inputs(seed=7, batch=1, length=1, initial_state=False)
+    sizes = (*inputs["v"].shape[::2], inputs["k"].shape[-1], inputs["v"].shape[-1])
+    step = jax.jit(
+        lambda state: momentum_delta_rule(**inputs, initial_state=state)[1], donate_argnums=0
+    )
+    state = MDNState.zeros(*sizes)
+    assert state.s.unsafe_buffer_pointer() != state.m.unsafe_buffer_pointer()
+    state = step(step(state))
+    assert bool(jnp.isfinite(state.s).all())
+
+
+def test_export_for_a_gpu_that_is_elsewhere():
+    inputs = random_inputs(seed=8, batch=1, length=70, heads=1, initial_state=False)
+
+    def both(x, implementation):
+        return jax.grad(
+            lambda x: jnp.sum(momentum_delta_rule(**x, implementation=implementation)[0])
+        )(x)
+
+    def exported(implementation):
+        return jax.export.export(
+            jax.jit(partial(both, implementation=implementation)),
+            platforms=["cuda"],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(TRITON_CALL)],
+        )(inputs)
+
+    with target_gpu((9, 0)):
+        for implementation in (None, "pallas_triton"):
+            text = exported(implementation).mlir_module()
+            assert text.count(TRITON_CALL) > 5
+            assert "mdn_gate_bwd" in text
+        assert TRITON_CALL not in exported("xla").mlir_module()
+    with pytest.raises(ValueError, match=r"expects a CUDA GPU .*target_gpu"):
+        exported("pallas_triton")
+    with (
+        pytest.raises(ValueError, match=r"capability: expected one of .*, got \(7, 5\)"),
+        target_gpu((7, 5)),
+    ):
+        pass

@@ -33,6 +33,8 @@ def test_a_checkpoint_and_a_folder_give_the_same_model(model, run, tmp_path):
         assert (
             call(mdn_jax.load(directory, implementation="scan"), TOKENS)[0] == expected[0]
         ).all()
+    wide = mdn_jax.load(tmp_path, dtype="bfloat16")
+    assert (mdn_jax.load(tmp_path).dtype, wide.dtype) == ("float32", "bfloat16")
     assert mdn_jax.load(run, step=0, dtype="bfloat16").dtype == jnp.bfloat16
     with pytest.raises(RunError, match=r"^step: expected one of \[0\] .*, got 7"):
         mdn_jax.load(run, step=7)
@@ -41,5 +43,5 @@ def test_a_checkpoint_and_a_folder_give_the_same_model(model, run, tmp_path):
 
 
 def test_another_directory_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^path: expected a directory with checkpoints/ or"):
+    with pytest.raises(ValueError, match=r"^path: expected the output directory of a run"):
         mdn_jax.load(tmp_path)

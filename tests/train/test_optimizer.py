@@ -10,6 +10,7 @@ from flax import nnx
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models import AttentionConfig, Mixer
 from tests.tiny import TINY_MODEL
+from train.config import TrainConfig
 from train.config_sections import OptimizerConfig
 from train.optimizer import decay_mask, group, group_norms, make_optimizer, make_schedule
 from train.parallel.sharding import partition
@@ -27,6 +28,15 @@ def test_published_schedule():
     assert schedule(middle) == pytest.approx((3e-4 + 3e-5) / 2, rel=1e-5)
     assert schedule(30_720) == pytest.approx(3e-5)
     assert schedule(99_999) == pytest.approx(3e-5)
+
+
+def test_the_warmup_follows_the_steps():
+    for steps, warmup in ((30_720, 1024), (300, 30), (12, 1), (3, 0)):
+        assert TrainConfig(steps=steps).optimizer.warmup_steps is None
+        schedule = make_schedule(OptimizerConfig(), steps)
+        assert schedule(warmup) == pytest.approx(3e-4)
+        assert warmup == 0 or schedule(warmup - 1) < 3e-4 * warmup / (warmup + 1)
+    assert make_schedule(OptimizerConfig(decay_steps=50), 9999)(5) == pytest.approx(3e-4)
 
 
 def test_schedule_without_warmup_starts_at_the_peak():

@@ -177,3 +177,15 @@ def test_rounding_the_matrices_once_changes_nothing():
     assert value == expected
     wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
     assert_identical(wide, expected_gradients)
+
+
+def test_the_step_lowers_for_a_tpu():
+    """Nothing in it is for one kind of device."""
+    model = MDNForCausalLM(
+        MDNConfig(**TINY_MODEL), implementation="xla", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    loss, params = split_model(model)
+    step = make_train_step(loss, OPTIMIZER, SCHEDULE)
+    state, batch = jax.eval_shape(lambda: init_state(params, OPTIMIZER)), random_batch(0, 2, 16)
+    text = jax.jit(step).trace(state, batch).lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.dot_general" in text

@@ -52,7 +52,7 @@ def test_an_unknown_key_is_named(path, message):
         (lambda: TrainConfig(steps=0), "steps: expected an int >= 1, got 0"),
         (lambda: TrainConfig(batch_size=6, accumulation=4), "accumulation: expected a divisor of"),
         (
-            lambda: TrainConfig(steps=1024),
+            lambda: TrainConfig(steps=1024, optimizer=OptimizerConfig(warmup_steps=1024)),
             r"optimizer\.warmup_steps: expected below the 1024 steps",
         ),
         (lambda: TrainConfig(sample_temperature=float("nan")), "sample_temperature: expected"),

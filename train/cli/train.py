@@ -60,6 +60,7 @@ def _report(config: TrainConfig, result: Result) -> None:
             f"{int(result.state.skipped)} step(s) refused: loss or gradient not finite, or a spike"
         )
     unit, of, loss = result.unit, result.unit.removeprefix("nats/"), result.held_out_loss
+    gain = result.unigram_entropy - loss
     if unit != "nats/byte":
         print(
             f"held-out loss {loss / result.bytes_per_token:.3f} nats/byte, at "
@@ -67,5 +68,6 @@ def _report(config: TrainConfig, result: Result) -> None:
         )
     print(
         f"held-out loss {loss:.3f} {unit}, unigram entropy of the same {of}s "
-        f"{result.unigram_entropy:.3f}, margin {result.unigram_entropy - loss:+.3f}"
+        f"{result.unigram_entropy:.3f} (what counting them would give): "
+        f"{abs(gain):.3f} {'better' if gain > 0 else 'worse'}"
     )

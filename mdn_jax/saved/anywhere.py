@@ -1,0 +1,57 @@
+"""Models where they lie: in the directory of a run or a conversion, or in a published folder."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from mdn_jax.interop.folder import model_from_folder, read_folder
+from mdn_jax.models import MDNForCausalLM
+from mdn_jax.ops.api import Implementation
+from mdn_jax.saved.model import DIRECTORY, Saved, find_checkpoint, load_model
+
+
+def find_model(directory: Path, step: int | None = None) -> Saved:
+    """What `directory` holds: a checkpoint, or a folder with safetensors files.
+
+    Args:
+      directory: of a run, of `mdn-convert import`, published or of `mdn-convert export`.
+      step: the checkpoint of this step; None: the latest. A folder has none.
+
+    Raises:
+      NoModelError: neither of these.
+      RunError: a checkpoint that is not there or is damaged.
+      ValueError: files of a folder that do not fit, or a step of one.
+      ImportError: a folder, without the safetensors library.
+    """
+    if (directory / DIRECTORY).is_dir() or not any(directory.glob("*.safetensors")):
+        return find_checkpoint(directory, step)
+    if step is not None:
+        raise ValueError(f"step: expected None for a folder of one model, got {step}")
+    return Saved(directory, 0, read_folder(directory).config, None, folder=True)
+
+
+def load_found(
+    saved: Saved, *, dtype: str | None = None, implementation: Implementation | None = None
+) -> MDNForCausalLM:
+    """The model.
+
+    Args:
+      saved: from `find_model`.
+      dtype: of the computation; None: as in training, or the parameters' own.
+      implementation: of the momentum delta rule.
+
+    Raises:
+      RunError: parameters that do not fit or cannot be read.
+      ValueError: the same, of a folder.
+    """
+    if not saved.folder:
+        return load_model(saved, dtype=dtype, implementation=implementation)
+    own: Any = dtype or _own_dtype(saved.path)
+    return model_from_folder(saved.path, dtype=own, implementation=implementation)
+
+
+def _own_dtype(folder: Path) -> str:
+    """That of a folder's largest tensor, the embeddings or a projection; float16 has no model."""
+    tensors = read_folder(folder).tensors.values()
+    largest = max(tensors, key=lambda tensor: math.prod(tensor.shape))
+    return "bfloat16" if largest.dtype == "bfloat16" else "float32"
