@@ -141,8 +141,9 @@ def test_records_that_do_not_fit_are_named(tmp_path, records, changes, message):
     if changes:  # chats, which need a template
         pytest.importorskip("jinja2")
     (tmp_path / "t").write_text(CHATML)
-    data = write(tmp_path / "d", "jsonl", records) | COMPLETIONS | changes
-    data["chat_template"] = str(tmp_path / "t")
+    data = write(tmp_path / "d", "jsonl", records) | (changes or COMPLETIONS)
+    if changes:
+        data["chat_template"] = str(tmp_path / "t")
     with pytest.raises(RunError, match=message):
         load_data(run_of(DataConfig(**data), tmp_path / "run"))
 
