@@ -1,5 +1,6 @@
 """The wheel beside somebody else's project: two packages, four commands, and nothing in the way."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,8 @@ MYPY = "".join(
 
 def ran(*command: object, **options: object) -> str:
     """The output of a command that has to work."""
+    # with a checkout in it pip would find the project installed
+    options.setdefault("env", {k: x for k, x in os.environ.items() if k != "PYTHONPATH"})
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
