@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from examples import (
@@ -41,7 +43,12 @@ CODE = {
 
 @pytest.mark.parametrize("code", CODE, ids=CODE.values())
 def test_code_of_the_documents_runs(code):
-    exec(compile(code, "a document", "exec"), {})
+    names = {}
+    exec(compile(code, "a document", "exec"), names)
+    arrays = [x for x in jax.tree.leaves(names) if isinstance(x, jax.Array)]
+    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats
+    assert all(bool(jnp.isfinite(x).all()) for x in floats)
 
 
 @pytest.mark.slow

@@ -1,14 +1,15 @@
 """`python -m benchmarks mqar`: associative recall as Zoology sets it, accuracy against state."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import jax
 import tyro
 
+from benchmarks.experiment import ExperimentConfig, run_experiment
 from benchmarks.mqar import report
 from benchmarks.mqar.data import (
     EXTRAPOLATED,
@@ -27,14 +28,12 @@ from benchmarks.mqar.model import (
     state_entries,
 )
 from benchmarks.mqar.train import Recipe, Steps, draw_data
-from benchmarks.records import Records, compiled_once
-from benchmarks.run_reports import read_experiment
-from benchmarks.runs import Clock, checkpoint_name, groups, working_commit
-from mdn_jax.ops.api import Implementation
+from benchmarks.records import Records
+from benchmarks.runs import Clock, checkpoint_name, groups
 
 
 @dataclass(frozen=True)
-class MqarConfig:
+class MqarConfig(ExperimentConfig):
     """Trains models of two blocks on fixed rows, seeds and learning rates side by side.
 
     Runs that are in the output directory already are not made again, and one that was cut short
@@ -49,46 +48,22 @@ class MqarConfig:
     equal: tuple[Equal, ...] = get_args(Equal)
     """Comparisons: at one width with the published shapes, or with the width of the values chosen
     so that the states are equal. Models that are in both run once."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is one initialisation and one order of the rows."""
     learning_rates: tuple[float, ...] = (1e-3, 3.2e-3, 1e-2, 3.2e-2)
-    """The report shows the best one of each model, chosen on rows of their own."""
     epochs: int = 32
     """Passes over the rows, at most."""
     batch_size: int = 256
     """Rows in a step."""
-    weight_decay: float = 0.1
-    """Of matrices."""
     stop_at: float = 0.99
     """A run is done when its accuracy on the rows for the choice is above."""
     data_seed: int = 0
     """Of all rows."""
     side_by_side: int = 12
-    """Runs of a model that train at once, at most; fewer take less memory."""
-    implementation: Implementation | None = "xla"
-    """Of the rules; None: the best of each, whose kernels must work under `jax.vmap`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations."""
-    minutes: float | None = None
-    """The command stops cleanly when these are over, and goes on when it is called again."""
-    commit: str | None = None
-    """What the records name; None: what git says of the working directory."""
-    report: tuple[Path, ...] = ()
-    """Files of records to write the table and the figure of; nothing is trained."""
     output: Path = Path("runs/mqar")
-    """Directory of `results.jsonl`, `table.md`, `accuracy.png` and checkpoints (`unfinished`)."""
-    smoke: bool = False
-    """Whether it runs, not how well: tiny models and rows, one width, two epochs."""
 
     def __post_init__(self) -> None:
-        for name in ("mixers", "widths", "equal", "seeds", "learning_rates"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: expected at least one, got none")
-        for name in ("epochs", "batch_size", "side_by_side"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes: expected a number > 0 or None, got {self.minutes!r}")
+        super().__post_init__()
+        self.check_some("mixers", "widths", "equal")
+        self.check_positive("epochs", "batch_size")
         for width in self.widths:
             model_shape("gdn", width, "width", VOCABULARY)  # raises
         least = min(setting.rows for setting in TRAINED)
@@ -142,31 +117,11 @@ def shapes_of(config: MqarConfig) -> list[Shape]:
 
 def mqar(config: Annotated[MqarConfig, tyro.conf.arg(name="")]) -> None:
     """Writes records as runs finish, then the table and the figure."""
-    if config.report:
-        print(report.write(read_experiment(config.report, "mqar"), config.output))
-        return
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
-    # the default leaves a quarter of the device unused; read when jax first asks for devices
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    clock, path = Clock(config.minutes), config.output / "results.jsonl"
-    commit = config.commit or working_commit(needed=not config.smoke)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
-    with Records(path) as records, compiled_once(config.output):
-        try:
-            complete = _train(config, records, clock, commit)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise SystemExit(
-                f"side_by_side: expected what fits into the memory, got {config.side_by_side} "
-                "runs at once"
-            ) from error
-        found = records.find({"experiment": "mqar", "recipe": recipe_of(config)._asdict()})
-    if found:
-        print(report.write(found, config.output))
-    if not complete:
-        print(f"The {config.minutes:g} minutes are over; the same command goes on.")
+    train = partial(_train, config)
+    recipe = recipe_of(config)._asdict()
+    run_experiment("mqar", config, recipe=recipe, train=train, write=report.write)
 
 
 def _train(config: MqarConfig, records: Records, clock: Clock, commit: str) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,15 +10,14 @@ import jax
 import tyro
 
 from benchmarks.equal_models import model_size
-from benchmarks.records import Records, compiled_once
-from benchmarks.run_reports import read_experiment
-from benchmarks.runs import Clock, checkpoint_name, groups, working_commit
+from benchmarks.experiment import ExperimentConfig, run_experiment
+from benchmarks.records import Records
+from benchmarks.runs import Clock, checkpoint_name, groups
 from benchmarks.tasks.tracking import Group, Tracking
 from benchmarks.tracking import report
 from benchmarks.tracking.train import Experiment, Finished, Recipe, train_group
 from benchmarks.tracking.variants import NAMES, Variant, largest_factor, variant_config
 from mdn_jax import MDNConfig
-from mdn_jax.ops.api import Implementation
 
 TaskName = Literal["parity", "mod3", "mod5", "s5"]
 
@@ -27,7 +25,7 @@ _GROUPS: dict[TaskName, Group] = {"parity": "z2", "mod3": "z3", "mod5": "z5", "s
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(ExperimentConfig):
     """Trains models on short rows, seeds and learning rates side by side; tests them on long ones.
 
     Runs that are in the output directory already are not made again, and one that was cut short
@@ -49,51 +47,27 @@ class TrackingConfig:
     """Layers of the models."""
     heads: int = 4
     """Key heads of the models; the width of a key head is `hidden_size / heads`."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is one initialisation and one sequence of rows."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Peaks; the report shows the best one of each model, chosen on rows of their own."""
     steps: int = 8000
     """Optimizer steps."""
     batch_size: int = 64
     """Rows in a step."""
-    weight_decay: float = 0.1
-    """Of matrices."""
     points: int = 40
     """Measurements of the training curve; between two of them the command can stop."""
     test_rows: int = 512
     """Rows that the accuracy is measured on, and as many for the choice of the learning rate."""
     test_batch: int = 16
     """Of these at once, for each run."""
-    side_by_side: int = 9
-    """Runs of a model that train at once, at most; fewer take less memory."""
-    implementation: Implementation | None = "xla"
-    """Of the rules; None: the best of each, whose kernels must work under `jax.vmap`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations."""
-    minutes: float | None = None
-    """The command stops cleanly when these are over, and goes on when it is called again."""
-    commit: str | None = None
-    """What the records name; None: what git says of the working directory."""
-    report: tuple[Path, ...] = ()
-    """Files of records to write the table and the figure of; nothing is trained."""
     output: Path = Path("runs/tracking")
-    """Directory of `results.jsonl`, `table.md`, `accuracy.png` and checkpoints (`unfinished`)."""
-    smoke: bool = False
-    """Whether it runs, not how well: tiny models, short rows, few steps."""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "mixers", "tested", "seeds", "learning_rates"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: expected at least one, got none")
-        names = ("trained", "layers", "heads", "steps", "batch_size", "points")
-        for name in (*names, "test_rows", "test_batch", "side_by_side"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        super().__post_init__()
+        self.check_some("tasks", "mixers", "tested")
+        self.check_positive("trained", "layers", "heads", "steps", "batch_size", "points")
+        self.check_positive("test_rows", "test_batch")
         if any(x >= y for x, y in itertools.pairwise((0, *self.tested))):
             raise ValueError(f"tested: expected ascending ints >= 1, got {self.tested!r}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes: expected a number > 0 or None, got {self.minutes!r}")
         _model(self, "parity", "gdn")  # raises
 
 
@@ -121,35 +95,18 @@ def recipe_of(config: TrackingConfig) -> Recipe:
 
 def tracking(config: Annotated[TrackingConfig, tyro.conf.arg(name="")]) -> None:
     """Writes records as runs finish, then the table and the figure."""
-    if config.report:
-        print(report.write(read_experiment(config.report, "tracking"), config.output))
-        return
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
-    # the default leaves a quarter of the device unused; read when jax first asks for devices
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    clock, path = Clock(config.minutes), config.output / "results.jsonl"
-    commit = config.commit or working_commit(needed=not config.smoke)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
-    with Records(path) as records, compiled_once(config.output):
-        try:
-            complete = all(
-                _train(config, records, clock, commit, task, variant)
-                for task in config.tasks
-                for variant in config.mixers
-            )
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise SystemExit(
-                f"side_by_side: expected what fits into the memory, got {config.side_by_side} "
-                "runs at once"
-            ) from error
-        found = records.find({"experiment": "tracking", "recipe": recipe_of(config)._asdict()})
-    if found:
-        print(report.write(found, config.output))
-    if not complete:
-        print(f"The {config.minutes:g} minutes are over; the same command goes on.")
+
+    def train(records: Records, clock: Clock, commit: str) -> bool:
+        return all(
+            _train(config, records, clock, commit, task, variant)
+            for task in config.tasks
+            for variant in config.mixers
+        )
+
+    recipe = recipe_of(config)._asdict()
+    run_experiment("tracking", config, recipe=recipe, train=train, write=report.write)
 
 
 def _model(config: TrackingConfig, task: TaskName, variant: Variant) -> MDNConfig:

@@ -19,7 +19,8 @@ from mdn_jax.interop.companions import (
     with_tokens,
     write_companions,
 )
-from mdn_jax.saved.model import find_checkpoint, iterate_params, save_model, split_abstract
+from mdn_jax.models.sizes import parameter_count
+from mdn_jax.saved.model import find_checkpoint, iterate_params, save_model
 from mdn_jax.saved.record import read_record
 from mdn_jax.saved.tokens import tokenizer_beside
 from mdn_jax.text.vocabulary import TOKENIZER_FILE, Vocabulary
@@ -97,10 +98,9 @@ def _export(config: ExportConfig) -> int:
     vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
     model = with_tokens(saved.model, vocabulary)
     record = read_record(saved.path)
-    _, shapes = split_abstract(saved.model)
     card = model_card(
         model,
-        parameters=sum(x.size for x in jax.tree.leaves(shapes)),
+        parameters=parameter_count(saved.model),
         run=record.config,
         step=saved.step,
         held_out_loss=record.held_out_loss,

@@ -137,16 +137,21 @@ def model_from_folder(
     path: Path,
     *,
     implementation: Implementation | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    dtype: jax.typing.DTypeLike | None = None,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> MDNForCausalLM:
     """The model of a published folder; arguments as of `model_from_official`.
+
+    `dtype=None` is that of the folder's largest tensor, but float32 for float16.
 
     Raises:
       ValueError: a file that is missing or damaged, or tensors that do not fit.
       ImportError: without the safetensors library.
     """
     config, tensors = read_folder(path)
+    if dtype is None:
+        own = max(tensors.values(), key=lambda x: math.prod(x.shape)).dtype
+        dtype = "float32" if own == "float16" else own
     options: Any = {"implementation": implementation, "dtype": dtype, "param_dtype": param_dtype}
     lazy: Any = tensors
     return model_from_official(config.to_dict(), lazy, **options)

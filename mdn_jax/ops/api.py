@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.ops.arguments import (
@@ -17,7 +16,17 @@ from mdn_jax.ops.arguments import (
 )
 from mdn_jax.ops.chunkwise import chunkwise_rule
 from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
-from mdn_jax.ops.inputs import RuleInputs, document_starts, in_full_precision, l2_normalize
+from mdn_jax.ops.inputs import (
+    RuleInputs,
+    compute_dtype,
+    document_starts,
+    entering_state,
+    grouped,
+    in_full_precision,
+    l2_normalize,
+    product_precision,
+    wide_dtypes,
+)
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
 
@@ -101,69 +110,99 @@ def momentum_delta_rule(
     """
     _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(Implementation))
-    batch, length, heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    compute = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    implementation = _chosen(implementation, q, v, p, scale, chunk_size)
+    compute = compute_dtype(q)
     gates = [jnp.asarray(x, compute) for x in (log_alpha, log_mu, beta, eta)]
     state = None
     if initial_state is not None:
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
-    scale = key_dim**-0.5 if scale is None else scale
-    if implementation is None:
-        lacking = kernels_lack("pallas_triton", q, v, p, scale, chunk_size)
-        implementation = "xla" if lacking else "pallas_triton"
-        warn_without_backend(lacking)
-    elif implementation in _KERNELS:
-        lacking = kernels_lack(implementation, q, v, p, scale, chunk_size)
-        if lacking:
-            raise ValueError(
-                f'implementation: "{implementation}" expects {lacking}; '
-                'use implementation="xla", or None for the best one that supports the call'
-            )
-    if implementation in _KERNELS:
-        with reverse_mode_alone(implementation):
+    arrays = (q, k, v, p, *gates)
+    with reverse_mode_alone(implementation):
+        if implementation in _KERNELS:
             return _on_kernels(
-                (q, k, v, p, *gates),
+                arrays,
                 state,
                 segment_ids,
                 scale=float(scale),
                 normalize=normalize_qk,
                 native=implementation == "triton",
             )
-    if state is None:
-        state = MDNState.zeros(batch, value_heads, key_dim, value_dim, compute)
-        # inside shard_map the states differ over the mesh axes that the inputs differ over
-        axes = tuple(jax.typeof(v).manual_axis_type.varying)
-        state = jax.tree.map(lambda y: jax.lax.pcast(y, axes, to="varying"), state)
+        return _portable(
+            arrays,
+            state,
+            segment_ids,
+            scale=scale,
+            normalize=normalize_qk,
+            chunk_size=chunk_size,
+            definition=implementation == "scan",
+        )
 
-    def grouped(x: Array) -> Array:  # [B, T, HV, ...] -> [B, T, H, G, ...]
-        return x.reshape(batch, length, heads, -1, *x.shape[3:]).astype(compute)
 
+def _chosen(
+    implementation: Implementation | None,
+    q: Array,
+    v: Array,
+    p: Array | None,
+    scale: float | Array,
+    chunk_size: int | None,
+) -> Implementation:
+    """What runs.
+
+    Raises:
+      ValueError: kernels that do not support the call.
+    """
+    if implementation is None:
+        lacking = kernels_lack("pallas_triton", q, v, p, scale, chunk_size)
+        warn_without_backend(lacking)
+        return "xla" if lacking else "pallas_triton"
+    if implementation in _KERNELS:
+        lacking = kernels_lack(implementation, q, v, p, scale, chunk_size)
+        if lacking:
+            raise ValueError(
+                f'implementation: "{implementation}" expects {lacking}; '
+                'use implementation="xla", or None for the best one that supports the call'
+            )
+    return implementation
+
+
+def _portable(
+    arrays: tuple[Any, ...],
+    state: MDNState | None,
+    segment_ids: Array | None,
+    *,
+    scale: float | Array,
+    normalize: bool,
+    chunk_size: int | None,
+    definition: bool,
+) -> tuple[Array, MDNState]:
+    """On any device: the definition, or the chunk algorithm."""
+    q, k, v, p, *gates = arrays
+    batch, _, heads, key_dim = q.shape
+    compute = compute_dtype(q)
+    shape = (batch, v.shape[2], key_dim, v.shape[3])
+    state = MDNState(*(entering_state(x, shape, compute, v) for x in state or (None, None)))
     q, k = q.astype(compute), k.astype(compute)
+    log_alpha, log_mu, beta, eta = (grouped(x, heads, compute) for x in gates)
     inputs = RuleInputs(
-        q=l2_normalize(q) if normalize_qk else q,
-        k=l2_normalize(k) if normalize_qk else k,
-        v=grouped(v),
-        log_alpha=grouped(gates[0]),
-        log_mu=grouped(gates[1]),
-        beta=grouped(gates[2]),
-        eta=grouped(gates[3]),
-        p=None if p is None else grouped(p),
-        starts=document_starts(segment_ids, (batch, length)),
+        q=l2_normalize(q) if normalize else q,
+        k=l2_normalize(k) if normalize else k,
+        v=grouped(v, heads, compute),
+        log_alpha=log_alpha,
+        log_mu=log_mu,
+        beta=beta,
+        eta=eta,
+        p=None if p is None else grouped(p, heads, compute),
+        starts=document_starts(segment_ids, (batch, q.shape[1])),
     )
-    if implementation == "scan":
+    if definition:
         o, state = scan_rule(inputs, state, scale=scale, chunk_size=chunk_size)
     else:
-        full = v.dtype.itemsize > 2 or in_full_precision()
-        with reverse_mode_alone(implementation):
-            o, state = chunkwise_rule(
-                inputs,
-                state,
-                scale=scale,
-                chunk_size=chunk_size,
-                precision=lax.Precision.HIGHEST if full else lax.Precision.DEFAULT,
-            )
-    return o.reshape(batch, length, value_heads, value_dim).astype(v.dtype), state
+        precision = product_precision(v)
+        o, state = chunkwise_rule(
+            inputs, state, scale=scale, chunk_size=chunk_size, precision=precision
+        )
+    return o.reshape(v.shape).astype(v.dtype), state
 
 
 def _capability() -> tuple[int, int] | None:
@@ -283,8 +322,7 @@ def _check(
     check_values(q, k, v)
     batch, length, heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
-    double = q.dtype == jnp.float64
-    wide = ("float32", "float64") if double else ("float32",)
+    wide = wide_dtypes(q)
     per_head = (batch, length, value_heads)
     for name, x in (("log_alpha", log_alpha), ("log_mu", log_mu)):
         check_array(name, x, per_head, "[B, T, HV]")

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 L2_EPSILON = 1e-6
@@ -44,6 +45,38 @@ def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
 def in_full_precision() -> bool:
     """Whether `jax.default_matmul_precision` asks for products of all digits of float32."""
     return jax.config.jax_default_matmul_precision in _FULL_PRECISION
+
+
+def product_precision(v: Array) -> lax.Precision:
+    """Of the products with K- and V-sized operands, by the dtype of the values."""
+    full = v.dtype.itemsize > 2 or in_full_precision()
+    return lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
+
+
+def wide_dtypes(q: Array) -> tuple[str, ...]:
+    """Dtypes of gates and states beside these queries."""
+    return ("float32", "float64") if q.dtype == jnp.float64 else ("float32",)
+
+
+def compute_dtype(q: Array) -> jnp.dtype:
+    """What the rules compute in."""
+    return jnp.dtype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
+
+
+def entering_state(
+    given: Array | None, shape: tuple[int, ...], dtype: jnp.dtype, like: Array
+) -> Array:
+    """The state before the first step: as given, or zeros."""
+    if given is not None:
+        return jnp.asarray(given, dtype)
+    # inside shard_map the states differ over the mesh axes that the inputs differ over
+    varying = tuple(jax.typeof(like).manual_axis_type.varying)
+    return lax.pcast(jnp.zeros(shape, dtype), varying, to="varying")
+
+
+def grouped(x: Array, heads: int, dtype: jnp.dtype) -> Array:
+    """`[B, T, HV, ...] -> [B, T, H, G, ...]`, in the dtype to compute in."""
+    return x.reshape(*x.shape[:2], heads, -1, *x.shape[3:]).astype(dtype)
 
 
 def document_starts(

@@ -23,7 +23,7 @@ _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def scan_rule(
-    inputs: RuleInputs, state: MDNState, *, scale: float, chunk_size: int | None
+    inputs: RuleInputs, state: MDNState, *, scale: float | Array, chunk_size: int | None
 ) -> tuple[Array, MDNState]:
     """Runs the recurrence step by step.
 

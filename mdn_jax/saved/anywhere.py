@@ -1,8 +1,6 @@
 """Models where they lie: in the directory of a run or a conversion, or in a published folder."""
 
-import math
 from pathlib import Path
-from typing import Any
 
 from mdn_jax.interop.folder import model_from_folder, read_folder
 from mdn_jax.models import MDNForCausalLM
@@ -46,12 +44,4 @@ def load_found(
     """
     if not saved.folder:
         return load_model(saved, dtype=dtype, implementation=implementation)
-    own: Any = dtype or _own_dtype(saved.path)
-    return model_from_folder(saved.path, dtype=own, implementation=implementation)
-
-
-def _own_dtype(folder: Path) -> str:
-    """That of a folder's largest tensor, the embeddings or a projection; float16 has no model."""
-    tensors = read_folder(folder).tensors.values()
-    largest = max(tensors, key=lambda tensor: math.prod(tensor.shape))
-    return "bfloat16" if largest.dtype == "bfloat16" else "float32"
+    return model_from_folder(saved.path, dtype=dtype, implementation=implementation)

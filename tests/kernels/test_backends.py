@@ -61,8 +61,10 @@ def test_a_module_without_its_parameters_is_gone_too(monkeypatch):
 @pytest.mark.parametrize("length", [20, 2])  # chunks, and the decode kernel's steps
 def test_none_falls_back_and_warns_once(gone, length):
     inputs = INPUTS if length == 20 else random_inputs(seed=1, length=length)
-    with pytest.warns(MissingBackendWarning, match=r"Triton backend.*without it; .*xla"):
+    match = r"Triton backend.*without it; .*xla"
+    with pytest.warns(MissingBackendWarning, match=match) as caught:
         chosen = momentum_delta_rule(**inputs)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         momentum_delta_rule(**inputs)
@@ -72,8 +74,9 @@ def test_none_falls_back_and_warns_once(gone, length):
 
 
 def test_the_gated_rule_warns_too(gone):
-    with pytest.warns(MissingBackendWarning):
+    with pytest.warns(MissingBackendWarning) as caught:
         gated_delta_rule(*(INPUTS[x] for x in ("q", "k", "v", "log_alpha", "beta")))
+    assert [warning.filename for warning in caught] == [__file__]  # where the rule was called
 
 
 @pytest.mark.parametrize("rule", [momentum_delta_rule, gated_delta_rule])
@@ -89,12 +92,13 @@ def test_the_named_implementation_says_why(gone, rule):
 
 
 def test_what_the_kernels_never_ran_is_no_reason_to_warn(gone, monkeypatch):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         momentum_delta_rule(**random_inputs(seed=1, length=2, key_dim=257))
         momentum_delta_rule(**INPUTS, chunk_size=16)
         monkeypatch.setattr(api, "_capability", lambda: None)
         momentum_delta_rule(**INPUTS)
+    assert [x for x in caught if x.category is MissingBackendWarning] == []
 
 
 @quietly

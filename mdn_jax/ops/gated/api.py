@@ -10,16 +10,16 @@ from mdn_jax.ops.arguments import VALUE_DTYPES, check_array, check_dtype, check_
 from mdn_jax.ops.fallback import warn_without_backend
 from mdn_jax.ops.gated import mosaic
 from mdn_jax.ops.gated.inputs import GatedInputs
-from mdn_jax.ops.gated.portable import (
-    check_common,
-    check_gate,
+from mdn_jax.ops.gated.portable import check_common, check_gate, run_portable
+from mdn_jax.ops.inputs import (
     compute_dtype,
+    document_starts,
     entering_state,
     grouped,
-    run_portable,
+    in_full_precision,
+    l2_normalize,
     wide_dtypes,
 )
-from mdn_jax.ops.inputs import document_starts, in_full_precision, l2_normalize
 from mdn_jax.ops.state import MDNState
 
 GatedImplementation = Literal["scan", "xla", "mosaic_gpu", "pallas_triton"]

@@ -11,13 +11,16 @@ from mdn_jax.ops.gated.portable import (
     PortableImplementation,
     check_common,
     check_gate,
+    run_portable,
+)
+from mdn_jax.ops.inputs import (
     compute_dtype,
+    document_starts,
     entering_state,
     grouped,
-    run_portable,
+    l2_normalize,
     wide_dtypes,
 )
-from mdn_jax.ops.inputs import document_starts, l2_normalize
 
 
 def gated_delta_rule_2(

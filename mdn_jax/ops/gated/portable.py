@@ -2,29 +2,16 @@
 
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from mdn_jax.ops.arguments import check_array, check_dtype, check_segment_ids, check_values
 from mdn_jax.ops.gated.chunkwise import chunkwise_gated
 from mdn_jax.ops.gated.inputs import GatedInputs
 from mdn_jax.ops.gated.scan import scan_gated
-from mdn_jax.ops.inputs import in_full_precision
+from mdn_jax.ops.inputs import product_precision
 
 PortableImplementation = Literal["scan", "xla"]
 """What runs on any device: the definition, and the chunk algorithm."""
-
-
-def wide_dtypes(q: Array) -> tuple[str, ...]:
-    """Dtypes of gates and states beside these queries."""
-    return ("float32", "float64") if q.dtype == jnp.float64 else ("float32",)
-
-
-def compute_dtype(q: Array) -> jnp.dtype:
-    """What the rules compute in."""
-    return jnp.dtype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
 
 
 def check_common(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
@@ -40,22 +27,6 @@ def check_gate(
     """Raises ValueError or TypeError unless a gate or a state has this shape and such a dtype."""
     check_array(name, x, shape, letters)
     check_dtype(name, x, dtypes, f"(with {q.dtype.name} q)")
-
-
-def entering_state(
-    given: Array | None, shape: tuple[int, ...], dtype: jnp.dtype, like: Array
-) -> Array:
-    """The state before the first step: as given, or zeros."""
-    if given is not None:
-        return jnp.asarray(given, dtype)
-    # inside shard_map the states differ over the mesh axes that the inputs differ over
-    varying = tuple(jax.typeof(like).manual_axis_type.varying)
-    return lax.pcast(jnp.zeros(shape, dtype), varying, to="varying")
-
-
-def grouped(x: Array, heads: int, dtype: jnp.dtype) -> Array:
-    """`[B, T, HV, ...] -> [B, T, H, G, ...]`, in the dtype to compute in."""
-    return x.reshape(*x.shape[:2], heads, -1, *x.shape[3:]).astype(dtype)
 
 
 def run_portable(
@@ -83,9 +54,3 @@ def run_portable(
             precision=product_precision(v),
         )
     return o.reshape(v.shape).astype(v.dtype), final.reshape(state.shape)
-
-
-def product_precision(v: Array) -> lax.Precision:
-    """Of the products with K- and V-sized operands, by the dtype of the values."""
-    full = v.dtype.itemsize > 2 or in_full_precision()
-    return lax.Precision.HIGHEST if full else lax.Precision.DEFAULT

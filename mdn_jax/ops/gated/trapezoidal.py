@@ -24,13 +24,17 @@ from mdn_jax.ops.gated.portable import (
     PortableImplementation,
     check_common,
     check_gate,
+    run_portable,
+)
+from mdn_jax.ops.inputs import (
     compute_dtype,
+    document_starts,
     entering_state,
     grouped,
-    run_portable,
+    pad_time,
+    split_time,
     wide_dtypes,
 )
-from mdn_jax.ops.inputs import document_starts, pad_time, split_time
 
 
 class TrapezoidalState(NamedTuple):

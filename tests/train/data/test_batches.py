@@ -183,15 +183,12 @@ def test_preparation_goes_on_during_a_step_and_waiting_is_counted(tmp_path, monk
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_end_with_the_run(tmp_path, kind):
     run = run_of(data_of(kind, tmp_path / "data"), tmp_path / "run")
-    before = {thread.name for thread in threading.enumerate()}
+    before = set(threading.enumerate())
     read(run, 3)
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        left = [t for t in threading.enumerate() if "grain" in t.name and t.name not in before]
-        if not left:
-            return
-        time.sleep(0.01)
-    pytest.fail(f"{left}")
+    left = [t for t in threading.enumerate() if "grain" in t.name and t not in before]
+    for thread in left:  # told to end, and not waited for
+        thread.join(timeout=60)
+    assert [thread for thread in left if thread.is_alive()] == []
 
 
 def test_held_out_loss_per_byte_counts_the_bytes(tmp_path):
