@@ -1,8 +1,7 @@
 """The benchmarks as subcommands of `python -m benchmarks`."""
 
-from collections.abc import Sequence
-
-import tyro
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks.check import check
 from benchmarks.corpus.command import corpus
@@ -22,6 +21,29 @@ from benchmarks.tasks.command import tasks
 from benchmarks.throughput import throughput
 from benchmarks.tracking.command import tracking
 from benchmarks.training import training
+from mdn_jax.cli.common import parse_command
+
+PROGRAM = "python -m benchmarks"
+COMMANDS: dict[str, Callable[[Any], None]] = {
+    "check": check,
+    "corpus": corpus,
+    "decode": decode,
+    "generation": generation,
+    "guard": guard,
+    "inspect": inspect,
+    "kernels": kernels,
+    "language": language,
+    "mixers": mixers,
+    "mqar": mqar,
+    "numerics": numerics,
+    "parity": parity,
+    "scaling": scaling,
+    "stages": stages,
+    "tasks": tasks,
+    "throughput": throughput,
+    "tracking": tracking,
+    "training": training,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,29 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status 0; a benchmark that fails raises.
     """
-    tyro.extras.subcommand_cli_from_dict(
-        {
-            "check": check,
-            "corpus": corpus,
-            "decode": decode,
-            "generation": generation,
-            "guard": guard,
-            "inspect": inspect,
-            "kernels": kernels,
-            "language": language,
-            "mixers": mixers,
-            "mqar": mqar,
-            "numerics": numerics,
-            "parity": parity,
-            "scaling": scaling,
-            "stages": stages,
-            "tasks": tasks,
-            "throughput": throughput,
-            "tracking": tracking,
-            "training": training,
-        },
-        prog="python -m benchmarks",
-        description="Benchmarks; each checks correctness before it times. --version: prints it.",
-        args=arguments,
-    )
+    parse(arguments)()
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> Callable[[], None]:
+    """The command line as a benchmark with its configuration.
+
+    Raises:
+      SystemExit: an unknown benchmark or flag or a value that does not fit (after a message), or a
+        request for help.
+    """
+    about = "Benchmarks; each checks correctness before it times."
+    return parse_command(PROGRAM, about, COMMANDS, arguments)

@@ -92,12 +92,12 @@ def at_home[T](value: T) -> T:
     return new
 
 
-def parse_command(
+def parse_command[R](
     program: str,
     description: str | None,
-    commands: Mapping[str, Callable[[Any], int]],
+    commands: Mapping[str, Callable[[Any], R]],
     arguments: Sequence[str] | None,
-) -> Callable[[], int]:
+) -> Callable[[], R]:
     """The command line as one of several commands with its configuration; `~` as in `parse`.
 
     Args:
@@ -110,17 +110,17 @@ def parse_command(
       SystemExit: as of `parse`.
     """
 
-    def bind(command: Callable[[Any], int]) -> Callable[..., Callable[[], int]]:
+    def bind(command: Callable[[Any], R]) -> Callable[..., Callable[[], Any]]:
         kind = get_type_hints(command)["config"]
 
-        def bound(config: Annotated[kind, tyro.conf.arg(name="")]) -> Callable[[], int]:  # type: ignore[valid-type]
+        def bound(config: Annotated[kind, tyro.conf.arg(name="")]) -> Callable[[], Any]:  # type: ignore[valid-type]
             return partial(command, at_home(config))
 
         bound.__doc__ = command.__doc__
         return bound
 
     try:
-        chosen: Callable[[], int] = tyro.extras.subcommand_cli_from_dict(
+        chosen: Callable[[], R] = tyro.extras.subcommand_cli_from_dict(
             {name: bind(command) for name, command in commands.items()},
             prog=program,
             description=_about(description),
