@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import jax
 
-from benchmarks.records import Records, compiled_once
+from benchmarks.records import Records
 from benchmarks.run_reports import read_experiment
 from benchmarks.runs import Clock, working_commit
+from mdn_jax.compiled import compiled_once
 from mdn_jax.ops.api import Implementation
 
 
@@ -89,7 +90,10 @@ def run_experiment(
     clock = Clock(config.minutes)
     commit = config.commit or working_commit(needed=not config.smoke)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
-    with Records(config.output / "results.jsonl") as records, compiled_once(config.output):
+    with (
+        Records(config.output / "results.jsonl") as records,
+        compiled_once(config.output / "compiled"),
+    ):
         try:
             complete = train(records, clock, commit)
         except jax.errors.JaxRuntimeError as error:

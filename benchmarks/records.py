@@ -1,14 +1,10 @@
 """What a long command leaves on disk so that the same command need not do it again."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 
 class Records:
@@ -77,21 +73,3 @@ def _parsed(path: Path, line: str) -> dict[str, Any]:
 
 def _not_ours(path: Path, line: str) -> SystemExit:
     return SystemExit(f"{path}: expected lines of JSON, got {line[:40]!r}")
-
-
-@contextlib.contextmanager
-def compiled_once(directory: Path) -> Iterator[None]:
-    """Programs compiled inside are kept in `directory/compiled`, unless jax keeps them already."""
-    if jax.config.jax_compilation_cache_dir is not None:
-        yield
-        return
-    _keep_in(str(directory / "compiled"))
-    try:
-        yield
-    finally:
-        _keep_in(None)
-
-
-def _keep_in(directory: str | None) -> None:
-    jax.config.update("jax_compilation_cache_dir", directory)
-    compilation_cache.reset_cache()  # what was chosen before the first compilation stays otherwise

@@ -12,9 +12,10 @@ import jax
 import tyro
 from tabulate import tabulate
 
-from benchmarks.records import Records, compiled_once
+from benchmarks.records import Records
 from configs import CONFIGS
 from mdn_jax import MDNConfig
+from mdn_jax.compiled import compiled_once
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 
@@ -99,7 +100,10 @@ def throughput(config: Annotated[ThroughputConfig, tyro.conf.arg(name="")]) -> N
     apart = ("models", "lengths", "output", "smoke", "compile_only")
     recipe = {name: x for name, x in dataclasses.asdict(config).items() if name not in apart}
     rows: list[Row] = []
-    with Records(config.output / "results.jsonl") as records, compiled_once(config.output):
+    with (
+        Records(config.output / "results.jsonl") as records,
+        compiled_once(config.output / "compiled"),
+    ):
         for name in config.models:
             state = None
             for length in config.lengths:

@@ -1,5 +1,6 @@
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,11 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
 ).strip()
+
+# what a command compiles is kept for the next one; the workers have the first process's environment
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["XDG_CACHE_HOME"] = _cache.name
 
 import jax
 import pytest

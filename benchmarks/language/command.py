@@ -19,8 +19,9 @@ from benchmarks.language.models import Ablation, Hybrid, Model, make_models
 from benchmarks.language.run import How, Recipe, Source, train_and_measure
 from benchmarks.language.smoke import SMOKE, tiny_corpus
 from benchmarks.mqar.group import Clock
-from benchmarks.records import Records, compiled_once
+from benchmarks.records import Records
 from benchmarks.runs import working_commit
+from mdn_jax.compiled import compiled_once
 from mdn_jax.models import Mixer
 from mdn_jax.ops.api import Implementation
 
@@ -151,7 +152,10 @@ def language(config: Annotated[LanguageConfig, tyro.conf.arg(name="")]) -> None:
     per_run = config.steps * config.batch_size * config.sequence_length
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit}")
     print(f"{per_run:,} tokens a run{_passes(source, per_run)}, {len(models)} models", flush=True)
-    with Records(config.output / "results.jsonl") as records, compiled_once(config.output):
+    with (
+        Records(config.output / "results.jsonl") as records,
+        compiled_once(config.output / "compiled"),
+    ):
         complete = _train(config, recipe, source, models, records, clock, commit)
         found = records.find({"experiment": "language", "recipe": recipe._asdict()})
     if found:

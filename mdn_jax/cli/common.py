@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import tyro
 
 from mdn_jax.cli.interrupt import status_of
+from mdn_jax.compiled import compiled_once
 from mdn_jax.errors import RunError
 from mdn_jax.models import MDNForCausalLM
 from mdn_jax.ops.api import Implementation
@@ -135,6 +136,8 @@ def parse_command[R](
 def run(program: str, command: Callable[[], int]) -> int:
     """Runs a command with an error in what the user asked for as one line.
 
+    What it compiles is kept for the next one (`mdn_jax/compiled.py`).
+
     Args:
       program: name in messages.
       command: returns the exit status.
@@ -145,7 +148,8 @@ def run(program: str, command: Callable[[], int]) -> int:
     # Orbax logs the stack of every error that it raises as well
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return command()
+        with compiled_once():
+            return command()
     except (RunError, ValueError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):  # the reader has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,7 +18,8 @@ these lines wait for the chunk before. Where the walks fill the device badly the
 halves, in several launches (launches.py); each continues the results of the one before.
 
 Constraints: block_v is 16 or a multiple of 32 (register_layout.py). Results that are not finite are
-walked once more with care (isolation.py), so that no document sees another's.
+walked once more with care (isolation.py), so that no document sees another's: by a kernel of its
+own, `mdn_state_fwd_again`, for the registers of the first.
 
 Run it alone: `python -m benchmarks stages --stages state_fwd`.
 """
@@ -44,7 +45,7 @@ from pallas_kernels.momentum_delta.block_scaling import (
 from pallas_kernels.momentum_delta.block_specs import WalkSpecs
 from pallas_kernels.momentum_delta.isolation import clean, keeps_nothing
 from pallas_kernels.momentum_delta.isolation import times as times_exactly
-from pallas_kernels.momentum_delta.launches import launches
+from pallas_kernels.momentum_delta.launches import Launch, launches
 from pallas_kernels.momentum_delta.register_layout import RegisterLayout, join, split
 from pallas_kernels.momentum_delta.rows import STATE_SCALARS, ChunkScalar, FactorRow
 from pallas_kernels.momentum_delta.types import (
@@ -77,62 +78,91 @@ def state_fwd(x: Tokens, intra: IntraChunk, memory: Memory | None, options: Opti
     """The state pass; no memory means zeros.
 
     In one launch, or in several that take the walks in halves and each add to the results of those
-    before.
+    before; then a launch that walks again, with care, where the final memory is not finite.
     """
+    walks = WalkSpecs(x.sizes, options.tiles.state_fwd_block_v).walks
+    done = None
+    for launch in launches(walks, options.tiles.state_fwd_resident):
+        done = _walks(x, intra, memory, done, options, launch)
+    return _walks(x, intra, memory, done, options, None, carefully=True)
+
+
+def _walks(
+    x: Tokens,
+    intra: IntraChunk,
+    memory: Memory | None,
+    done: StatePass | None,
+    options: Options,
+    launch: Launch | None,
+    *,
+    carefully: bool = False,
+) -> StatePass:
+    """One launch; what earlier ones `done` stays where it is."""
     z = x.sizes
     block, storage = options.tiles.state_fwd_block_v, options.numerics.storage
-    from_zeros = memory is None
-    done: Any = None
-    for launch in launches(WalkSpecs(z, block).walks, options.tiles.state_fwd_resident):
-        specs = WalkSpecs(z, block, launch)
-        p = None if x.p is None else specs.keys(z.p_heads)
-        values, memory_specs, scale = specs.values(), specs.memory(), specs.scales(storage)
-        walked = Values(values, scale), specs.states(storage)
-        shapes = (
-            Values(z.per_head(z.value_dim, storage), z.scales(block, storage)),
-            z.states(block, storage),
-        )
-        tokens = (intra.walk_keys(x), x.v, intra.inverse, intra.factors)
-        # what earlier launches wrote stays where it is: places of operands, to those of results
-        after, results = len(jax.tree.leaves(tokens)), len(jax.tree.leaves(shapes))
-        aliases = {}
-        if launch is not None and memory is not None:
-            aliases = {after: results, after + 1: results + 1}
-        written = None
-        if done is not None:
-            written = done.v_new, done.states
-            aliases |= {after + 2 + i: i for i in range(results)}
-        done = kernel_call(
-            partial(
-                _state_fwd,
-                specs=specs,
-                warps=options.tiles.state_fwd_warps,
-                from_zeros=from_zeros,
-                precision=options.numerics.products,
-            ),
-            tokens,
-            memory,
-            written,
-            name="mdn_state_fwd",
-            grid=specs.grid,
-            in_specs=[
-                (WalkKeys(specs.keys(z.heads), p), values, specs.matrix(), specs.factors()),
-                None if memory is None else memory_specs,
-                None if written is None else walked,
-            ],
-            out_specs=StatePass(*walked, memory_specs),
-            out_shape=StatePass(*shapes, z.memory),
-            aliases=aliases,
-            warps=options.tiles.state_fwd_warps,
-            stages=options.tiles.state_fwd_stages,
-            interpret=options.interpret,
-        )
-        memory = done.final
-    result: StatePass = done
+    specs = WalkSpecs(z, block, launch)
+    p = None if x.p is None else specs.keys(z.p_heads)
+    out_specs = StatePass(
+        Values(specs.values(), specs.scales(storage)), specs.states(storage), specs.memory()
+    )
+    out_shape = StatePass(
+        Values(z.per_head(z.value_dim, storage), z.scales(block, storage)),
+        z.states(block, storage),
+        z.memory,
+    )
+    tokens = (intra.walk_keys(x), x.v, intra.inverse, intra.factors)
+    entering: Memory | None = memory
+    written: Any = done
+    written_specs: Any = None if done is None else out_specs
+    if done is not None and not carefully:  # halves continue the memory that others have left
+        entering, written, written_specs = done.final, done[:2], out_specs[:2]
+    # what was written stays where it is: places of operands, to those of results
+    at, results = len(jax.tree.leaves(tokens)), len(jax.tree.leaves(out_shape))
+    aliases = {}
+    if launch is not None and entering is not None:
+        aliases = {at: results - 2, at + 1: results - 1}
+    at += len(jax.tree.leaves(entering))
+    aliases |= {at + i: i for i in range(len(jax.tree.leaves(written)))}
+    body = partial(
+        _walk_again if carefully else _state_fwd,
+        specs=specs,
+        warps=options.tiles.state_fwd_warps,
+        precision=options.numerics.products,
+    )
+    result: StatePass = kernel_call(
+        body if carefully else partial(body, from_zeros=memory is None),
+        tokens,
+        entering,
+        written,
+        name="mdn_state_fwd_again" if carefully else "mdn_state_fwd",
+        grid=specs.grid,
+        in_specs=[
+            (WalkKeys(specs.keys(z.heads), p), specs.values(), specs.matrix(), specs.factors()),
+            None if entering is None else out_specs.final,
+            written_specs,
+        ],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        aliases=aliases,
+        warps=options.tiles.state_fwd_warps,
+        stages=1 if carefully else options.tiles.state_fwd_stages,
+        interpret=options.interpret,
+    )
     return result
 
 
-def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
+def _walk_again(tokens, memory, done, out, *, warps, **walk):
+    """What is not finite stays so to the end of its row, by then in other documents as well."""
+    layout = RegisterLayout(warps, out.final.s.shape[1])
+    key_dim = out.final.s.shape[0]
+    found = layout.load(done.final.s, key_dim) * 0.0 + layout.load(done.final.m, key_dim) * 0.0
+    again = partial(_state_fwd, tokens, memory, None, out, warps=warps, carefully=True, **walk)
+    pl.when(jnp.sum(found) != 0.0)(again)
+
+
+def _state_fwd(
+    tokens, memory, _, out, *, specs, warps, precision, from_zeros=False, carefully=False
+):
     (k_ref, p_ref), v_ref, inverse_ref, factor_ref = tokens
     dtype = out.v_new.data.dtype
     key_dim, block = out.final.s.shape
@@ -140,7 +170,7 @@ def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
     first, end = specs.stretch()
 
     def step(
-        c: jax.Array, carry: tuple[jax.Array, Bounds | None], *, carefully: bool = False
+        c: jax.Array, carry: tuple[jax.Array, Bounds | None]
     ) -> tuple[jax.Array, Bounds | None]:
         # both states are one [K, 2 block] float32, operands of one product and results of one
         both, entering = carry
@@ -202,31 +232,12 @@ def _state_fwd(tokens, memory, _, out, *, specs, warps, from_zeros, precision):
         )
         return carried + dot(k.T, writes.astype(dtype), precision), leaving
 
-    def walk(*, carefully: bool) -> tuple[jax.Array, Bounds | None]:
-        s, n = _entering(memory, layout, (key_dim, block), first, from_zeros=from_zeros)
-        s, n, bounds = scale_states(s, n, dtype)
-        entering = join(s, n), bounds
-        if not carefully:
-            return lax.fori_loop(first, end, step, entering)
-        # (a loop that the compiler does not pipeline)
-        _, result = lax.while_loop(
-            lambda at: at[0] < end,
-            lambda at: (at[0] + 1, step(at[0], at[1], carefully=True)),
-            (jnp.int32(first), entering),
-        )
-        return result
-
-    def finish(both: jax.Array, bounds: Bounds | None) -> None:
-        s, n = unscale_states(*split(both), bounds)
-        layout.store(s, out.final.s)
-        layout.store(-n, out.final.m)
-
-    done = walk(carefully=False)
-    # what is not finite stays so until the end, by then in other documents as well: once more, with
-    # care, but not at the cost of every walk
-    finite = jnp.sum(done[0]) * 0.0 == 0.0
-    pl.when(finite)(lambda: finish(*done))
-    pl.when(jnp.logical_not(finite))(lambda: finish(*walk(carefully=True)))
+    s, n = _entering(memory, layout, (key_dim, block), first, from_zeros=from_zeros)
+    s, n, bounds = scale_states(s, n, dtype)
+    both, bounds = lax.fori_loop(first, end, step, (join(s, n), bounds))
+    s, n = unscale_states(*split(both), bounds)
+    layout.store(s, out.final.s)
+    layout.store(-n, out.final.m)
 
 
 def _entering(

@@ -1,9 +1,8 @@
 """Results on disk: found again, cut short; compiled programs."""
 
-import jax
 import pytest
 
-from benchmarks.records import Records, compiled_once
+from benchmarks.records import Records
 
 
 def test_what_was_written_is_found(tmp_path):
@@ -36,16 +35,3 @@ def test_something_else_is_not_touched(tmp_path, end):
     with pytest.raises(SystemExit, match=r"results\.jsonl: expected lines of JSON, got 'no resul"):
         Records(path)
     assert path.read_text() == f"no results{end}"
-
-
-def test_programs_are_kept_in_the_directory_unless_jax_keeps_them(tmp_path):
-    def place():
-        return jax.config.jax_compilation_cache_dir
-
-    before = place()
-    with compiled_once(tmp_path / "first"):
-        kept = place()
-        assert before is not None or kept == str(tmp_path / "first" / "compiled")
-        with compiled_once(tmp_path / "second"):
-            assert place() == kept
-    assert place() == before

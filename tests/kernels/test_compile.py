@@ -18,6 +18,7 @@ from tests.kernels import compiled
 KERNELS = {
     "mdn_intra_chunk_fwd",
     "mdn_state_fwd",
+    "mdn_state_fwd_again",
     "mdn_output_fwd",
     "mdn_dv_local_bwd",
     "mdn_state_bwd",
@@ -54,6 +55,7 @@ def test_kernels_lower_compile_and_fit(case):
     in_place["mdn_state_bwd"] = [3, 7, 7] if in_halves else [1]
     if in_halves:
         in_place["mdn_state_fwd"] = [2, 7, 7]
+    in_place["mdn_state_fwd_again"] = [5 if case.precise or case.dtype == "float32" else 7]
     found = {name: [k.in_place for k in kernels if k.name == name] for name in in_place}
     assert found == in_place
     assert len(kernels) == sum(map(len, in_place.values()))
