@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mdn_jax._version import __version__
-from mdn_jax.cli.interrupt import CommandSignals, status_of
+from mdn_jax.cli.interrupt import CommandSignals, reader_left, status_of
 from mdn_jax.extras import install
 
 _OURS = {"", "mdn_jax", "pallas_kernels", "train", "configs", "benchmarks"}
@@ -65,7 +65,12 @@ def command(
         status = 1
     else:
         try:
-            status = main(arguments)
+            try:
+                status = main(arguments)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # while it printed help
+            status = reader_left()
         except KeyboardInterrupt as interrupt:  # while it read the arguments
             print(f"{program}: interrupted", file=sys.stderr)
             status = status_of(interrupt)

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from mdn_jax.cli.interrupt import status_of
+from mdn_jax.cli.interrupt import reader_left, status_of
 from mdn_jax.compiled import compiled_once
 from mdn_jax.errors import RunError
 from mdn_jax.models import MDNForCausalLM
@@ -152,8 +151,7 @@ def run(program: str, command: Callable[[], int]) -> int:
             return command()
     except (RunError, ValueError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):  # the reader has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            return reader_left()
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:

@@ -48,6 +48,12 @@ class Interrupt:
                 signal.signal(number, handler)
 
 
+def reader_left() -> int:
+    """Drops what is still to be printed, as the pipe has no reader; returns the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 class CommandSignals:
     """What signals do to a command: the first unwinds it, any more end the process at once.
 

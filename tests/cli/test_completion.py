@@ -23,7 +23,8 @@ def test_bash_completes(name, main, words, expected, tmp_path, capsys):
     assert not end.value.code
     (tmp_path / name).write_text(capsys.readouterr().out)
     script = (
-        f"source {tmp_path / name}; COMP_WORDS=({name} {' '.join(words)}); COMP_CWORD={len(words)}; "
+        f"source {tmp_path / name}; "
+        f"COMP_WORDS=({name} {' '.join(words)}); COMP_CWORD={len(words)}; "
         f"_tyro_{name.replace('-', '_')}; complete -p {name} > /dev/null; "
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )

@@ -24,6 +24,18 @@ COMMANDS = {
 }
 
 
+def started(directory, module):
+    """A process of the command that a module is."""
+    (directory / "it.py").write_text(module)
+    code = (
+        f"import sys; sys.path.append({str(directory)!r})\n"
+        "from mdn_jax.cli.commands import command; sys.exit(command('it', 'it'))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "numbers", "status"),
     [
@@ -37,20 +49,21 @@ COMMANDS = {
     ],
 )
 def test_signals_end_a_command_without_a_stack(tmp_path, command, numbers, status):
-    (tmp_path / "it.py").write_text(COMMANDS[command])
-    code = (
-        f"import sys; sys.path.append({str(tmp_path)!r})\n"
-        "from mdn_jax.cli.commands import command; sys.exit(command('it', 'it'))"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(tmp_path, COMMANDS[command]) as process:
         for number in numbers:
             process.stdout.readline()  # it has come to where it waits, or ended
             process.send_signal(number)
         _, error = process.communicate(timeout=30)
     assert process.returncode == status
     assert error.strip() == "it: interrupted"
+
+
+@pytest.mark.parametrize("end", ["return 0", "raise SystemExit(0)"])
+def test_a_reader_that_has_enough_ends_a_command_without_a_stack(tmp_path, end):
+    with started(tmp_path, f"def main(arguments):\n print(1)\n {end}") as process:
+        process.stdout.close()  # as `head` does
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == ""
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import train.cli.configuration
 import train.cli.plot
 import train.cli.tokenize
 import train.cli.train
+from mdn_jax.cli.common import parse
 from tests.site.pages import ROOT
 
 Words = Sequence[str]
@@ -71,6 +72,8 @@ def read(words: Words) -> None:
       AssertionError, SystemExit, LookupError: a flag, a name or a file that does not exist.
     """
     match words:
+        case ["python", "-m", "train", "tokenize", *rest]:
+            parse("it", None, train.cli.tokenize.TokenizeConfig, rest)
         case ["python", "-m", "train", *rest]:
             train.cli.configuration.parse(rest)
         case ["python", "-m", "benchmarks", *rest]:
