@@ -15,7 +15,7 @@ import pytest
 import configs
 from mdn_jax import MDNConfig
 from tests.site.pages import PAGES, ROOT, Command, commands
-from tests.site.readers import NOT_RUN, RUN, find, made_of, read
+from tests.site.readers import NOT_RUN, RUN, find, made_of, read, smaller
 from tests.text.helpers import TEXTS, write_bpe
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import TINY_RUN
@@ -69,7 +69,7 @@ def perform(command: Command, directory) -> int:
     words = made_of(command.words)
     if ">" in words:
         words = words[: words.index(">")]
-    found = find(words)
+    found = find(smaller(words))
     why = next((why for what, why in NOT_RUN.items() if re.match(what, " ".join(words))), None)
     try:
         if command.shown or why is not None:
@@ -109,3 +109,29 @@ def test_no_row_of_the_tables_is_left_over():
     lines = [" ".join(made_of(x.words)) for page in PAGES for x in commands(page)]
     assert [x for x in NOT_RUN if not any(re.match(x, line) for line in lines)] == []
     assert [x for x in RUN if not any(line.startswith(x) for line in lines)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("    python -m train smoke --stepz 3", "2"),
+        ("    python -m benchmarks tasks --nope", "2"),
+        ("    python -m benchmarks nothing", "2"),
+        ("| a | `python -m train nothing` |", "2"),
+        ("    make nothing", "nothing"),
+        ("    pip install '.[nothing]'", "nothing"),
+        ("    pytest tests/nothing", "nothing"),
+        ("    python examples/nothing.py", "nothing"),
+        ("    bash nothing.sh", "tests/site/readers.py"),
+        ("```bash\nnothing \\\n  --at-all\n```", "tests/site/readers.py"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(text, expected, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# A page\n{text}\n")
+    (command,) = commands(page)
+    try:
+        found = str(perform(command, tmp_path))
+    except AssertionError as error:
+        found = str(error)
+    assert expected in found
