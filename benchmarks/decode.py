@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,18 +25,23 @@ from mdn_jax.testing import LIMITS, Inputs, random_inputs, relative_errors
 COPY = "copy"
 
 
+_SHAPES = ("1,6,128,256", "8,6,128,256", "64,6,128,256")
+_SMALL = ("1,2,64,64",)
+_IMPLEMENTATIONS: tuple[Implementation, ...] = ("pallas_triton", "triton", "xla")
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """Times decoding by the operator: the same few steps again and again, on states in place."""
 
-    shapes: tuple[str, ...] = ("1,6,128,256", "8,6,128,256", "64,6,128,256")
-    """B,H,K,V of each."""
+    shapes: tuple[str, ...] | None = None
+    """B,H,K,V of each; None: 1, 8 and 64 rows of 6,128,256, on a CPU one of 2,64,64."""
     tokens: int = 1
     """Steps in a call, 1 to 16."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of q, k, v."""
-    implementations: tuple[Implementation, ...] = ("pallas_triton", "triton", "xla")
-    """What to time."""
+    implementations: tuple[Implementation, ...] | None = None
+    """What to time; None: pallas_triton, triton and xla, on a CPU xla."""
     loop: int = 256
     """Calls in one compiled loop."""
     runs: int = 20
@@ -76,6 +81,9 @@ Step = Callable[[MDNState], tuple[Array, MDNState]]
 
 def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     """Times decoding; refuses to time an implementation that is wrong, and then fails."""
+    on_cpu = jax.default_backend() == "cpu"
+    implementations = config.implementations or (("xla",) if on_cpu else _IMPLEMENTATIONS)
+    shapes = config.shapes or (_SMALL if on_cpu else _SHAPES)
     device = jax.devices()[0].device_kind
     print(
         f"{device}, jax {jax.__version__}, {config.dtype}, {config.tokens} token(s) a call; "
@@ -84,8 +92,8 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     )
     rows: list[Row] = []
     refused: list[str] = []
-    for shape in config.shapes:
-        more, why = _run_shape(config, shape)
+    for shape in shapes:
+        more, why = _run_shape(config, shape, implementations)
         rows, refused = rows + more, refused + why
     print(table(rows, device))
     print(*refused, sep="\n", end="\n" if refused else "")
@@ -102,7 +110,9 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         raise SystemExit(1)
 
 
-def _run_shape(config: DecodeConfig, shape: str) -> tuple[list[Row], list[str]]:
+def _run_shape(
+    config: DecodeConfig, shape: str, implementations: Sequence[Implementation]
+) -> tuple[list[Row], list[str]]:
     batch, heads, key_dim, value_dim = _parse(shape)
     inputs: Inputs = random_inputs(
         seed=0,
@@ -124,9 +134,7 @@ def _run_shape(config: DecodeConfig, shape: str) -> tuple[list[Row], list[str]]:
     def add(state: MDNState) -> tuple[Array, MDNState]:
         return jnp.zeros_like(inputs["v"]), jax.tree.map(lambda x: x + 1e-6, state)
 
-    steps: dict[str, Step] = {
-        name: partial(rule, implementation=name) for name in config.implementations
-    }
+    steps: dict[str, Step] = {name: partial(rule, implementation=name) for name in implementations}
     rows, refused = [], []
     for name, step in (steps | {COPY: add}).items():
         try:

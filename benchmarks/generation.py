@@ -18,6 +18,7 @@ import tyro
 from flax import nnx
 from tabulate import tabulate
 
+from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
 from mdn_jax.models import GenerationState, prefill, stream
@@ -28,16 +29,16 @@ from mdn_jax.ops.api import Implementation
 class GenerationConfig:
     """Decodes with random weights after prompts of several lengths."""
 
-    model: str = "mdn_400m"
-    """Name of a configuration, as for `python -m train`."""
+    model: str | None = None
+    """Name of a configuration, as for `python -m train`; None: mdn_400m, on a CPU smoke."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of parameters and computation."""
     implementation: Implementation | None = None
     """Of the momentum delta rule; None: the best one."""
-    batch_sizes: tuple[int, ...] = (1, 64)
-    """Rows decoded at once."""
-    positions: tuple[int, ...] = (1_000, 100_000)
-    """Tokens before those that are timed."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Rows decoded at once; None: 1 and 64, on a CPU 1."""
+    positions: tuple[int, ...] | None = None
+    """Tokens before those that are timed; None: 1,000 and 100,000, on a CPU 1,000."""
     tokens: int = 256
     """Tokens to time."""
     block: int = 64
@@ -48,7 +49,7 @@ class GenerationConfig:
     """Where to write the results as JSON."""
 
     def __post_init__(self) -> None:
-        if self.model not in CONFIGS:
+        if self.model is not None and self.model not in CONFIGS:
             raise ValueError(f"model: expected one of {', '.join(CONFIGS)}, got {self.model!r}")
         if self.block < 2 or self.tokens < 2 * self.block:
             raise ValueError(
@@ -80,8 +81,9 @@ class Row(NamedTuple):
 def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> None:
     """Times decoding and watches its memory, at each batch size and position."""
     device = jax.devices()[0].device_kind
+    name, on_cpu = config.model or model_for_device(), jax.default_backend() == "cpu"
     model = MDNForCausalLM(
-        CONFIGS[config.model]().model,
+        CONFIGS[name]().model,
         implementation=config.implementation,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.dtype),
@@ -89,14 +91,14 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
     )
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(
-        f"{device}, jax {jax.__version__}, {config.model}: {parameters:,} parameters, "
+        f"{device}, jax {jax.__version__}, {name}: {parameters:,} parameters, "
         f"{config.dtype}; {config.tokens} tokens of each row in blocks of {config.block}, the "
         "first block not counted; memory: the most in use while decoding"
     )
     rows = [
         _run(config, model, batch_size, position)
-        for batch_size in config.batch_sizes
-        for position in config.positions
+        for batch_size in config.batch_sizes or ((1,) if on_cpu else (1, 64))
+        for position in config.positions or ((1_000,) if on_cpu else (1_000, 100_000))
     ]
     headers = ["batch", "position", "prefill tokens/s", "ms a token", "tokens/s", "MB", "MB states"]
     lines = [

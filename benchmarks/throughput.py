@@ -90,7 +90,11 @@ class Row(NamedTuple):
 
 
 def throughput(config: Annotated[ThroughputConfig, tyro.conf.arg(name="")]) -> None:
-    """Writes results as they come, then the table and the figure."""
+    """Training steps of several models and lengths: speeds as they come, then the table."""
+    if jax.default_backend() == "cpu" and not config.smoke:
+        raise SystemExit(
+            "smoke: expected --smoke on a CPU, for models of 400M parameters, got none"
+        )
     if config.smoke:
         config = dataclasses.replace(
             config, lengths=(16,), tokens=32, repeats=2, implementation="scan", dtype="float32"

@@ -122,6 +122,11 @@ def calls_for(group_seconds: float, call_seconds: float) -> int:
     return max(1, math.ceil(group_seconds / max(call_seconds, 1e-6)))
 
 
+def model_for_device() -> str:
+    """The configuration whose step the present device can time."""
+    return "smoke" if jax.default_backend() == "cpu" else "mdn_400m"
+
+
 def how_timed(runs: int) -> str:
     """What the table's header says of the times."""
     if jax.default_backend() != "gpu":

@@ -17,6 +17,7 @@ import tyro
 from tabulate import tabulate
 
 from benchmarks.parts import Shapes, time_parts
+from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
@@ -30,8 +31,8 @@ TRACED_STEPS = 3
 class TrainingConfig:
     """Times training steps on random tokens; parameters, optimizer and step are those of a run."""
 
-    model: str = "mdn_400m"
-    """Name of a configuration, as for `python -m train`."""
+    model: str | None = None
+    """Name of a configuration, as for `python -m train`; None: mdn_400m, on a CPU smoke."""
     rows: int | None = None
     """Rows of a micro-batch on each device; None: the configuration's."""
     accumulation: int = 1
@@ -54,7 +55,7 @@ class TrainingConfig:
     """Where to write the results as JSON."""
 
     def __post_init__(self) -> None:
-        if self.model not in CONFIGS:
+        if self.model is not None and self.model not in CONFIGS:
             raise ValueError(f"model: expected one of {', '.join(CONFIGS)}, got {self.model!r}")
         for name, least in (("rows", 1), ("accumulation", 1), ("sequence_length", 2), ("steps", 2)):
             value = getattr(self, name)
@@ -105,7 +106,7 @@ def training(config: Annotated[TrainingConfig, tyro.conf.arg(name="")]) -> None:
     kind = devices[0].device_kind
     run = _Run(config)
     print(
-        f"{len(devices)} x {kind}, jax {jax.__version__}, {config.model}, {run.base.dtype}, "
+        f"{len(devices)} x {kind}, jax {jax.__version__}, {run.name}, {run.base.dtype}, "
         f"remat {run.base.remat}, {run.base.batch_size} rows of {run.base.sequence_length:,} "
         f"tokens in {config.accumulation} micro-batch(es)"
     )
@@ -158,7 +159,8 @@ class _Run:
     """The step of a configuration on all devices."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        base = CONFIGS[config.model]()
+        self.name = config.model or model_for_device()
+        base = CONFIGS[self.name]()
         rows = config.rows or base.batch_size // base.accumulation
         self.config = config
         self.base = dataclasses.replace(

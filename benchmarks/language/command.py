@@ -131,7 +131,7 @@ class LanguageConfig:
 
 
 def language(config: Annotated[LanguageConfig, tyro.conf.arg(name="")]) -> None:
-    """Writes records as runs finish, then tables and figures."""
+    """Language models on a corpus: records as runs finish, then tables and figures."""
     from mdn_jax.errors import RunError
 
     if config.report:

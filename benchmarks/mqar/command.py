@@ -116,7 +116,7 @@ def shapes_of(config: MqarConfig) -> list[Shape]:
 
 
 def mqar(config: Annotated[MqarConfig, tyro.conf.arg(name="")]) -> None:
-    """Writes records as runs finish, then the table and the figure."""
+    """Associative recall as Zoology sets it: records as runs finish, then the table and figure."""
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
     train = partial(_train, config)

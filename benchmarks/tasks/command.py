@@ -138,7 +138,7 @@ def settings(config: TasksConfig) -> list[tuple[TaskName, Task]]:
 
 
 def tasks(config: Annotated[TasksConfig, tyro.conf.arg(name="")]) -> None:
-    """Writes results as they come, then the table and the figure."""
+    """Small tasks, all mixers: results as they come, then the table and the figure."""
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
     try:

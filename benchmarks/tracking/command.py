@@ -94,7 +94,7 @@ def recipe_of(config: TrackingConfig) -> Recipe:
 
 
 def tracking(config: Annotated[TrackingConfig, tyro.conf.arg(name="")]) -> None:
-    """Writes records as runs finish, then the table and the figure."""
+    """Parity, counting, permutations: records as runs finish, then the table and the figure."""
     if config.smoke:
         config = dataclasses.replace(config, **_SMOKE)
 

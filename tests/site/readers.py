@@ -24,14 +24,23 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "mdn-eval": mdn_jax.cli.evaluate.main,
     "mdn-convert": mdn_jax.cli.convert.main,
     "mdn-inspect": mdn_jax.cli.inspect_checkpoint.main,
-    "python -m train tokenize": lambda words: train.cli.tokenize.main([*words, "--processes", "1"]),
+    "python -m train tokenize": train.cli.tokenize.main,
     "python -m train plot": train.cli.plot.main,
     "python -m train": train.cli.train.main,
     "python -c": lambda words: exec(words[0], {}) or 0,
 }
 """The beginning of a command, and what runs it."""
 
-STEPS, STEPS_OF_RESUMED = "6", "8"
+SMALLER = {
+    "mdn-generate": "--implementation scan --max-new-tokens 20",
+    "mdn-eval perplexity": "--implementation scan --window 64",
+    "mdn-eval choices": "--implementation scan",
+    "mdn-inspect": "--implementation scan --batch-size 2 --row 16 --tokens 64",
+    "python -m train tokenize": "--processes 1",
+}
+"""What stands behind the flags of a command that runs, so that little is compiled."""
+
+STEPS, STEPS_OF_RESUMED = "12", "14"
 """In place of what a command gives: one number, for the schedule is part of the compiled step."""
 
 NOT_RUN = {
@@ -63,6 +72,10 @@ def smaller(words: Words) -> list[str]:
     if "--steps" in words:
         resumed = "--resume" in words
         words[words.index("--steps") + 1] = STEPS_OF_RESUMED if resumed else STEPS
+    line = " ".join(words)
+    for begin, more in SMALLER.items():
+        if line.startswith(begin) and not line.endswith(("--help", "bash")):
+            return [*words, *more.split()]
     return words
 
 

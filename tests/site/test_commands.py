@@ -15,7 +15,7 @@ import pytest
 import configs
 from mdn_jax import MDNConfig
 from tests.site.pages import PAGES, ROOT, Command, commands
-from tests.site.readers import NOT_RUN, RUN, find, made_of, read, smaller
+from tests.site.readers import NOT_RUN, RUN, STEPS, find, made_of, read, smaller
 from tests.text.helpers import TEXTS, write_bpe
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import TINY_RUN
@@ -24,7 +24,12 @@ from train.loop import train
 
 FROM_NOTHING = ("README", "first_run")  # pages that need no run before them
 SMOKE = configs.CONFIGS["smoke"]
-SIZES = TINY_RUN | {"log_every": 50, "eval_every": 100, "checkpoint_every": 100}
+SIZES = TINY_RUN | {
+    "steps": int(STEPS),
+    "log_every": 50,
+    "eval_every": 100,
+    "checkpoint_every": 100,
+}
 
 
 def tiny() -> TrainConfig:

@@ -1,5 +1,6 @@
 """`python -m train plot`: draws the curves of one or several runs."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from mdn_jax.errors import RunError
 from train import PROGRAM as TRAIN
 from train.checkpointing.run_directory import METRICS_FILE, config_int, read_config
 from train.metrics.curves import Abscissa, Curve, plot_curves
-from train.metrics.log import scan_metrics
+from train.metrics.log import Record, scan_metrics
 
 PROGRAM = f"{TRAIN} plot"
 
@@ -65,6 +66,7 @@ def plot(config: PlotConfig) -> int:
     """Draws the picture."""
     names = config.names or _names(config.runs)
     curves = [_read(path, name) for path, name in zip(config.runs, names, strict=True)]
+    _check_units(config.runs, curves)
     plot_curves(curves, config.output, x=config.x, smooth=config.smooth)
     print(f"{', '.join(names)}: {config.output}")
     return 0
@@ -87,4 +89,23 @@ def _read(directory: Path, name: str) -> Curve:
         raise RunError(f"runs: expected metrics of at least one step, got none in {metrics}")
     saved = read_config(directory)
     rows, length = (config_int(directory, saved, x) for x in ("batch_size", "sequence_length"))
-    return Curve(name, records, rows * length)
+    return Curve(name, records, rows * length, _bytes_per_token(records))
+
+
+def _check_units(runs: Sequence[Path], curves: Sequence[Curve]) -> None:
+    """nats/token and nats/byte have to meet in the latter."""
+    for path, curve in zip(runs, curves, strict=True):
+        if math.isnan(curve.bytes_per_token) and any(run.bytes_per_token == 1 for run in curves):
+            raise RunError(
+                "runs: expected held-out losses in all of them, to have nats/byte (tokens are "
+                f"bytes in one), got none in {path}"
+            )
+
+
+def _bytes_per_token(records: Sequence[Record]) -> float:
+    """Of the held-out documents; nan: no loss of theirs, so the tokens may be anything."""
+    for record in reversed(records):
+        per_token, per_byte = (record.get(f"held_out_{x}") for x in ("loss", "nats_per_byte"))
+        if per_token and per_byte:
+            return per_token / per_byte
+    return math.nan

@@ -25,11 +25,13 @@ class Curve(NamedTuple):
       name: in the legend.
       records: lines of its metrics file.
       tokens_per_step: tokens in a step's batch.
+      bytes_per_token: of its documents; 1 if tokens are bytes.
     """
 
     name: str
     records: Sequence[Record]
     tokens_per_step: int
+    bytes_per_token: float
 
 
 class _Panel(NamedTuple):
@@ -40,17 +42,20 @@ class _Panel(NamedTuple):
 
 
 _PANELS = (
-    _Panel("loss", "training loss (nats/token)"),
-    _Panel("held_out_loss", "held-out loss (nats/token)", marker="o"),
+    _Panel("loss", "training loss"),
+    _Panel("held_out_loss", "held-out loss", marker="o"),
     _Panel("grad_norm", "gradient norm, before clipping", scale="log"),
     _Panel("tokens_per_second", "speed (tokens/s)"),
 )
+_LOSSES = ("loss", "held_out_loss")
 
 
 def plot_curves(
     runs: Sequence[Curve], path: Path, *, x: Abscissa = "step", smooth: int = 1
 ) -> None:
     """Draws losses, gradient norm and speed against steps or tokens.
+
+    Losses are in nats/token, or in nats/byte if tokens are bytes in some of the runs.
 
     Args:
       runs: at least one.
@@ -59,6 +64,7 @@ def plot_curves(
       smooth: lines of metrics that a running mean of the training loss goes over; the loss itself
         is drawn pale behind it.
     """
+    in_bytes = any(run.bytes_per_token == 1 for run in runs)
     figure = Figure(figsize=(13, 8.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -66,8 +72,10 @@ def plot_curves(
     for axes, panel in zip(grid.flat, _PANELS, strict=True):
         for i, run in enumerate(runs):
             width = smooth if panel.key == "loss" else 1
-            _draw(axes, panel, run, x, color=colors[i % len(colors)], smooth=width)
-        axes.set(ylabel=panel.label, yscale=panel.scale)
+            unit = run.bytes_per_token if panel.key in _LOSSES and in_bytes else 1.0
+            _draw(axes, panel, run, x, color=colors[i % len(colors)], smooth=width, unit=unit)
+        of = f" (nats/{'byte' if in_bytes else 'token'})" if panel.key in _LOSSES else ""
+        axes.set(ylabel=panel.label + of, yscale=panel.scale)
         axes.grid(alpha=0.3)
         if panel.scale == "log":
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -86,14 +94,23 @@ def plot_curves(
         canvas.print_png(temporary)
 
 
-def _draw(axes: Axes, panel: _Panel, run: Curve, x: Abscissa, *, color: Any, smooth: int) -> None:
+def _draw(
+    axes: Axes,
+    panel: _Panel,
+    run: Curve,
+    x: Abscissa,
+    *,
+    color: Any,
+    smooth: int,
+    unit: float,
+) -> None:
     rows = [record for record in run.records if panel.key in record]
     if not rows:
         return
     factor = 1 if x == "step" else run.tokens_per_step
     steps = np.array([row["step"] for row in rows], float) * factor
     # what was not finite is null in the file and a gap here
-    values = np.array([row[panel.key] for row in rows], float)
+    values = np.array([row[panel.key] for row in rows], float) / unit
     if smooth > 1:
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         values = _running_mean(values, smooth)

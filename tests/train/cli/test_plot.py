@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from train.cli.plot import main
 from train.metrics.curves import _running_mean
 
 
-def write_run(directory, *, steps=60, seed=0, scale=1.0):
+def write_run(directory, *, steps=60, seed=0, scale=1.0, bytes_per_token=4.0):
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"batch_size": 16, "sequence_length": 256}))
     rng = np.random.default_rng(seed)
@@ -26,7 +27,9 @@ def write_run(directory, *, steps=60, seed=0, scale=1.0):
             }
         )
         if step % 100 == 0:
-            records.append({"step": step, "held_out_loss": loss + 0.1})
+            per_byte = (loss + 0.1) / bytes_per_token
+            held_out = {"held_out_loss": loss + 0.1, "held_out_nats_per_byte": per_byte}
+            records.append({"step": step, **held_out})
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (directory / "metrics.jsonl").write_text(lines + '{"step": 6')  # a crash's last line
     return directory
@@ -44,6 +47,33 @@ def test_several_runs_in_one_picture(tmp_path, capsys):
     pixels = np.unique(np.rint(255 * image[:, :, :3]).astype(int).reshape(-1, 3), axis=0)
     assert {(31, 119, 180), (255, 127, 14)} <= set(map(tuple, pixels.tolist()))  # a line for each
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out.png"]
+
+
+def labels_and_losses(monkeypatch, arguments):
+    drawn = []
+    monkeypatch.setattr(Figure, "align_ylabels", lambda figure, axes: drawn.append(axes))
+    assert main(arguments) == 0
+    losses, held_out = drawn[0][0]
+    return losses.get_ylabel(), held_out.get_ylabel(), [x.get_ydata() for x in losses.lines]
+
+
+def test_nats_a_token_and_nats_a_byte_are_kept_apart(tmp_path, monkeypatch, capsys):
+    one, other = (str(write_run(tmp_path / name, bytes_per_token=4.0)) for name in "ab")
+    in_bytes = str(write_run(tmp_path / "c", bytes_per_token=1.0))
+    early = str(write_run(tmp_path / "d", steps=9))
+    output = ["--output", str(tmp_path / "out.png")]
+    *labels, (x, y) = labels_and_losses(monkeypatch, [one, other, *output])
+    assert labels == ["training loss (nats/token)", "held-out loss (nats/token)"]
+    np.testing.assert_array_equal(x, y)
+    *labels, (x, y) = labels_and_losses(monkeypatch, [one, in_bytes, *output])
+    assert labels == ["training loss (nats/byte)", "held-out loss (nats/byte)"]
+    np.testing.assert_allclose(4 * x, y)
+    assert labels_and_losses(monkeypatch, [early, one, *output])[0] == labels[0].replace(
+        "byte", "token"
+    )
+    capsys.readouterr()
+    assert main([in_bytes, early, *output]) == 1
+    assert f"got none in {early}" in capsys.readouterr().err
 
 
 def test_a_running_mean_leaves_out_what_is_not_finite():
