@@ -57,7 +57,7 @@ def test_a_command_has_its_own_arguments(monkeypatch, capsys, tmp_path):
 def test_a_missing_package_is_one_line_that_names_the_extra(
     monkeypatch, capsys, program, module, extra
 ):
-    for name in (module, "train.cli.configuration"):
+    for name in (module, "train.cli.configuration", "mdn_jax.cli.common"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert command(program, module, [], extra=extra) == 1
