@@ -210,7 +210,7 @@ class _Run:
             process=process,
             peak=peak,
             planned=planned,
-            flops=tokens * flops_per_token(base.model, step.like.params, base.sequence_length),
+            flops=tokens * flops_per_token(base.model, step.like_params, base.sequence_length),
             parameters=sum(x.size for x in jax.tree.leaves(step.like.params)),
             loss=float(metrics.loss),
         )

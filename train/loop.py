@@ -48,6 +48,7 @@ from train.origin import (
 from train.parallel.distributed import Agreement, check_configuration, is_first, together
 from train.parallel.sharding import on_mesh
 from train.run import Run, fit_vocabulary
+from train.stacking import by_layer
 from train.step import StepMetrics, TrainState, scalars
 
 
@@ -56,7 +57,7 @@ class Result:
     """How a run ended.
 
     Attributes:
-      state: the last training state.
+      state: the last training state, by layer.
       unigram_entropy: of the held-out tokens, nats/token.
       held_out_loss: on the same tokens, nats/token; None if a signal ended the run.
       signal: number of the signal that ended the run before its last step, or None.
@@ -121,7 +122,7 @@ def _train(
     with Checkpoints(config) as checkpoints, together():
         position, known = None, None
         if origin is not None:
-            state = run.begin(origin_params(origin, run.like.params))
+            state = run.begin(origin_params(origin, run.like_params))
             print(f"begins with the parameters in {origin.path}", flush=True)
         elif not config.resume:
             state = run.initial_state()
@@ -157,7 +158,7 @@ def _train(
             checkpoints.wait()
             if result.signal is None:
                 _finish(run, result, log)
-    return result
+    return dataclasses.replace(result, state=by_layer(result.state))
 
 
 def _check_directory(config: TrainConfig) -> None:
@@ -226,7 +227,7 @@ def _run_steps(
     # since the last line of metrics, checkpoints and evaluations apart; and until it
     seconds, counted, waited = 0.0, 0, 0.0
     monitor = Monitor(
-        config, state.params, list(run.mesh.devices.flat), start=start, traces=is_first()
+        config, run.like_params, list(run.mesh.devices.flat), start=start, traces=is_first()
     )
     with monitor, Progress(start=start, steps=last, shown=is_first()) as progress:
         for step in range(start + 1, last + 1):
@@ -252,7 +253,7 @@ def _run_steps(
                 log.write(step=step, **values)
                 progress.report(step, values["loss"], speed, data_wait)
             if config.stability_every and step % config.stability_every == 0:
-                measured = jax.device_get(run.stability(state.params, batch))
+                measured = jax.device_get(run.stability(by_layer(state.params), batch))
                 log.write(step=step, **{name: x.item() for name, x in measured.items()})
             held_out = None
             if step % config.eval_every == 0 or step == last:
@@ -264,14 +265,14 @@ def _run_steps(
             if ends and step < last:
                 return result(state, held_out_loss=None, signal=ends)
     if held_out is None:  # resumed after the last step
-        held_out = run.evaluate(state.params).mean
+        held_out = run.evaluate(by_layer(state.params)).mean
     return result(state, held_out_loss=held_out)
 
 
 def _evaluate(run: Run, state: TrainState, log: MetricsLog, say: Callable[[str], None]) -> float:
     """Measures the held-out loss, for the metrics and whoever watches."""
     step = int(state.step)
-    held_out, each = run.evaluate(state.params)
+    held_out, each = run.evaluate(by_layer(state.params))
     per_byte = held_out / run.data.bytes_per_token
     losses = {f"held_out_loss/{name}": loss for name, loss in each.items()}
     log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte, **losses)
@@ -299,7 +300,7 @@ def _finish(run: Run, result: Result, log: MetricsLog) -> None:
         try:
             text = on_mesh(run.mesh, sample)(
                 run.model,
-                result.state.params,
+                by_layer(result.state.params),
                 prompt=config.sample_prompt,
                 length=config.sample_tokens,
                 temperature=config.sample_temperature,
