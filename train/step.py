@@ -69,7 +69,7 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
     values = jax.device_get(metrics)._asdict()
     groups = values.pop("grad_norms")
     values |= {f"grad_norm/{name}": value for name, value in groups.items()}
-    return {name: value.item() for name, value in values.items() if name != "spike"}
+    return {name: value.item() for name, value in values.items()}
 
 
 def split_model(model: MDNForCausalLM) -> tuple[Loss, Params]:
