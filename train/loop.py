@@ -38,6 +38,7 @@ from train.metrics.loss_curve import plot_losses
 from train.metrics.steps import StepReports
 from train.metrics.utilization import Monitor
 from train.metrics.writers import check_packages, make_writers
+from train.optimizer import average_of
 from train.origin import (
     begin_with,
     check_origin_alike,
@@ -271,6 +272,9 @@ def _evaluate(run: Run, state: TrainState, log: MetricsLog, say: Callable[[str],
     held_out, each = run.evaluate(by_layer(state.params))
     per_byte = held_out / run.data.bytes_per_token
     losses = {f"held_out_loss/{name}": loss for name, loss in each.items()}
+    average = average_of(state.opt_state)
+    if average is not None:
+        losses["held_out_loss_ema"] = run.evaluate(by_layer(average)).mean
     log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte, **losses)
     say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
     return held_out

@@ -16,8 +16,8 @@ from train.config_sections import GuardConfig
 from train.data.packing import Batch
 from train.freezing import held, kept
 from train.guard import Guard, init_guard, judge
-from train.optimizer import Params, group_norms
-from train.stacking import is_stacked, unstacked
+from train.optimizer import Params, group_norms, is_projection
+from train.stacking import unstacked
 
 # (parameters by layer, batch) -> loss summed over the batch's targets, nats
 Loss = Callable[[Params, Batch], Float[Array, ""]]
@@ -96,10 +96,7 @@ def rounded(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     """
 
     def cast(path: tuple[Any, ...], x: Array) -> Array:
-        names = [str(entry.key) for entry in path]
-        matrix = x.ndim - is_stacked(path) == 2
-        projection = matrix and any(name.endswith("_proj") for name in names)
-        return x.astype(dtype) if projection else x
+        return x.astype(dtype) if is_projection(path, x) else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -25,6 +25,7 @@ PARTITION = {
     "embeddings": PartitionSpec(None, (FSDP, TENSOR)),
     "lm_head": PartitionSpec((FSDP, TENSOR), None),
     "scale": _REPLICATED,
+    "ns_coeffs": _REPLICATED,  # of Muon's state
     **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj", "w_proj"), _TO_HEADS),
     **dict.fromkeys(("dt_proj", "lam_proj"), _TO_HEADS),
     "angle_proj": PartitionSpec(FSDP, None),
