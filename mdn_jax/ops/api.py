@@ -29,6 +29,7 @@ from mdn_jax.ops.inputs import (
     product_precision,
     wide_dtypes,
 )
+from mdn_jax.ops.on_mesh import under_explicit_meshes
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
 
@@ -40,6 +41,7 @@ Implementation = Literal["scan", "xla", "pallas_triton", "triton"]
 _KERNELS: tuple[Implementation, ...] = ("pallas_triton", "triton")
 
 
+@under_explicit_meshes
 def momentum_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

@@ -29,7 +29,7 @@ def warn_without_backend(lacking: str | None) -> None:
         f'implementation: "pallas_triton" expects {lacking}; calls with None run on '
         '"xla", which is slower (docs/backends.md: the ways on)',
         MissingBackendWarning,
-        stacklevel=4,  # who called the rule
+        stacklevel=5,  # who called the rule, through `under_explicit_meshes`
     )
 
 

@@ -22,6 +22,7 @@ from mdn_jax.ops.inputs import (
     l2_normalize,
     wide_dtypes,
 )
+from mdn_jax.ops.on_mesh import under_explicit_meshes
 from mdn_jax.ops.state import MDNState
 
 GatedImplementation = Literal["scan", "xla", "mosaic_gpu", "pallas_triton"]
@@ -30,6 +31,7 @@ GatedImplementation = Literal["scan", "xla", "mosaic_gpu", "pallas_triton"]
 _NO_MOMENTUM = -1e4
 
 
+@under_explicit_meshes
 def gated_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -95,6 +97,7 @@ def gated_delta_rule(
     )
 
 
+@under_explicit_meshes
 def kimi_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -130,6 +133,7 @@ def kimi_delta_rule(
     )
 
 
+@under_explicit_meshes
 def gated_linear_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
