@@ -59,7 +59,7 @@ def over_context[State](
       ValueError: an axis that no surrounding `jax.shard_map` has.
     """
     count = context_size(axis)
-    inputs = _varying((arrays, initial_state, segment_ids), axis)
+    inputs = varying((arrays, initial_state, segment_ids), axes=(axis,))
     if count == 1:
         o, state = rule(**inputs[0], initial_state=inputs[1], segment_ids=inputs[2])
     else:
@@ -98,13 +98,22 @@ def continues(segment_ids: Int[Array, "B T"], axis: str) -> Bool[Array, " B"]:
     return same | (lax.axis_index(axis) == 0)
 
 
-def _varying[Tree](tree: Tree, axis: str) -> Tree:
-    """All arrays as they differ over the axis and over every mesh axis that one differs over."""
-    leaves = jax.tree.leaves(tree)
-    axes = {axis}.union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+def varying[Tree](tree: Tree, *like: Any, axes: tuple[str, ...] = ()) -> Tree:
+    """All arrays as they differ over every mesh axis that one of them differs over.
+
+    Inside `jax.shard_map` an array that is the same on the devices of an axis has another type than
+    one that differs, and its gradient is the sum over these devices.
+
+    Args:
+      tree: the arrays.
+      *like: others, whose axes count too.
+      axes: more axes.
+    """
+    leaves = jax.tree.leaves((tree, like))
+    everywhere = set(axes).union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
 
     def cast(x: Array) -> Array:
-        new = axes - jax.typeof(x).manual_axis_type.varying
+        new = everywhere - jax.typeof(x).manual_axis_type.varying
         return lax.pcast(x, tuple(sorted(new)), to="varying") if new else x
 
     return jax.tree.map(cast, tree)
