@@ -17,6 +17,7 @@ from mdn_jax.layers.context import (
     own_stretch,
     whole_rows,
 )
+from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.rotary import rotate
 from mdn_jax.ops.context import context_size
 from mdn_jax.ops.inputs import document_numbers, document_starts
@@ -155,6 +156,7 @@ class SoftmaxAttention(nnx.Module):
             capacity=capacity,
         )
 
+    @under_explicit_meshes(tokens_and_cache)
     def __call__(
         self,
         x: Float[Array, "B T hidden"],

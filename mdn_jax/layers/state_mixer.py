@@ -17,6 +17,7 @@ from mdn_jax.layers.context import (
     inside_shard_map,
     of_last_device,
 )
+from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.norm import GateActivation, RMSNorm
 from mdn_jax.layers.short_conv import ShortConv
 from mdn_jax.ops.api import Implementation
@@ -216,6 +217,7 @@ class StateMixer(nnx.Module):
         tails = (None if conv is None else conv.init_cache(batch_size) for conv in convs)
         return self.cache_type(self._initial_state(batch_size, wide), *tails)
 
+    @under_explicit_meshes(tokens_and_cache)
     def __call__(
         self,
         x: Float[Array, "B T hidden"],

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mdn_jax.layers.arguments import check_lengths
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
 from mdn_jax.layers.context import inside_shard_map, numbered_documents
+from mdn_jax.layers.explicit import of_tokens, tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.gated import (
     Comba,
     GatedDeltaNet,
@@ -23,12 +24,14 @@ from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
+from mdn_jax.layers.sharding import named_axes
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
 from mdn_jax.models.config import MDNConfig, Mixer
 from mdn_jax.models.remat import Remat, check_remat, with_remat
 from mdn_jax.models.unknown_tokens import marked_cache, marks, split_unknown
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.arguments import check_segment_ids
+from mdn_jax.ops.on_mesh import Cuts
 
 LayerCache = MDNCache | StateCache | Mamba3Cache | AttentionCache
 ModelCache = tuple[LayerCache, ...]
@@ -124,11 +127,12 @@ class Block(nnx.Module):
 
 def _apply(block: Block, *inputs: Any) -> Any:
     graph, state = nnx.split(block)
-    return _jitted(graph, block.remat, state, *inputs)
+    return _jitted(graph, block.remat, named_axes(), state, *inputs)
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # blocks of one kind are traced and lowered once
-def _jitted(graph: Any, remat: Remat, state: Any, *inputs: Any) -> Any:
+@partial(jax.jit, static_argnums=(0, 1, 2))  # blocks of one kind are traced and lowered once
+def _jitted(graph: Any, remat: Remat, axes: Cuts, state: Any, *inputs: Any) -> Any:
+    del axes  # of the ambient mesh: another trace
     run = with_remat(lambda state, *inputs: nnx.merge(graph, state)(*inputs), remat)
     return run(state, *inputs)
 
@@ -205,6 +209,7 @@ class MDNForCausalLM(nnx.Module):
             for layer in self.layers
         )
 
+    @under_explicit_meshes(tokens_and_cache)
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -238,6 +243,7 @@ class MDNForCausalLM(nnx.Module):
         h, cache = self.hidden(tokens, segment_ids, cache, lengths)
         return self.logits(h), cache
 
+    @under_explicit_meshes(tokens_and_cache)
     def hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -266,6 +272,7 @@ class MDNForCausalLM(nnx.Module):
             caches[0] = marked_cache(caches[0], last)
         return self.norm(h) + nans[:, :, None], tuple(caches)
 
+    @under_explicit_meshes(of_tokens)
     def embed(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T hidden"], Bool[Array, "B T"]]:
@@ -278,6 +285,7 @@ class MDNForCausalLM(nnx.Module):
         # parameter's dtype.
         return jnp.take(self.embeddings[...], ids, axis=0).astype(self.dtype), unknown
 
+    @under_explicit_meshes(of_tokens)
     def logits(self, h: Float[Array, "*B hidden"]) -> Float[Array, "*B vocab"]:
         """Output projection of `hidden`'s result, float32 (float64 for float64)."""
         return wide_projection(h, self.output_kernel())

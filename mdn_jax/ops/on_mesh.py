@@ -137,6 +137,9 @@ def under_explicit_meshes[**P, R](
 
 def explicit_mesh(tree: Any) -> Mesh | AbstractMesh | None:
     """The mesh with Explicit axes that the arrays are of; None if they are of none."""
+    ambient = jax.sharding.get_abstract_mesh()
+    if ambient.axis_names and AxisType.Explicit not in ambient.axis_types:
+        return None
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array):
             mesh = jax.typeof(x).sharding.mesh
