@@ -101,9 +101,10 @@ def sharded_momentum_delta_rule(
       **options: its other arguments.
     """
     names = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta")
+    named: dict[str, Any] = dict(zip(names, arrays, strict=True))
     return sharded_rule(
         momentum_delta_rule,
-        **dict(zip(names, arrays, strict=True)),
+        **named,
         p=p,
         initial_state=initial_state,
         segment_ids=segment_ids,

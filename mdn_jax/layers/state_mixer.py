@@ -299,9 +299,9 @@ class StateMixer(nnx.Module):
         """What `qkv` does with the outputs of its three projections; returns the same."""
         config = self.config
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        before, axis = tuple(cache[1:]), self.context_axis
-        stretch = axis is not None and inside_shard_map(axis)
-        if stretch:
+        before = tuple(cache[1:])
+        axis = self.context_axis if inside_shard_map(self.context_axis) else None
+        if axis is not None:
             before = entering_tails(projected, before, axis, segment_ids)
         outputs, tails = [], []
         for y, conv, tail in zip(projected, convs, before, strict=True):
@@ -310,7 +310,7 @@ class StateMixer(nnx.Module):
             else:
                 y, tail = differing(conv, y)(y, tail, segment_ids=segment_ids, lengths=lengths)
             outputs.append(y)
-            tails.append(of_last_device(tail, axis) if stretch else tail)
+            tails.append(tail if axis is None else of_last_device(tail, axis))
         heads = (config.num_heads, config.num_heads, config.value_heads)
         q, k, v = (y.reshape(*y.shape[:2], n, -1) for y, n in zip(outputs, heads, strict=True))
         return Branches(q, k, v, (tails[0], tails[1], tails[2]))

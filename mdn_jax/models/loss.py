@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from mdn_jax.layers.explicit import automatically
 from mdn_jax.layers.sharding import cut, named_axes, partitioned
 from mdn_jax.ops.arguments import outside
+from mdn_jax.ops.context import varying
 from mdn_jax.ops.on_mesh import Cuts, axes_of, explicit_axes, explicit_mesh
 
 IGNORED = -100
@@ -67,7 +68,8 @@ def summed_loss(
         cuts = Cuts(rows=axes_of([h], 0, sizes), time=axes_of([h], 1, sizes))
         loss = partial(summed_loss, parts=parts)
         return automatically(loss, cuts, PartitionSpec(), h, kernel, targets)
-    return _summed(parts, h, kernel, _as_targets(targets, kernel.shape[1]))
+    arrays = varying((h, kernel, _as_targets(targets, kernel.shape[1])))
+    return _summed(parts, *arrays)
 
 
 def token_losses(

@@ -16,7 +16,7 @@ from mdn_jax.ops.arguments import (
     check_values,
 )
 from mdn_jax.ops.chunkwise import chunkwise_rule
-from mdn_jax.ops.context import over_context
+from mdn_jax.ops.context import over_context, varying
 from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
 from mdn_jax.ops.inputs import (
     RuleInputs,
@@ -137,7 +137,7 @@ def momentum_delta_rule(
     state = None
     if initial_state is not None:
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
-    arrays = (q, k, v, p, *gates)
+    arrays, state, segment_ids = varying(((q, k, v, p, *gates), state, segment_ids))
     with reverse_mode_alone("implementation", "scan", implementation):
         if implementation in _KERNELS:
             return _on_kernels(
@@ -160,7 +160,7 @@ def momentum_delta_rule(
 
 
 def _over_context(
-    arrays: tuple[Array | None, ...],
+    arrays: tuple[Any, ...],
     state: MDNState | None,
     segment_ids: Array | None,
     axis: str,

@@ -109,11 +109,16 @@ def varying[Tree](tree: Tree, *like: Any, axes: tuple[str, ...] = ()) -> Tree:
       *like: others, whose axes count too.
       axes: more axes.
     """
-    leaves = jax.tree.leaves((tree, like))
-    everywhere = set(axes).union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+    def axes_of(x: Any) -> frozenset[str]:
+        return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+    everywhere = set(axes).union(*map(axes_of, jax.tree.leaves((tree, like))))
+    if not everywhere:
+        return tree
 
     def cast(x: Array) -> Array:
-        new = everywhere - jax.typeof(x).manual_axis_type.varying
+        new = everywhere - axes_of(x)
         return lax.pcast(x, tuple(sorted(new)), to="varying") if new else x
 
     return jax.tree.map(cast, tree)

@@ -130,7 +130,8 @@ def under_explicit_meshes[**P, R](
         )
         if len(cuts.time) > 1:
             cuts = cuts._replace(time=())
-        return on_devices(rule, arguments, cuts, sizes, mesh)  # type: ignore[return-value]
+        whole: Any = rule
+        return on_devices(whole, arguments, cuts, sizes, mesh)  # type: ignore[return-value]
 
     return run
 
@@ -144,8 +145,13 @@ def explicit_mesh(tree: Any) -> Mesh | AbstractMesh | None:
         if isinstance(x, jax.Array):
             mesh = jax.typeof(x).sharding.mesh
             if AxisType.Explicit in mesh.axis_types:
-                return mesh if isinstance(x, jax.core.Tracer) else x.sharding.mesh
+                return mesh if isinstance(x, jax.core.Tracer) else _concrete(x.sharding)
     return None
+
+
+def _concrete(sharding: Any) -> Mesh:
+    mesh: Mesh = sharding.mesh
+    return mesh
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
