@@ -129,7 +129,7 @@ def _linked(rule: Rule, summary: Rule, axis: str) -> Callable[..., tuple[Array, 
 
     def enter(arrays: dict[str, Any], state: Any, ids: Array | None) -> tuple[Any, Array, _Seams]:
         seams = _seams(ids, axis)
-        phi, u = _summary(summary, arrays, state, ids)
+        phi, u = stretch_map(summary, arrays, state, ids)
         phi = _let_through(seams.enters, phi)
         return _entering(phi, u, state, seams, axis), phi, seams
 
@@ -173,7 +173,7 @@ def _let_through(mask: Bool[Array, " B"] | None, x: Array) -> Array:
     return x if mask is None else jnp.where(mask[:, None, None, None], x, 0)
 
 
-def _summary(
+def stretch_map(
     rule: Rule, arrays: dict[str, Any], state: Any, ids: Array | None
 ) -> tuple[Float[Array, "B HV R R"], Float[Array, "B HV R V"]]:
     """`Phi` and `U` of a stretch: the states after it from the identity, and from zero."""
