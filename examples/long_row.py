@@ -7,6 +7,9 @@ one device to the next. The flag simulates eight devices on a CPU; without it th
 the devices that there are.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,14 +38,18 @@ class Model(nnx.Module):
         return self.output(h + y)
 
 
-def make_step(mesh: jax.sharding.Mesh | None, optimizer: optax.GradientTransformation):
+def make_step(
+    mesh: jax.sharding.Mesh | None, optimizer: optax.GradientTransformation
+) -> tuple[Any, Callable[..., Any]]:
     """The parameters, and a training step on a mesh; on one device where there is none."""
     axes = None if mesh is None else ("data", "context")
     model = Model(None if axes is None else "context", nnx.Rngs(0))
     graph, params = nnx.split(model)
 
-    def step(params, moments, tokens, targets, segment_ids):
-        def loss(params):
+    def step(
+        params: Any, moments: Any, tokens: jax.Array, targets: jax.Array, segment_ids: jax.Array
+    ) -> Any:
+        def loss(params: Any) -> jax.Array:
             logits = nnx.merge(graph, params)(tokens, segment_ids)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             total = losses.sum() / (ROWS * LENGTH)
@@ -52,15 +59,11 @@ def make_step(mesh: jax.sharding.Mesh | None, optimizer: optax.GradientTransform
         updates, moments = optimizer.update(gradients, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
-    if mesh is not None:
-        whole = PartitionSpec()
-        step = jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(whole, whole, TOKENS, TOKENS, TOKENS),
-            out_specs=whole,
-        )
-    return params, jax.jit(step)
+    if mesh is None:
+        return params, jax.jit(step)
+    whole = PartitionSpec()
+    specs = (whole, whole, TOKENS, TOKENS, TOKENS)
+    return params, jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=whole))
 
 
 def train(mesh: jax.sharding.Mesh | None, steps: int) -> list[float]:
