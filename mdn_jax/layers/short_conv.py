@@ -1,14 +1,20 @@
 """Short causal depthwise convolution with a cache."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mdn_jax.layers.sharding import by_rows_and_channels
+from mdn_jax.ops import api
 from mdn_jax.ops.inputs import document_starts
+
+ConvImplementation = Literal["xla", "pallas_triton"]
+Batch = Float[Array, "B T channels"]
+Tail = Float[Array, "B W channels"]
 
 
 class ShortConv(nnx.Module):
@@ -21,6 +27,9 @@ class ShortConv(nnx.Module):
       size: taps `W`.
       use_bias: a bias per channel, initially zero.
       initializer_range: standard deviation of the taps.
+      implementation: "xla"; "pallas_triton", a kernel for CUDA GPUs (up to 8 taps; float32,
+        bfloat16, float16; its derivatives are of the first order); or None: the kernel where it
+        supports the call and there are at least 16 steps.
       dtype: of input and output; the sum over taps is float32 (float64 for float64).
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -33,11 +42,13 @@ class ShortConv(nnx.Module):
         *,
         use_bias: bool = False,
         initializer_range: float = 0.02,
+        implementation: ConvImplementation | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.size = size
+        self.implementation = implementation
         self.dtype = dtype
         normal = jax.nn.initializers.normal(initializer_range)
         self.kernel = nnx.Param(normal(rngs.params(), (size, channels), param_dtype))
@@ -66,23 +77,102 @@ class ShortConv(nnx.Module):
         Returns:
           The outputs, and the last `W` inputs of the row's last document, zeros on the left.
         """
-        x, tail = x.astype(self.dtype), tail.astype(self.dtype)
-        bias = None if self.bias is None else self.bias[...]
-        starts = None
-        if segment_ids is not None:
-            starts = document_starts(segment_ids, (x.shape[0], x.shape[1]))
-        y = _convolve(x, tail, self.kernel[...], bias, starts)
+        ((y, tail),) = short_convolutions(
+            (self,), (x,), (tail,), segment_ids=segment_ids, lengths=lengths
+        )
+        return y, tail
 
+    def tail_after(
+        self, x: Batch, tail: Tail, starts: Bool[Array, "B T"] | None, lengths: Array | None
+    ) -> Tail:
+        """The last `W` inputs of each row's last document, of inputs in the compute dtype."""
         if lengths is not None:  # the W inputs up to step `lengths` of tail and inputs
             steps = lengths[:, None] + jnp.arange(self.size)
             inputs = jnp.concatenate([tail, x], axis=1)
-            return y, jnp.take_along_axis(inputs, steps[:, :, None], axis=1)
+            return jnp.take_along_axis(inputs, steps[:, :, None], axis=1)
         tail = jnp.concatenate([tail, x[:, -self.size :]], axis=1)[:, -self.size :]
         if starts is not None:
             last = jnp.pad(starts, ((0, 0), (self.size, 0)))[:, -self.size :]
             after = jnp.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last  # documents that start later
             tail = jnp.where((after == 0)[:, :, None], tail, 0.0)
-        return y, tail
+        return tail
+
+
+def short_convolutions(
+    convs: Sequence[ShortConv],
+    inputs: Sequence[Batch],
+    tails: Sequence[Tail],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+) -> list[tuple[Batch, Tail]]:
+    """Convolutions of the same tokens: one launch where the kernel runs.
+
+    Args:
+      convs: of the same size, dtype and implementation.
+      inputs: of each.
+      tails: as of `ShortConv`, of each.
+      segment_ids: as of `ShortConv`.
+      lengths: as of `ShortConv`.
+
+    Returns:
+      What each of `convs` returns.
+
+    Raises:
+      ValueError: an implementation that does not support the call.
+    """
+    dtype = convs[0].dtype
+    inputs, tails = ([x.astype(dtype) for x in arrays] for arrays in (inputs, tails))
+    starts = None
+    if segment_ids is not None:
+        starts = document_starts(segment_ids, (inputs[0].shape[0], inputs[0].shape[1]))
+    arguments = [
+        (x, tail, conv.kernel[...], None if conv.bias is None else conv.bias[...])
+        for conv, x, tail in zip(convs, inputs, tails, strict=True)
+    ]
+    if _chosen(convs[0].implementation, arguments) == "xla":
+        outputs = tuple(_convolve(*arrays, starts) for arrays in arguments)
+    else:
+        outputs = by_rows_and_channels(_on_kernels, arguments, starts)
+    return [
+        (y, conv.tail_after(x, tail, starts, lengths))
+        for conv, x, tail, y in zip(convs, inputs, tails, outputs, strict=True)
+    ]
+
+
+Arguments = tuple[Batch, Tail, Float[Array, "W channels"], Float[Array, " channels"] | None]
+"""Inputs, tail, taps and bias of a convolution."""
+
+
+def _chosen(
+    implementation: ConvImplementation | None, arguments: Sequence[Arguments]
+) -> ConvImplementation:
+    if implementation == "xla":
+        return implementation
+    from pallas_kernels.short_convolution import MIN_STEPS, unsupported  # not with the library
+
+    x, _, taps, _ = arguments[0]
+    lacking = unsupported(x, taps, api._capability())
+    if implementation is None:
+        return "xla" if lacking or x.shape[1] < MIN_STEPS else "pallas_triton"
+    if lacking:
+        raise ValueError(
+            f'implementation: "pallas_triton" expects {lacking}; use "xla", or None for the best '
+            "one that supports the call"
+        )
+    return implementation
+
+
+def _on_kernels(
+    arguments: Sequence[Arguments], starts: Bool[Array, "B T"] | None
+) -> tuple[Batch, ...]:
+    from pallas_kernels.short_convolution import Branch, short_convolution  # not with the library
+
+    branches = [
+        Branch(x, tail[:, 1:] if tail.shape[1] > 1 else None, taps, bias)
+        for x, tail, taps, bias in arguments
+    ]
+    return short_convolution(tuple(branches), starts)
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.arguments import check_activations, check_cache, counted, without_padding
 from mdn_jax.layers.norm import GateActivation, RMSNorm
-from mdn_jax.layers.short_conv import ShortConv
+from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.residuals import RULE_OUTPUT, without_states
 
@@ -61,7 +61,8 @@ class StateMixer(nnx.Module):
 
     Args:
       config: sizes and options.
-      implementation: of the rule; None means the best one.
+      implementation: of the rule; None means the best one. With "scan" and "xla" the convolutions
+        are XLA's, too.
       keep_states: for the backward pass, instead of computing them again.
       dtype: of the computation; gates, states and statistics are float32 (float64 for float64).
       param_dtype: of the parameters.
@@ -179,6 +180,7 @@ class StateMixer(nnx.Module):
             config.conv_size,
             use_bias=config.conv_bias,
             initializer_range=config.initializer_range,
+            implementation="xla" if self.implementation in ("scan", "xla") else None,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             rngs=rngs,
@@ -271,15 +273,15 @@ class StateMixer(nnx.Module):
     ) -> Branches:
         """What `qkv` does with the outputs of its three projections; returns the same."""
         config = self.config
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        outputs, tails = [], []
-        for y, conv, tail in zip(projected, convs, cache[1:], strict=True):
-            if conv is None or tail is None:
-                y = jax.nn.silu(y)
-            else:
-                y, tail = conv(y, tail, segment_ids=segment_ids, lengths=lengths)
-            outputs.append(y)
-            tails.append(tail)
+        convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
+        there = [conv for conv in convs if conv is not None]  # all of them, or none
+        if there:
+            pairs = short_convolutions(
+                there, projected, cache[1:], segment_ids=segment_ids, lengths=lengths
+            )
+        else:
+            pairs = [(jax.nn.silu(y), tail) for y, tail in zip(projected, cache[1:], strict=True)]
+        outputs, tails = zip(*pairs, strict=True)
         heads = (config.num_heads, config.num_heads, config.value_heads)
         q, k, v = (y.reshape(*y.shape[:2], n, -1) for y, n in zip(outputs, heads, strict=True))
         return Branches(q, k, v, (tails[0], tails[1], tails[2]))
