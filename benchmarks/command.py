@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import tyro
 
 from benchmarks.check import check
+from benchmarks.convolution import convolution
 from benchmarks.corpus.command import corpus
 from benchmarks.decode import decode
 from benchmarks.generation import generation
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tyro.extras.subcommand_cli_from_dict(
         {
             "check": check,
+            "convolution": convolution,
             "corpus": corpus,
             "decode": decode,
             "generation": generation,

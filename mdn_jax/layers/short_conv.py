@@ -131,7 +131,7 @@ def short_convolutions(
         for conv, x, tail in zip(convs, inputs, tails, strict=True)
     ]
     if _chosen(convs[0].implementation, arguments) == "xla":
-        outputs = tuple(_convolve(*arrays, starts) for arrays in arguments)
+        outputs = tuple(xla_convolution(*arrays, starts) for arrays in arguments)
     else:
         outputs = by_rows_and_channels(_on_kernels, arguments, starts)
     return [
@@ -176,7 +176,7 @@ def _on_kernels(
 
 
 @jax.custom_vjp
-def _convolve(
+def xla_convolution(
     x: Float[Array, "B T channels"],
     tail: Float[Array, "B W channels"],
     kernel: Float[Array, "W channels"],
@@ -224,7 +224,7 @@ def _backward(
     return d_inputs[:, size:], d_inputs[:, :size], d_kernel, d_bias, None
 
 
-_convolve.defvjp(_forward, _backward)
+xla_convolution.defvjp(_forward, _backward)
 
 
 def _sum_of_taps(
