@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from benchmarks.costs import Cost
 from benchmarks.timing import Timing, compile_for, how_timed, measure_compiled, milliseconds
-from mdn_jax.layers.short_conv import xla_convolution
+from mdn_jax.ops.short_convolution import xla_convolution
 from mdn_jax.testing import relative_errors
 from pallas_kernels.offline_compile import compile_kernel, lowered
 from pallas_kernels.short_convolution import Branch, Tiles, short_convolution
