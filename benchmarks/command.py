@@ -6,6 +6,7 @@ import tyro
 
 from benchmarks.check import check
 from benchmarks.context import context
+from benchmarks.convolution import convolution
 from benchmarks.corpus.command import corpus
 from benchmarks.decode import decode
 from benchmarks.generation import generation
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {
             "check": check,
             "context": context,
+            "convolution": convolution,
             "corpus": corpus,
             "decode": decode,
             "generation": generation,

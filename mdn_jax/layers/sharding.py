@@ -147,3 +147,33 @@ def sharded_rule[State](
     if cuts == Cuts():
         return rule(**arguments)
     return on_devices(rule, arguments, cuts, sizes)
+
+
+def by_rows_and_channels[Arguments](
+    function: Callable[[Any, Array | None], tuple[Array, ...]],
+    arguments: Arguments,
+    starts: Array | None,
+) -> tuple[Array, ...]:
+    """A function of each channel by itself, on each device's rows and channels (`sharded_rule`).
+
+    Args:
+      function: of `arguments` and `starts` `[B, T]`, to outputs `[B, T, channels]`.
+      arguments: a pytree of `[B, steps, channels]`, `[taps, channels]` and `[channels]`.
+      starts: goes to all channels.
+    """
+    arrays = jax.tree.leaves(arguments)
+    rows = cut(named_axes().rows, arrays[0].shape[0])
+    channels = cut(named_axes().heads, math.gcd(*(x.shape[-1] for x in arrays)))
+    if rows is None and channels is None:
+        return function(arguments, starts)
+    by_rank = {
+        3: PartitionSpec(rows, None, channels),
+        2: PartitionSpec(None, channels),
+        1: PartitionSpec(channels),
+    }
+    return jax.shard_map(
+        function,
+        in_specs=(jax.tree.map(lambda x: by_rank[x.ndim], arguments), PartitionSpec(rows)),
+        out_specs=by_rank[3],
+        axis_names=frozenset(partitioned()),
+    )(arguments, starts)

@@ -19,7 +19,7 @@ from mdn_jax.layers.context import (
 )
 from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.norm import GateActivation, RMSNorm
-from mdn_jax.layers.short_conv import ShortConv
+from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.residuals import RULE_OUTPUT, without_states
 
@@ -69,7 +69,8 @@ class StateMixer(nnx.Module):
 
     Args:
       config: sizes and options.
-      implementation: of the rule; None means the best one.
+      implementation: of the rule; None means the best one. With "scan" and "xla" the convolutions
+        are XLA's, too.
       keep_states: for the backward pass, instead of computing them again.
       context_axis: mesh axis over which the tokens of a row are cut, see `__call__`.
       dtype: of the computation; gates, states and statistics are float32 (float64 for float64).
@@ -199,6 +200,7 @@ class StateMixer(nnx.Module):
             config.conv_size,
             use_bias=config.conv_bias,
             initializer_range=config.initializer_range,
+            implementation="xla" if self.implementation in ("scan", "xla") else None,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             rngs=rngs,
@@ -298,19 +300,21 @@ class StateMixer(nnx.Module):
     ) -> Branches:
         """What `qkv` does with the outputs of its three projections; returns the same."""
         config = self.config
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
         before = tuple(cache[1:])
         axis = self.context_axis if inside_shard_map(self.context_axis) else None
         if axis is not None:
             before = entering_tails(projected, before, axis, segment_ids)
-        outputs, tails = [], []
-        for y, conv, tail in zip(projected, convs, before, strict=True):
-            if conv is None or tail is None:
-                y = jax.nn.silu(y)
-            else:
-                y, tail = differing(conv, y)(y, tail, segment_ids=segment_ids, lengths=lengths)
-            outputs.append(y)
-            tails.append(tail if axis is None else of_last_device(tail, axis))
+        there = [differing(conv, y) for conv, y in zip(convs, projected, strict=True) if conv is not None]
+        if there:  # all of them, or none
+            pairs = short_convolutions(
+                there, projected, before, segment_ids=segment_ids, lengths=lengths
+            )
+        else:
+            pairs = [(jax.nn.silu(y), tail) for y, tail in zip(projected, before, strict=True)]
+        outputs, tails = zip(*pairs, strict=True)
+        if axis is not None:
+            tails = of_last_device(tails, axis)
         heads = (config.num_heads, config.num_heads, config.value_heads)
         q, k, v = (y.reshape(*y.shape[:2], n, -1) for y, n in zip(outputs, heads, strict=True))
         return Branches(q, k, v, (tails[0], tails[1], tails[2]))
