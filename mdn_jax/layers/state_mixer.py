@@ -305,7 +305,8 @@ class StateMixer(nnx.Module):
         axis = self.context_axis if inside_shard_map(self.context_axis) else None
         if axis is not None:
             before = entering_tails(projected, before, axis, segment_ids)
-        there = [differing(conv, y) for conv, y in zip(convs, projected, strict=True) if conv is not None]
+        with_inputs = zip(convs, projected, strict=True)
+        there = [differing(conv, y) for conv, y in with_inputs if conv is not None]
         if there:  # all of them, or none
             pairs = short_convolutions(
                 there, projected, before, segment_ids=segment_ids, lengths=lengths
