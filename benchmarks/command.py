@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.check import check
+from benchmarks.context import context
+from benchmarks.convolution import convolution
 from benchmarks.corpus.command import corpus
 from benchmarks.decode import decode
 from benchmarks.generation import generation
@@ -26,6 +28,8 @@ from mdn_jax.cli.common import parse_command
 PROGRAM = "python -m benchmarks"
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "check": check,
+    "context": context,
+    "convolution": convolution,
     "corpus": corpus,
     "decode": decode,
     "generation": generation,

@@ -30,6 +30,7 @@ def guard(config: Annotated[GuardConfig, tyro.conf.arg(name="")]) -> None:
     from configs import CONFIGS
     from train.config_sections import DataConfig
     from train.run import Run
+    from train.stacking import by_layer
 
     if config.name not in CONFIGS:
         raise SystemExit(f"name: expected one of {', '.join(CONFIGS)}, got {config.name}")
@@ -44,7 +45,7 @@ def guard(config: Annotated[GuardConfig, tyro.conf.arg(name="")]) -> None:
             state, metrics = run.train_step(state, batch)
             jax.block_until_ready(metrics)
             between = time.perf_counter()
-            jax.device_get(run.stability(state.params, batch))
+            jax.device_get(run.stability(by_layer(state.params), batch))
             steps.append(between - began)
             guards.append(time.perf_counter() - between)
     step, measured = (statistics.median(x[1:]) for x in (steps, guards))  # without compiling

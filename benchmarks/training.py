@@ -46,7 +46,7 @@ class TrainingConfig:
     implementation: Implementation | None = None
     """Of the momentum delta rule; None: the best one."""
     steps: int = 20
-    """Steps to time, one by one."""
+    """Steps to time."""
     parts: bool = True
     """Time the parts of the step by themselves too."""
     trace: Path | None = None
@@ -67,8 +67,8 @@ class Whole(NamedTuple):
     """The whole step.
 
     Attributes:
-      seconds: of a step, median.
-      spread: seconds between the first and third quartile.
+      seconds: of a step, mean of those timed, as the tokens a second of a run.
+      spread: seconds between the first and third quartile of the single steps.
       tokens: in a step, over all devices.
       trace: seconds to trace and lower the step.
       compile: seconds to compile it.
@@ -127,7 +127,7 @@ def training(config: Annotated[TrainingConfig, tyro.conf.arg(name="")]) -> None:
         ("process start to first step, s", f"{whole.process:.1f}" if whole.process else "-"),
         ("loss after the last step, nats", f"{whole.loss:.3f}"),
     ]
-    print(f"median of {config.steps} steps after {WARM_UP} more, waiting for each")
+    print(f"mean of {config.steps} steps after {WARM_UP} more, each dispatched during the last")
     print(tabulate(lines, tablefmt="github", disable_numparse=True), flush=True)
     parts = {}
     if config.parts:
@@ -194,16 +194,18 @@ class _Run:
         plan = compiled.memory_analysis()
         planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes if plan else 0
         state, metrics, times = _time_steps(compiled, state, batch, steps=self.config.steps)
+        low, _, high = statistics.quantiles(times, n=4)
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if self.config.trace:
             with jax.profiler.trace(str(self.config.trace)):
-                for _ in range(TRACED_STEPS):
-                    state, metrics = compiled(state, batch)
-                jax.block_until_ready(state)
-        low, median, high = statistics.quantiles(times, n=4)
-        tokens = base.batch_size * base.sequence_length
+                state, metrics, traced = _time_steps(
+                    compiled, state, batch, steps=TRACED_STEPS, warm_up=0
+                )
+            speed = base.tokens_per_step / statistics.mean(traced)
+            print(f"{TRACED_STEPS} steps in the trace: {speed:,.0f} tokens/s")
+        tokens = base.tokens_per_step
         whole = Whole(
-            seconds=median,
+            seconds=statistics.mean(times),
             spread=high - low,
             tokens=tokens,
             trace=trace,
@@ -212,7 +214,7 @@ class _Run:
             process=process,
             peak=peak,
             planned=planned,
-            flops=tokens * flops_per_token(base.model, step.like.params, base.sequence_length),
+            flops=tokens * flops_per_token(base.model, step.like_params, base.sequence_length),
             parameters=sum(x.size for x in jax.tree.leaves(step.like.params)),
             loss=float(metrics.loss),
         )
@@ -228,7 +230,7 @@ class _Run:
             donate_argnums=0,
         )
         _, _, times = _time_steps(update, state, gradient, steps=self.config.steps)
-        return whole, statistics.median(times)
+        return whole, statistics.mean(times)
 
     def time_parts(self) -> dict[str, float]:
         """Seconds of the parts of one step on one device, the optimizer apart."""
@@ -244,15 +246,29 @@ class _Run:
 
 
 def _time_steps(
-    run: Callable[[Any, Any], tuple[Any, Any]], state: Any, other: Any, *, steps: int
+    run: Callable[[Any, Any], tuple[Any, Any]],
+    state: Any,
+    other: Any,
+    *,
+    steps: int,
+    warm_up: int = WARM_UP,
 ) -> tuple[Any, Any, list[float]]:
-    """The state and the metrics after the steps, and the seconds of each after the warm-up."""
-    times = []
-    for _ in range(WARM_UP + steps):
-        began = time.perf_counter()
-        state, metrics = jax.block_until_ready(run(state, other))
-        times.append(time.perf_counter() - began)
-    return state, metrics, times[WARM_UP:]
+    """The state and the metrics after the steps, and the seconds of each after the warm-up.
+
+    As a run has them: each is dispatched before the one before it has ended.
+    """
+    from train.metrics.steps import Pace
+
+    pace, times, pending = Pace(1), list[float](), None
+    for _ in range(warm_up + steps):
+        state, metrics = run(state, other)
+        if pending is not None:
+            jax.block_until_ready(pending)
+            times.append(pace.ended())
+        pending = metrics
+    jax.block_until_ready((state, pending))
+    times.append(pace.ended())
+    return state, pending, times[warm_up:]
 
 
 def _process_seconds() -> float | None:

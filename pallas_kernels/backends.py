@@ -43,6 +43,11 @@ def triton_parameters(*, warps: int, stages: int) -> Any:
     return importlib.import_module(_TRITON).CompilerParams(num_warps=warps, num_stages=stages)
 
 
+def triton_memory() -> Any:
+    """`load` and `store` of Pallas' Triton backend, which take masks; also for the interpreter."""
+    return importlib.import_module(_TRITON)
+
+
 def jax_triton_lacks() -> str | None:
     """What `decode_triton` would need that is not installed; None if it can run."""
     if importlib.util.find_spec("jax_triton") is None:

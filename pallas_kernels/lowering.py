@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.backends import triton_parameters
+from pallas_kernels.backends import triton_memory, triton_parameters
 
 PARTS: Literal["parts"] = "parts"
 """float32 operands as two bfloat16 numbers each, in three products."""
@@ -49,6 +49,17 @@ def _part(x: jax.Array, index: int) -> jax.Array:
     if index == 0:
         return high
     return (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def masked_load(place: Any, mask: jax.Array) -> jax.Array:
+    """What is at `reference.at[...]`, zero where `mask` is False: nothing is read there."""
+    loaded: jax.Array = triton_memory().load(place, mask=mask, other=0)
+    return loaded
+
+
+def masked_store(place: Any, values: jax.Array, mask: jax.Array) -> None:
+    """Writes where `mask` is True."""
+    triton_memory().store(place, values, mask=mask)
 
 
 def kernel_call(

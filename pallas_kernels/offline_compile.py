@@ -192,14 +192,21 @@ def lower(
         return outputs, pullback(cotangents)
 
     x, memory = tokens(batch, _LENGTH), entering(batch)
-    chunks = _lowered(both, capability, x, memory, (x.v, memory))
-    steps = _lowered(rule, capability, tokens(_DECODE_BATCH, 1), entering(_DECODE_BATCH))
+    chunks = lowered(both, capability, x, memory, (x.v, memory))
+    steps = lowered(rule, capability, tokens(_DECODE_BATCH, 1), entering(_DECODE_BATCH))
     return [*chunks, *steps]
 
 
-def _lowered(
+def lowered(
     function: Callable[..., Any], capability: tuple[int, int], *arguments: Any
 ) -> list[Kernel]:
+    """The kernels of a function, in the order of the program.
+
+    Args:
+      function: of arrays.
+      capability: compute capability, one of `DEVICES`.
+      *arguments: pytrees of arrays or their shapes.
+    """
     with target_gpu(capability):
         traced = jax.jit(function).trace(*arguments)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")

@@ -1,6 +1,9 @@
 """The examples, and the Python of the documents, run and show what they say."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -30,6 +33,24 @@ def test_a_right_kernel_and_a_wrong_one(capsys):
     out = capsys.readouterr().out
     assert out.startswith("FAIL float32-every_regime\n")
     assert "d_log_mu: expected errors of at most" in out
+
+
+@pytest.mark.slow
+def test_a_row_over_eight_devices():
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.long_row"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, many = (line.split(":") for line in done.stdout.splitlines())
+    assert many[0] == "data 2 x context 4"
+    expected, actual = ([float(x) for x in losses.split()] for _, losses in (one, many))
+    assert expected[-1] < expected[0] - 0.1
+    assert actual == pytest.approx(expected, abs=2e-5)
 
 
 ROOT = Path(__file__).parents[1]

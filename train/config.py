@@ -166,6 +166,13 @@ class TrainConfig:
             f"below the {decay_steps} steps of the schedule (optimizer.decay_steps, or steps)",
             warmup_steps is None or warmup_steps < decay_steps,
         )
+        cooldown_steps = self.optimizer.cooldown_steps
+        check(
+            "optimizer.cooldown_steps",
+            cooldown_steps,
+            f"at most the {decay_steps} steps of the schedule without its warm-up",
+            cooldown_steps is None or cooldown_steps + (warmup_steps or 0) <= decay_steps,
+        )
 
     @property
     def decay_steps(self) -> int:

@@ -146,7 +146,15 @@ def documents_field(config: DataConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up, cosine decay and clipping. The defaults are the published recipe."""
+    """The update rule, its schedule and clipping. The defaults are the published recipe."""
+
+    name: Literal["adamw", "muon"] = option("adamw", resume="fixed")
+    """AdamW; or Muon for the matrices of the layers' projections and AdamW for all others."""
+
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = option("cosine", resume="fixed")
+    """What the learning rate does after the warm-up: it falls to the final fraction, along half a
+    cosine or a line; it stays; it stays and falls in the last `cooldown_steps` ("wsd": warm-up,
+    stable, decay)."""
 
     learning_rate: float = option(3e-4, resume="fixed")
     """Peak learning rate, reached at the end of the warm-up."""
@@ -159,7 +167,10 @@ class OptimizerConfig:
     schedule, at most 1,024."""
 
     decay_steps: int | None = option(None, resume="fixed")
-    """Updates after which the cosine ends, warm-up included; None: `steps` of the first start."""
+    """Updates after which the schedule ends, warm-up included; None: `steps` of the first start."""
+
+    cooldown_steps: int | None = option(None, resume="fixed")
+    """With the schedule "wsd": updates of its decay; None: a fifth of those of the schedule."""
 
     beta1: float = option(0.9, resume="fixed")
     """Decay of the first moment."""
@@ -169,6 +180,13 @@ class OptimizerConfig:
 
     epsilon: float = option(1e-15, resume="fixed")
     """Added to the root of the second moment."""
+
+    muon_beta: float = option(0.95, resume="fixed")
+    """With "muon": decay of the momentum that it makes orthogonal."""
+
+    ema_decay: float | None = option(None, resume="fixed")
+    """Decay, for each update, of a moving average of the parameters. The run measures its held-out
+    loss too, and `--ema` of the other commands takes it. None: there is none."""
 
     weight_decay: float = option(0.1, resume="fixed")
     """Decoupled weight decay of matrices; gate parameters, norms and biases have none."""
@@ -184,12 +202,17 @@ class OptimizerConfig:
         for name in ("learning_rate", "epsilon", "clip_norm"):
             value = getattr(self, name)
             check(f"optimizer.{name}", value, "a finite number > 0", 0 < value < math.inf)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_beta"):
             value = getattr(self, name)
             check(f"optimizer.{name}", value, "a number >= 0 and below 1", 0 <= value < 1)
         fraction, decay = self.final_fraction, self.weight_decay
         check("optimizer.final_fraction", fraction, "a number from 0 to 1", 0 <= fraction <= 1)
         check("optimizer.weight_decay", decay, "a finite number >= 0", 0 <= decay < math.inf)
+        ema, cooldown = self.ema_decay, self.cooldown_steps
+        fits = ema is None or 0 <= ema < 1
+        check("optimizer.ema_decay", ema, "None or a number >= 0 and below 1", fits)
+        fits = cooldown is None or (cooldown >= 1 and self.schedule == "wsd")
+        check("optimizer.cooldown_steps", cooldown, "None, or an int >= 1 with wsd", fits)
         check(
             "optimizer.warmup_steps",
             self.warmup_steps,

@@ -15,16 +15,23 @@ from mdn_jax.models import Mixer
 from mdn_jax.models.causal_lm import Block
 from train.optimizer import Params
 from train.parallel.sharding import with_shardings
+from train.stacking import Groups, groups_of, stacked
 from train.step import TrainState, init_state
 
 
 def abstract_state(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+    params: Params, groups: Groups, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the training state with such parameters (or shapes)."""
-    state: TrainState = with_shardings(
-        jax.eval_shape(partial(init_state, optimizer=optimizer), params), mesh
-    )
+    """Shapes, dtypes and shardings of the training state.
+
+    Args:
+      params: by layer, arrays or shapes.
+      groups: layers of each stack.
+      optimizer: of the stacked parameters.
+      mesh: of the devices.
+    """
+    make = partial(_stacked_state, groups=groups, optimizer=optimizer)
+    state: TrainState = with_shardings(jax.eval_shape(make, params), mesh)
     return state
 
 
@@ -36,7 +43,10 @@ def initial_params(config: MDNConfig, *, seed: int, like: Params) -> Params:
     Args:
       config: of the model.
       seed: of the random numbers.
-      like: shapes and shardings of the parameters.
+      like: shapes and shardings of the parameters by layer.
+
+    Returns:
+      The parameters by layer.
     """
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
@@ -67,13 +77,17 @@ def initial_params(config: MDNConfig, *, seed: int, like: Params) -> Params:
 def place_state(
     params: Params, optimizer: optax.GradientTransformation, like: TrainState
 ) -> TrainState:
-    """The state before the first step with these parameters, whose buffers it takes over."""
+    """The state before the first step with these parameters by layer, which are not used again."""
+    make = partial(_stacked_state, groups=groups_of(like), optimizer=optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    make = jax.jit(
-        partial(init_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0
-    )
-    state: TrainState = make(params)
+    state: TrainState = jax.jit(make, out_shardings=shardings)(params)
     return state
+
+
+def _stacked_state(
+    params: Params, groups: Groups, optimizer: optax.GradientTransformation
+) -> TrainState:
+    return init_state(stacked(params, groups), optimizer)
 
 
 def _params(module: nnx.Module) -> Params:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +32,13 @@ from train.config import TrainConfig, to_dict
 from train.data.batches import Batches
 from train.data.sources import find_source
 from train.evaluation.sample import sample
-from train.guard import DivergedError, raise_refused
+from train.guard import DivergedError
 from train.metrics.log import MetricsLog, Progress
 from train.metrics.loss_curve import plot_losses
+from train.metrics.steps import StepReports
 from train.metrics.utilization import Monitor
 from train.metrics.writers import check_packages, make_writers
+from train.optimizer import average_of
 from train.origin import (
     begin_with,
     check_origin_alike,
@@ -48,7 +49,8 @@ from train.origin import (
 from train.parallel.distributed import Agreement, check_configuration, is_first, together
 from train.parallel.sharding import on_mesh
 from train.run import Run, fit_vocabulary
-from train.step import StepMetrics, TrainState, scalars
+from train.stacking import by_layer
+from train.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Result:
     """How a run ended.
 
     Attributes:
-      state: the last training state.
+      state: the last training state, by layer.
       unigram_entropy: of the held-out tokens, nats/token.
       held_out_loss: on the same tokens, nats/token; None if a signal ended the run.
       signal: number of the signal that ended the run before its last step, or None.
@@ -121,7 +123,7 @@ def _train(
     with Checkpoints(config) as checkpoints, together():
         position, known = None, None
         if origin is not None:
-            state = run.begin(origin_params(origin, run.like.params))
+            state = run.begin(origin_params(origin, run.like_params))
             print(f"begins with the parameters in {origin.path}", flush=True)
         elif not config.resume:
             state = run.initial_state()
@@ -157,7 +159,7 @@ def _train(
             checkpoints.wait()
             if result.signal is None:
                 _finish(run, result, log)
-    return result
+    return dataclasses.replace(result, state=by_layer(result.state))
 
 
 def _check_directory(config: TrainConfig) -> None:
@@ -215,7 +217,7 @@ def _run_steps(
     """
     config = run.config
     start, last = int(state.step), config.steps
-    held_out, pending = None, None
+    held_out = None
     agreed = Agreement()  # processes stop after the same step
     result = partial(
         Result,
@@ -223,72 +225,59 @@ def _run_steps(
         unit=run.data.unit,
         bytes_per_token=run.data.bytes_per_token,
     )
-    # since the last line of metrics, checkpoints and evaluations apart; and until it
-    seconds, counted, waited = 0.0, 0, 0.0
     monitor = Monitor(
-        config, state.params, list(run.mesh.devices.flat), start=start, traces=is_first()
+        config, run.like_params, list(run.mesh.devices.flat), start=start, traces=is_first()
     )
     with monitor, Progress(start=start, steps=last, shown=is_first()) as progress:
+        reports = StepReports(
+            config,
+            batches=batches,
+            epochs=run.data.epochs,
+            monitor=monitor,
+            log=log,
+            progress=progress,
+        )
         for step in range(start + 1, last + 1):
-            monitor.before(step)
-            began = time.perf_counter()
+            reports.before(step)
             batch = run.place(next(batches))
             state, metrics = run.train_step(state, batch)
-            if pending is not None:  # one step ahead of the device, no more
-                _check_refused(config, step - 1, pending)
-            pending = metrics
             logged = step % config.log_every == 0 or step in (start + 1, last)
-            values = scalars(metrics) if logged else {}
-            seconds, counted = seconds + time.perf_counter() - began, counted + 1
-            progress.advance()
-            monitor.after(step, metrics)
-            if logged:
-                speed = counted * config.tokens_per_step / seconds
-                data_wait = round((batches.waited - waited) / seconds, 5)
-                seconds, counted, waited = 0.0, 0, batches.waited
-                values |= {"tokens_per_second": round(speed), "data_wait": data_wait}
-                values |= monitor.values(speed)
-                values |= {name: round(step * x, 5) for name, x in run.data.epochs.items()}
-                log.write(step=step, **values)
-                progress.report(step, values["loss"], speed, data_wait)
-            if config.stability_every and step % config.stability_every == 0:
-                measured = jax.device_get(run.stability(state.params, batch))
-                log.write(step=step, **{name: x.item() for name, x in measured.items()})
+            reports.add(step, metrics, logged=logged)
+            measures = config.stability_every and step % config.stability_every == 0
+            evaluates = step % config.eval_every == 0 or step == last
+            saves = step % config.checkpoint_every == 0 or step == last
             held_out = None
-            if step % config.eval_every == 0 or step == last:
-                held_out = _evaluate(run, state, log, progress.say)
-            if step % config.checkpoint_every == 0 or step == last:
-                _check_refused(config, step, metrics)
-                _save(run, batches, checkpoints, state, held_out)
+            if measures or evaluates or saves:
+                reports.finish()
+                if measures:
+                    measured = jax.device_get(run.stability(by_layer(state.params), batch))
+                    log.write(step=step, **{name: x.item() for name, x in measured.items()})
+                if evaluates:
+                    held_out = _evaluate(run, state, log, progress.say)
+                if saves:
+                    _save(run, batches, checkpoints, state, held_out)
+                reports.go_on()
             ends = agreed(interrupt.signal or (signal.SIGTERM if stop() else 0))
             if ends and step < last:
+                reports.finish()
                 return result(state, held_out_loss=None, signal=ends)
     if held_out is None:  # resumed after the last step
-        held_out = run.evaluate(state.params).mean
+        held_out = run.evaluate(by_layer(state.params)).mean
     return result(state, held_out_loss=held_out)
 
 
 def _evaluate(run: Run, state: TrainState, log: MetricsLog, say: Callable[[str], None]) -> float:
     """Measures the held-out loss, for the metrics and whoever watches."""
     step = int(state.step)
-    held_out, each = run.evaluate(state.params)
+    held_out, each = run.evaluate(by_layer(state.params))
     per_byte = held_out / run.data.bytes_per_token
     losses = {f"held_out_loss/{name}": loss for name, loss in each.items()}
+    average = average_of(state.opt_state)
+    if average is not None:
+        losses["held_out_loss_ema"] = run.evaluate(by_layer(average)).mean
     log.write(step=step, held_out_loss=held_out, held_out_nats_per_byte=per_byte, **losses)
     say(f"step {step}: held-out loss {held_out:.4f} {run.data.unit}")
     return held_out
-
-
-def _check_refused(config: TrainConfig, step: int, metrics: StepMetrics) -> None:
-    """Waits for a step and ends the run where the guard says so."""
-    raise_refused(
-        config.guard,
-        step=step,
-        spike=bool(metrics.spike),
-        refused=int(metrics.refused),
-        loss=float(metrics.loss),
-        grad_norm=float(metrics.grad_norm),
-    )
 
 
 def _finish(run: Run, result: Result, log: MetricsLog) -> None:
@@ -299,7 +288,7 @@ def _finish(run: Run, result: Result, log: MetricsLog) -> None:
         try:
             text = on_mesh(run.mesh, sample)(
                 run.model,
-                result.state.params,
+                by_layer(result.state.params),
                 prompt=config.sample_prompt,
                 length=config.sample_tokens,
                 temperature=config.sample_temperature,

@@ -14,12 +14,13 @@ from mdn_jax.models.sizes import check_fits
 from train.config import TrainConfig
 from train.freezing import frozen_mask, without_frozen
 from train.initialize import abstract_state, initial_params, place_state
-from train.optimizer import Params, make_optimizer, make_schedule
+from train.optimizer import Params, make_optimizer, make_schedule, with_average
 from train.parallel.sharding import batch_sharding, check_divisible, make_mesh, replicated
+from train.stacking import by_layer, equal_layers, stacked
 from train.step import TrainState, make_train_step, split_model
 
-# float32 parameters and the two moments of AdamW
-_STATE_BYTES = 12
+# float32 parameters and the two moments of AdamW; an average of the parameters
+_STATE_BYTES, _AVERAGE_BYTES = 12, 4
 
 
 class ModelAndStep:
@@ -31,9 +32,10 @@ class ModelAndStep:
       schedule: of the learning rate.
       optimizer: update rule.
       model: shapes, without arrays.
-      loss: of parameters and a batch, summed over targets.
-      frozen: which parameters stay as they are; None: none.
-      like: shapes and shardings of the training state.
+      loss: of parameters by layer and a batch, summed over targets.
+      frozen: which parameters of the state stay as they are; None: none.
+      like: shapes and shardings of the training state, equal layers stacked.
+      like_params: those of the parameters by layer.
       step: compiled at its first call, which the mesh has to be ambient for.
     """
 
@@ -62,11 +64,15 @@ class ModelAndStep:
             )
         )
         self.loss, params = split_model(self.model)
-        self.frozen = frozen_mask(params, config.optimizer.frozen)
+        frozen = frozen_mask(params, config.optimizer.frozen)
+        groups = equal_layers(params, frozen)
+        self.frozen = stacked(frozen, groups, join=lambda marks: marks[0])
         optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.optimizer = without_frozen(optimizer, self.frozen)
+        optimizer = without_frozen(optimizer, self.frozen)
+        self.optimizer = with_average(optimizer, config.optimizer.ema_decay, self.frozen)
         check_divisible(config, self.mesh, params)
-        self.like = abstract_state(params, self.optimizer, self.mesh)
+        self.like = abstract_state(params, groups, self.optimizer, self.mesh)
+        self.like_params = by_layer(self.like.params)
         self.step = make_train_step(
             self.loss,
             self.optimizer,
@@ -83,19 +89,18 @@ class ModelAndStep:
     def initial_state(self) -> TrainState:
         """The state before the first step."""
         config = self.config
-        return self.begin(initial_params(config.model, seed=config.seed, like=self.like.params))
+        return self.begin(initial_params(config.model, seed=config.seed, like=self.like_params))
 
     def begin(self, params: Params) -> TrainState:
-        """The state before the first step with these parameters, whose buffers it takes over."""
+        """The state before the first step with these parameters by layer, not used again."""
         return place_state(params, self.optimizer, self.like)
 
 
 def _check_size(config: TrainConfig, mesh: Mesh) -> None:
     """Before any of it is built."""
     pieces = mesh.shape[FSDP] * mesh.shape[TENSOR]
+    each = _STATE_BYTES + _AVERAGE_BYTES * (config.optimizer.ema_decay is not None)
     try:
-        check_fits(
-            config.model, bytes_each=_STATE_BYTES, device=jax.local_devices()[0], pieces=pieces
-        )
+        check_fits(config.model, bytes_each=each, device=jax.local_devices()[0], pieces=pieces)
     except ValueError as error:
         raise RunError(str(error)) from None

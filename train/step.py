@@ -16,9 +16,10 @@ from train.config_sections import GuardConfig
 from train.data.packing import Batch
 from train.freezing import held, kept
 from train.guard import Guard, init_guard, judge
-from train.optimizer import Params, group_norms
+from train.optimizer import Params, group_norms, is_projection
+from train.stacking import unstacked
 
-# (parameters, batch) -> loss summed over the batch's targets, nats
+# (parameters by layer, batch) -> loss summed over the batch's targets, nats
 Loss = Callable[[Params, Batch], Float[Array, ""]]
 
 
@@ -26,7 +27,8 @@ class TrainState(NamedTuple):
     """Everything that a step changes; a pytree.
 
     Attributes:
-      params: parameters, nested dictionaries of float32 arrays.
+      params: parameters, nested dictionaries of float32 arrays, equal layers stacked
+        (`train.stacking`); so are the moments.
       opt_state: state of the optimizer.
       step: steps taken, skipped ones included; also the position in the data.
       skipped: steps refused, see `train.guard`.
@@ -67,7 +69,7 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
     values = jax.device_get(metrics)._asdict()
     groups = values.pop("grad_norms")
     values |= {f"grad_norm/{name}": value for name, value in groups.items()}
-    return {name: value.item() for name, value in values.items() if name != "spike"}
+    return {name: value.item() for name, value in values.items()}
 
 
 def split_model(model: MDNForCausalLM) -> tuple[Loss, Params]:
@@ -94,9 +96,7 @@ def rounded(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     """
 
     def cast(path: tuple[Any, ...], x: Array) -> Array:
-        names = [str(entry.key) for entry in path]
-        projection = x.ndim == 2 and any(name.endswith("_proj") for name in names)
-        return x.astype(dtype) if projection else x
+        return x.astype(dtype) if is_projection(path, x) else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -165,8 +165,9 @@ def make_train_step(
       optimizer: update rule.
       schedule: its learning rate, for the metrics.
       guard: which steps are refused beside those that are not finite; None: none.
-      frozen: which parameters stay as they are (`frozen_mask`), for an optimizer that knows of them
-        (`without_frozen`); None: none. The gradient's norm is that of the others.
+      frozen: which parameters stay as they are (`frozen_mask`), stacked as the state is, for an
+        optimizer that knows of them (`without_frozen`); None: none. The gradient's norm is that of
+        the others.
       accumulation: micro-batches to cut the batch into, along its rows.
       dtype: of the model's computation; the matrices are rounded to it once a step.
       state_sharding: where the state lies before and after; None: as it comes.
@@ -180,7 +181,7 @@ def make_train_step(
     def loss_and_gradient(params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
         count = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
         gradient = jax.value_and_grad(
-            lambda params, micro: summed_loss(held(params, frozen), micro) / count
+            lambda params, micro: summed_loss(unstacked(held(params, frozen)), micro) / count
         )
         low = rounded(params, dtype)
         if accumulation == 1:

@@ -189,6 +189,12 @@ def _end_of_epoch(
     choice = np.asarray(steps.measure(at.members.params, data.choice))  # [M, settings]
     at.curve[:, at.epoch] = np.stack([loss, choice.mean(axis=1)], axis=1)
     at.epoch += 1
+    best = choice[np.argmax(choice.mean(axis=1))]
+    print(
+        f"epoch {at.epoch} of {recipe.epochs}, {at.minutes:.1f} min; the best of {len(at.runs)}:",
+        *(f"{100 * accuracy:.1f}" for accuracy in best),
+        flush=True,
+    )
     passed, broken = choice.mean(axis=1) > recipe.stop_at, ~np.isfinite(loss)
     done = before | passed | broken | (at.epoch == recipe.epochs)
     if (done & ~before).any():

@@ -32,6 +32,9 @@ class CheckpointConfig:
     step: int | None = None
     """Checkpoint of this step; None: the latest."""
 
+    ema: bool = False
+    """Take the moving average of a run's parameters (its optimizer.ema_decay) in their place."""
+
     tokenizer: Path | Literal["bytes"] | None = None
     """A tokenizer.json, or "bytes"; None: the one in the checkpoint's directory, else bytes."""
 
@@ -49,7 +52,7 @@ def open_checkpoint(config: CheckpointConfig) -> tuple[MDNForCausalLM, Text]:
       RunError: no such checkpoint, or one that cannot be read.
       ValueError: a folder whose files do not fit.
     """
-    saved = find_model(config.checkpoint, config.step)
+    saved = find_model(config.checkpoint, config.step, ema=config.ema)
     text = load_text(config.tokenizer, config.checkpoint, saved)
     return load_found(saved, dtype=config.dtype, implementation=config.implementation), text
 

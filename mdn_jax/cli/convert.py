@@ -57,6 +57,9 @@ class ExportConfig:
     step: int | None = None
     """Checkpoint of this step; None: the latest."""
 
+    ema: bool = False
+    """Take the moving average of a run's parameters (its optimizer.ema_decay) in their place."""
+
     dtype: _Dtype | None = None
     """Type to convert the parameters to; None: they keep their own, bit for bit."""
 
@@ -93,7 +96,7 @@ def _import(config: ImportConfig) -> int:
 
 def _export(config: ExportConfig) -> int:
     """Checkpoint of ours to a published folder."""
-    saved = find_checkpoint(config.checkpoint, config.step)
+    saved = find_checkpoint(config.checkpoint, config.step, ema=config.ema)
     tokenizer = tokenizer_beside(config.checkpoint, saved)
     vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
     model = with_tokens(saved.model, vocabulary)
@@ -103,7 +106,7 @@ def _export(config: ExportConfig) -> int:
         parameters=parameter_count(saved.model),
         run=record.config,
         step=saved.step,
-        held_out_loss=record.held_out_loss,
+        held_out_loss=None if config.ema else record.held_out_loss,
     )
     with new_directory(config.output) as directory:
         params = iterate_params(saved)

@@ -10,6 +10,7 @@ from mdn_jax.layers.gated import (
 )
 from mdn_jax.layers.mamba3 import Mamba3, Mamba3Cache
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
+from mdn_jax.layers.sharding import mesh_axes
 from mdn_jax.layers.state_mixer import StateCache
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "SoftmaxAttention",
     "StateCache",
     "TitansMemory",
+    "mesh_axes",
 ]

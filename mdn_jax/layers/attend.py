@@ -47,6 +47,7 @@ def attend(
     window: int | None,
     *,
     packed: bool,
+    last: bool = True,
     block: int = 512,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of each query to itself and to the keys before it that it may see.
@@ -57,15 +58,16 @@ def attend(
 
     Args:
       q: rotated queries.
-      k: rotated keys, the last `T` those of the queries.
+      k: rotated keys; those of the queries among them.
       v: values.
       queries: where the queries are.
       keys: where the keys are.
       window: a token sees itself and the `window - 1` tokens before it; None: all.
       packed: whether `queries` can be of several documents.
+      last: whether the last `T` keys are those of the queries; otherwise they are anywhere.
       block: queries in a block.
     """
-    fused = fused_implementation(q, k, packed=packed)
+    fused = fused_implementation(q, k, packed=packed) if last else None
     if fused is not None:
         same = queries.documents[:, None, :, None] == keys.documents[:, None, None, :]
         return jax.nn.dot_product_attention(
@@ -97,7 +99,7 @@ def attend(
     for start in range(0, q.shape[1], block):
         stop = min(start + block, q.shape[1])
         first = 0 if window is None else max(0, offset + start + 1 - window)
-        ours, theirs = slice(start, stop), slice(first, offset + stop)
+        ours, theirs = slice(start, stop), slice(first, offset + stop) if last else slice(None)
         tokens = (Tokens(*(x[:, ours] for x in queries)), Tokens(*(x[:, theirs] for x in keys)))
         outputs.append(attend_block(q[:, ours], k[:, theirs], v[:, theirs], *tokens))
     return jnp.concatenate(outputs, axis=1)

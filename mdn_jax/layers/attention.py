@@ -10,7 +10,16 @@ from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.arguments import check_activations, check_cache, counted, without_padding
 from mdn_jax.layers.attend import Tokens, attend
+from mdn_jax.layers.context import (
+    check_stretch,
+    inside_shard_map,
+    of_last_device,
+    own_stretch,
+    whole_rows,
+)
+from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.rotary import rotate
+from mdn_jax.ops.context import context_size
 from mdn_jax.ops.inputs import document_numbers, document_starts
 
 
@@ -66,6 +75,7 @@ class SoftmaxAttention(nnx.Module):
       window_size: a token sees itself and the `window_size - 1` tokens before it; None: all.
       rope_theta: base of the rotary embedding; None: no positions.
       initializer_range: standard deviation of the weights.
+      context_axis: mesh axis over which the tokens of a row are cut, see `__call__`.
       dtype: of the computation; the softmax is float32 (float64 for float64).
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -81,6 +91,7 @@ class SoftmaxAttention(nnx.Module):
         window_size: int | None = None,
         rope_theta: float | None = 10000.0,
         initializer_range: float = 0.02,
+        context_axis: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -100,6 +111,7 @@ class SoftmaxAttention(nnx.Module):
         self.head_dim = hidden_size // num_heads
         self.window_size = window_size
         self.rope_theta = rope_theta
+        self.context_axis = context_axis
         self.dtype = dtype
 
         def linear(outputs: int, use_bias: bool) -> nnx.Linear:
@@ -144,6 +156,7 @@ class SoftmaxAttention(nnx.Module):
             capacity=capacity,
         )
 
+    @under_explicit_meshes(tokens_and_cache)
     def __call__(
         self,
         x: Float[Array, "B T hidden"],
@@ -152,6 +165,10 @@ class SoftmaxAttention(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], AttentionCache]:
         """Mixes the tokens of each document.
+
+        Inside a `jax.shard_map` that cuts tokens over `context_axis`, `x` and `segment_ids` are
+        this device's stretch of the rows, which gathers the keys and values of all of them;
+        `cache` and the cache returned are those before and after the whole rows.
 
         Args:
           x: inputs, any float dtype.
@@ -169,6 +186,8 @@ class SoftmaxAttention(nnx.Module):
           ValueError: a shape that does not fit.
         """
         check_activations(x, self.hidden_size, segment_ids, lengths)
+        check_stretch(lengths, self.context_axis)
+        axis = self.context_axis if inside_shard_map(self.context_axis) else None
         batch, length, _ = x.shape
         if cache is None:
             cache = self.init_cache(batch)
@@ -176,7 +195,11 @@ class SoftmaxAttention(nnx.Module):
         shapes = {"k": rows, "v": rows, "positions": rows[:2], "next_position": (batch,)}
         check_cache(cache, AttentionCache, shapes)
         x = without_padding(x.astype(self.dtype), lengths)
-        queries = _tokens(segment_ids, cache.next_position, (batch, length))
+        row = queries = _tokens(segment_ids, cache.next_position, (batch, length))
+        if axis is not None:
+            ids = None if segment_ids is None else whole_rows(segment_ids, axis)
+            row = _tokens(ids, cache.next_position, (batch, length * context_size(axis)))
+            queries = own_stretch(row, axis, length)
         q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
@@ -184,18 +207,21 @@ class SoftmaxAttention(nnx.Module):
             q = rotate(q, queries.positions, theta=self.rope_theta)
             k = rotate(k, queries.positions, theta=self.rope_theta)
 
+        if axis is not None:
+            k, v = whole_rows((k, v), axis)
         k = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)  # [B, L + T, KVH, D]
         v = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)
         before = Tokens(positions=cache.positions, documents=jnp.zeros_like(cache.positions))
-        keys = Tokens(*(jnp.concatenate(x, axis=1) for x in zip(before, queries, strict=True)))
-        y = self.o_proj(
-            attend(
-                q, k, v, queries, keys, self.window_size, packed=segment_ids is not None
-            ).reshape(x.shape)
+        keys = Tokens(*(jnp.concatenate(x, axis=1) for x in zip(before, row, strict=True)))
+        o = attend(
+            *(q, k, v, queries, keys, self.window_size),
+            packed=segment_ids is not None,
+            last=axis is None,
         )
+        y = self.o_proj(o.reshape(x.shape))
 
-        kept = keys.documents == queries.documents[:, -1:]
-        next_position = queries.positions[:, -1] + 1
+        kept = keys.documents == row.documents[:, -1:]
+        next_position = row.positions[:, -1] + 1
         if lengths is not None:
             kept = jnp.pad(
                 counted(lengths, length), ((0, 0), (cache.k.shape[1], 0)), constant_values=True
@@ -208,14 +234,10 @@ class SoftmaxAttention(nnx.Module):
             k, v, positions = (_padding_first(z, lengths - length) for z in (k, v, positions))
         entries = k.shape[1] if cache.capacity is None else min(k.shape[1], cache.capacity)
         last = slice(k.shape[1] - entries, None)
-        cache = AttentionCache(
-            k=k[:, last],
-            v=v[:, last],
-            positions=positions[:, last],
-            next_position=next_position,
-            capacity=cache.capacity,
-        )
-        return y, cache
+        entries_kept = (k[:, last], v[:, last], positions[:, last], next_position)
+        if axis is not None:
+            entries_kept = of_last_device(entries_kept, axis)
+        return y, AttentionCache(*entries_kept, capacity=cache.capacity)
 
 
 def _padding_first(x: Array, shift: Int[Array, " B"]) -> Array:

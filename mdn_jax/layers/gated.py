@@ -57,7 +57,7 @@ class GatedDeltaNet(StateMixer):
         q, p = self._query_and_erase_key(qkv.q, qkv.k)
         kernel = jnp.concatenate([self.a_proj[...], self.b_proj[...]], axis=1)  # x is read once
         a, b = jnp.split(wide_projection(x, kernel), 2, axis=-1)  # [B, T, HV]
-        rule = partial(sharded_rule, gated_delta_rule, implementation=self.implementation)
+        rule = partial(sharded_rule, gated_delta_rule, **self._rule_options)
         return self._kept(rule)(
             q=q,
             k=qkv.k,
@@ -145,7 +145,7 @@ class KimiDeltaAttention(StateMixer):
         own: Bool[Array, "B T 1"] | None,
     ) -> tuple[Float[Array, "B T HV V"], State]:
         beta = jax.nn.sigmoid(wide_projection(x, self.b_proj[...]))
-        rule = partial(sharded_rule, kimi_delta_rule, implementation=self.implementation)
+        rule = partial(sharded_rule, kimi_delta_rule, **self._rule_options)
         return self._kept(rule)(
             q=qkv.q,
             k=qkv.k,
@@ -166,6 +166,8 @@ class GatedDeltaNet2(KimiDeltaAttention):
     `b` has an entry for each key channel, `w` for each value channel. The published `g_proj` is two
     projections (`use_lora_gate`). As many value heads as key heads. Arguments as of `StateMixer`.
     """
+
+    in_context = False
 
     def _make_strengths(self, rngs: nnx.Rngs) -> None:
         self.b_proj = self._projection(self.config.key_dim, rngs)
@@ -232,9 +234,7 @@ class Mamba2(StateMixer):
         a = wide_projection(x, self.a_proj[...])
         dt = jax.nn.softplus(a + self.dt_bias[...].astype(a.dtype))
         log_alpha = -jnp.exp(self.a_log[...].astype(a.dtype)) * dt
-        rule = partial(
-            sharded_rule, gated_linear_attention, scale=1.0, implementation=self.implementation
-        )
+        rule = partial(sharded_rule, gated_linear_attention, scale=1.0, **self._rule_options)
         o, state = self._kept(rule)(
             q=qkv.q,
             k=qkv.k,

@@ -52,6 +52,7 @@ class Mamba3(StateMixer):
     cache_type = Mamba3Cache
     state_names = ("state.s", "state.k", "state.v")
     has_convolutions = False
+    in_context = False
 
     def _make_gates(self, rngs: nnx.Rngs) -> None:
         config, heads = self.config, self.config.value_heads

@@ -43,6 +43,8 @@ class MomentumDeltaNet(StateMixer):
     Args:
       config: sizes and options.
       implementation: of the rule, see `momentum_delta_rule`; None means the best one.
+      keep_states: for the backward pass, instead of computing them again.
+      context_axis: mesh axis over which the tokens of a row are cut (docs/long_context.md).
       dtype: of the computation; gates, states and statistics are float32 (float64 for float64).
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -96,7 +98,7 @@ class MomentumDeltaNet(StateMixer):
         p = None
         if not self.erases_decayed:
             p = l2_normalize(qkv.k.astype(gates.eta.dtype)).astype(qkv.k.dtype)
-        rule = partial(sharded_momentum_delta_rule, implementation=self.implementation)
+        rule = partial(sharded_momentum_delta_rule, **self._rule_options)
         return self._kept(rule)(
             qkv.q,
             qkv.k,

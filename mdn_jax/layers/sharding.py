@@ -1,12 +1,16 @@
 """What the layers say to the partitioner of `jax.jit` under a mesh, and the rule under one.
 
-The mesh is the ambient one (`jax.set_mesh`). Rows are cut over its axes `data` and `fsdp`, heads
-over `tensor`, as far as these axes are there, have more than one device and divide the dimension.
-Without such axes nothing is said and nothing is paid.
+The mesh is the ambient one (`jax.set_mesh`). Rows are cut over its axes `data` and `fsdp`, tokens
+over `context`, heads over `tensor` (`mesh_axes` names others), as far as these axes are there, have
+more than one device and divide the dimension. Without such axes nothing is said and nothing is
+paid.
 """
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -14,10 +18,45 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from mdn_jax.ops.api import momentum_delta_rule
+from mdn_jax.ops.on_mesh import Cuts, fitting, head_counts, on_devices
 from mdn_jax.ops.state import MDNState
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 ROWS, HEADS = (DATA, FSDP), (TENSOR,)
+CONTEXT = "context"
+
+_NAMES = Cuts(ROWS, (CONTEXT,), HEADS)
+
+_axes: ContextVar[Cuts] = ContextVar("mesh_axes", default=_NAMES)
+
+
+@contextmanager
+def mesh_axes(
+    *,
+    rows: tuple[str, ...] = ROWS,
+    context: tuple[str, ...] = (CONTEXT,),
+    heads: tuple[str, ...] = HEADS,
+) -> Iterator[None]:
+    """Within it, layers are traced for a mesh whose axes have these names.
+
+    It matters where axes are of type Auto: there the types of arrays do not say how they are cut.
+    Names decide what each device computes and what is sent, never the result.
+
+    Args:
+      rows: axes over which the rows of a batch are cut.
+      context: axis over which the tokens of a row are cut.
+      heads: axes over which heads are cut.
+    """
+    token = _axes.set(Cuts(tuple(rows), tuple(context), tuple(heads)))
+    try:
+        yield
+    finally:
+        _axes.reset(token)
+
+
+def named_axes() -> Cuts:
+    """Names of the axes over which rows, tokens and heads are cut."""
+    return _axes.get()
 
 
 def partitioned() -> dict[str, int]:
@@ -29,8 +68,7 @@ def partitioned() -> dict[str, int]:
 
 def cut(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     """Those of the axes that a dimension is cut over; all that there are, or none."""
-    there = {name: n for name, n in partitioned().items() if name in axes and n > 1}
-    return tuple(there) if there and size % math.prod(there.values()) == 0 else None
+    return fitting(axes, partitioned(), size) or None
 
 
 def constrain(x: Array, *dimensions: tuple[str, ...]) -> Array:
@@ -63,9 +101,10 @@ def sharded_momentum_delta_rule(
       **options: its other arguments.
     """
     names = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta")
+    named: dict[str, Any] = dict(zip(names, arrays, strict=True))
     return sharded_rule(
         momentum_delta_rule,
-        **dict(zip(names, arrays, strict=True)),
+        **named,
         p=p,
         initial_state=initial_state,
         segment_ids=segment_ids,
@@ -78,39 +117,63 @@ def sharded_rule[State](
     *,
     initial_state: State,
     segment_ids: Array | None = None,
+    context_axis: str | None = None,
     **arguments: Any,
 ) -> tuple[Array, State]:
-    """A rule on each device's rows and heads.
-
-    The partitioner cannot look into a GPU kernel and would gather all of its operands on every
-    device; inside `jax.shard_map` each device calls it with what it holds.
+    """A rule on each device's rows, tokens and heads.
 
     Args:
       rule: function of arrays `[B, T, heads, ...]` by name, `initial_state` `[B, HV, ...]` and
         `segment_ids` `[B, T]`, to an output and a state of the same axes.
       initial_state: as the rule's.
       segment_ids: as the rule's.
+      context_axis: mesh axis over which tokens are cut, in place of that of `mesh_axes`; of a
+        surrounding `jax.shard_map`, or one that the partitioner has.
       **arguments: its arrays and its options. A single head that others share goes to all devices.
     """
-    arrays = {name: x for name, x in arguments.items() if getattr(x, "ndim", 0) >= 3}
-    options = {name: x for name, x in arguments.items() if name not in arrays}
-    rows = cut(ROWS, next(iter(arrays.values())).shape[0])
-    heads = [x.shape[2] for x in arrays.values() if x.shape[2] > 1]  # HV is a multiple of H
-    head_axes = cut(HEADS, math.gcd(*heads) if heads else 1)
-    if rows is None and head_axes is None:
-        return rule(**arrays, initial_state=initial_state, segment_ids=segment_ids, **options)
-    per_step, per_state = PartitionSpec(rows, None, head_axes), PartitionSpec(rows, head_axes)
-    cuts = {name: per_step if x.shape[2] > 1 else PartitionSpec(rows) for name, x in arrays.items()}
-    states = jax.tree.map(lambda _: per_state, initial_state)
+    arguments |= {"initial_state": initial_state, "segment_ids": segment_ids}
+    sizes, names = partitioned(), named_axes()
+    if context_axis in sizes:
+        names = names._replace(time=(context_axis,))
+    elif context_axis is not None:
+        arguments["context_axis"] = context_axis
+    in_context = "context_axis" in inspect.signature(rule).parameters
+    batch, length = next(x.shape for x in arguments.values() if getattr(x, "ndim", 0) >= 3)[:2]
+    cuts = Cuts(
+        rows=fitting(names.rows, sizes, batch),
+        time=fitting(names.time, sizes, length) if in_context else (),
+        heads=fitting(names.heads, sizes, *head_counts(arguments)),
+    )
+    if cuts == Cuts():
+        return rule(**arguments)
+    return on_devices(rule, arguments, cuts, sizes)
 
-    def run(
-        arrays: dict[str, Array], state: State, segment_ids: Array | None
-    ) -> tuple[Array, State]:
-        return rule(**arrays, initial_state=state, segment_ids=segment_ids, **options)
 
+def by_rows_and_channels[Arguments](
+    function: Callable[[Any, Array | None], tuple[Array, ...]],
+    arguments: Arguments,
+    starts: Array | None,
+) -> tuple[Array, ...]:
+    """A function of each channel by itself, on each device's rows and channels (`sharded_rule`).
+
+    Args:
+      function: of `arguments` and `starts` `[B, T]`, to outputs `[B, T, channels]`.
+      arguments: a pytree of `[B, steps, channels]`, `[taps, channels]` and `[channels]`.
+      starts: goes to all channels.
+    """
+    arrays = jax.tree.leaves(arguments)
+    rows = cut(named_axes().rows, arrays[0].shape[0])
+    channels = cut(named_axes().heads, math.gcd(*(x.shape[-1] for x in arrays)))
+    if rows is None and channels is None:
+        return function(arguments, starts)
+    by_rank = {
+        3: PartitionSpec(rows, None, channels),
+        2: PartitionSpec(None, channels),
+        1: PartitionSpec(channels),
+    }
     return jax.shard_map(
-        run,
-        in_specs=(cuts, states, PartitionSpec(rows)),
-        out_specs=(per_step, states),
+        function,
+        in_specs=(jax.tree.map(lambda x: by_rank[x.ndim], arguments), PartitionSpec(rows)),
+        out_specs=by_rank[3],
         axis_names=frozenset(partitioned()),
-    )(arrays, initial_state, segment_ids)
+    )(arguments, starts)

@@ -1,14 +1,24 @@
 """Short causal depthwise convolution with a cache."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mdn_jax.layers.sharding import by_rows_and_channels
 from mdn_jax.ops.inputs import document_starts
+from mdn_jax.ops.short_convolution import (
+    Convolution,
+    ConvolutionImplementation,
+    chosen,
+    kernel_convolutions,
+    xla_convolution,
+)
+
+Batch = Float[Array, "B T channels"]
+Tail = Float[Array, "B W channels"]
 
 
 class ShortConv(nnx.Module):
@@ -21,6 +31,9 @@ class ShortConv(nnx.Module):
       size: taps `W`.
       use_bias: a bias per channel, initially zero.
       initializer_range: standard deviation of the taps.
+      implementation: "xla"; "pallas_triton", a kernel for CUDA GPUs (up to 8 taps; float32,
+        bfloat16, float16; its derivatives are of the first order); or None: the kernel where it
+        supports the call and there are at least 16 steps.
       dtype: of input and output; the sum over taps is float32 (float64 for float64).
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -33,11 +46,13 @@ class ShortConv(nnx.Module):
         *,
         use_bias: bool = False,
         initializer_range: float = 0.02,
+        implementation: ConvolutionImplementation | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.size = size
+        self.implementation = implementation
         self.dtype = dtype
         normal = jax.nn.initializers.normal(initializer_range)
         self.kernel = nnx.Param(normal(rngs.params(), (size, channels), param_dtype))
@@ -66,108 +81,64 @@ class ShortConv(nnx.Module):
         Returns:
           The outputs, and the last `W` inputs of the row's last document, zeros on the left.
         """
-        x, tail = x.astype(self.dtype), tail.astype(self.dtype)
-        bias = None if self.bias is None else self.bias[...]
-        starts = None
-        if segment_ids is not None:
-            starts = document_starts(segment_ids, (x.shape[0], x.shape[1]))
-        y = _convolve(x, tail, self.kernel[...], bias, starts)
+        ((y, tail),) = short_convolutions(
+            (self,), (x,), (tail,), segment_ids=segment_ids, lengths=lengths
+        )
+        return y, tail
 
+    def tail_after(
+        self, x: Batch, tail: Tail, starts: Bool[Array, "B T"] | None, lengths: Array | None
+    ) -> Tail:
+        """The last `W` inputs of each row's last document, of inputs in the compute dtype."""
         if lengths is not None:  # the W inputs up to step `lengths` of tail and inputs
             steps = lengths[:, None] + jnp.arange(self.size)
             inputs = jnp.concatenate([tail, x], axis=1)
-            return y, jnp.take_along_axis(inputs, steps[:, :, None], axis=1)
+            return jnp.take_along_axis(inputs, steps[:, :, None], axis=1)
         tail = jnp.concatenate([tail, x[:, -self.size :]], axis=1)[:, -self.size :]
         if starts is not None:
             last = jnp.pad(starts, ((0, 0), (self.size, 0)))[:, -self.size :]
             after = jnp.cumsum(last[:, ::-1], axis=1)[:, ::-1] - last  # documents that start later
             tail = jnp.where((after == 0)[:, :, None], tail, 0.0)
-        return y, tail
+        return tail
 
 
-@jax.custom_vjp
-def _convolve(
-    x: Float[Array, "B T channels"],
-    tail: Float[Array, "B W channels"],
-    kernel: Float[Array, "W channels"],
-    bias: Float[Array, " channels"] | None,
-    starts: Bool[Array, "B T"] | None,
-) -> Float[Array, "B T channels"]:
-    """The convolution and silu; reverse mode keeps the inputs as they came, and the sum of taps."""
-    return jax.nn.silu(_sum_of_taps(x, tail, kernel, bias, starts))
+def short_convolutions(
+    convs: Sequence[ShortConv],
+    inputs: Sequence[Batch],
+    tails: Sequence[Tail],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+) -> list[tuple[Batch, Tail]]:
+    """Convolutions of the same tokens: one launch where the kernel runs.
 
+    Args:
+      convs: of the same size, dtype and implementation.
+      inputs: of each.
+      tails: as of `ShortConv`, of each.
+      segment_ids: as of `ShortConv`.
+      lengths: as of `ShortConv`.
 
-def _forward(*inputs: Any) -> tuple[Array, tuple[tuple[Any, ...], Array]]:
-    total = _sum_of_taps(*inputs)
-    return jax.nn.silu(total), (inputs, total)
+    Returns:
+      What each of `convs` returns.
 
-
-def _backward(
-    residuals: tuple[tuple[Any, ...], Array], d_y: Float[Array, "B T channels"]
-) -> tuple[Any, ...]:
-    """By hand: what transposing the sum of taps gives takes 1.4 to 2.4 times as long on a CPU."""
-    # without it XLA keeps them widened
-    residuals, d_y = jax.lax.optimization_barrier((residuals, d_y))
-    (x, tail, kernel, bias, starts), total = residuals
-    size = kernel.shape[0]
-    _, pull = jax.vjp(jax.nn.silu, total)
-    d_sum = pull(d_y)[0]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-
-    # an input is seen by its own step and by the W - 1 after it, the last of which T has not
-    reach = ((0, 0), (size, size - 1))
-    sums = jnp.pad(d_sum, (*reach, (0, 0)))
-    d_inputs = jnp.zeros((), wide)  # of tail and x
-    for tap, own in enumerate(_own_document(starts, size)):
-        steps = slice(size - 1 - tap, 2 * size - 1 - tap + x.shape[1])
-        seen = sums[:, steps].astype(wide) * kernel[tap].astype(wide)
-        if own is not None:
-            seen = jnp.where(jnp.pad(own, reach)[:, steps, None], seen, 0.0)
-        d_inputs += seen
-    d_inputs = d_inputs.astype(x.dtype)
-
-    d_sum = d_sum.astype(wide)
-    d_kernel = jnp.stack(
-        [jnp.sum(tap * d_sum, axis=(0, 1)) for tap in _taps(x, tail, size, starts, wide)]
-    ).astype(kernel.dtype)
-    d_bias = None if bias is None else jnp.sum(d_sum, axis=(0, 1)).astype(bias.dtype)
-    return d_inputs[:, size:], d_inputs[:, :size], d_kernel, d_bias, None
-
-
-_convolve.defvjp(_forward, _backward)
-
-
-def _sum_of_taps(
-    x: Array, tail: Array, kernel: Array, bias: Array | None, starts: Array | None
-) -> Float[Array, "B T channels"]:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    kernel = kernel.astype(wide)
-    y = jnp.zeros((), wide) if bias is None else bias.astype(wide)
-    for tap, inputs in enumerate(_taps(x, tail, kernel.shape[0], starts, wide)):
-        y += inputs * kernel[tap]
-    return y.astype(x.dtype)
-
-
-def _taps(
-    x: Array, tail: Array, size: int, starts: Array | None, dtype: jax.typing.DTypeLike
-) -> Iterator[Float[Array, "B T channels"]]:
-    """What each tap sees at every step: zero across the start of a document."""
-    length = x.shape[1]
-    inputs = jnp.concatenate([tail, x], axis=1)  # W + T
-    for tap, own in enumerate(_own_document(starts, size)):
-        seen = inputs[:, tap + 1 : tap + 1 + length].astype(dtype)
-        yield seen if own is None else jnp.where(own[:, :, None], seen, 0.0)
-
-
-def _own_document(starts: Bool[Array, "B T"] | None, size: int) -> list[Bool[Array, "B T"] | None]:
-    """For each tap the steps whose own document it sees: none starts after it; None: all steps.
-
-    The tail before the first step belongs to the row's first document.
+    Raises:
+      ValueError: an implementation that does not support the call.
     """
-    if starts is None:
-        return [None] * size
-    own: list[Array | None] = [None]  # the current token's own tap
-    for distance in range(1, size):
-        late = jnp.pad(starts, ((0, 0), (distance - 1, 0)))[:, : starts.shape[1]]
-        own.append(~late if own[-1] is None else own[-1] & ~late)
-    return own[::-1]
+    dtype = convs[0].dtype
+    inputs, tails = ([x.astype(dtype) for x in arrays] for arrays in (inputs, tails))
+    starts = None
+    if segment_ids is not None:
+        starts = document_starts(segment_ids, (inputs[0].shape[0], inputs[0].shape[1]))
+    arguments = [
+        Convolution(x, tail, conv.kernel[...], None if conv.bias is None else conv.bias[...])
+        for conv, x, tail in zip(convs, inputs, tails, strict=True)
+    ]
+    if chosen(convs[0].implementation, arguments[0]) == "xla":
+        outputs = tuple(xla_convolution(*arrays, starts) for arrays in arguments)
+    else:
+        outputs = by_rows_and_channels(kernel_convolutions, arguments, starts)
+    return [
+        (y, conv.tail_after(x, tail, starts, lengths))
+        for conv, x, tail, y in zip(convs, inputs, tails, outputs, strict=True)
+    ]

@@ -10,8 +10,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.arguments import check_activations, check_cache, counted, without_padding
+from mdn_jax.layers.context import (
+    check_stretch,
+    differing,
+    entering_tails,
+    inside_shard_map,
+    of_last_device,
+)
+from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.norm import GateActivation, RMSNorm
-from mdn_jax.layers.short_conv import ShortConv
+from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.residuals import RULE_OUTPUT, without_states
 
@@ -61,8 +69,10 @@ class StateMixer(nnx.Module):
 
     Args:
       config: sizes and options.
-      implementation: of the rule; None means the best one.
+      implementation: of the rule; None means the best one. With "scan" and "xla" the convolutions
+        are XLA's, too.
       keep_states: for the backward pass, instead of computing them again.
+      context_axis: mesh axis over which the tokens of a row are cut, see `__call__`.
       dtype: of the computation; gates, states and statistics are float32 (float64 for float64).
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -72,6 +82,7 @@ class StateMixer(nnx.Module):
     cache_type: type[Any] = StateCache
     state_names: tuple[str, ...] = ("state",)  # the memories `[B, HV, K, V]` in the cache
     has_convolutions = True  # where the configuration has them
+    in_context = True  # whether the tokens of a row may be cut over devices
 
     def __init__(
         self,
@@ -79,6 +90,7 @@ class StateMixer(nnx.Module):
         *,
         implementation: Implementation | None = None,
         keep_states: bool = True,
+        context_axis: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -86,6 +98,11 @@ class StateMixer(nnx.Module):
         self.config = config
         self.implementation = implementation
         self.keep_states = keep_states
+        if context_axis is not None and not self.in_context:
+            raise ValueError(
+                f"context_axis: expected None for {type(self).__name__}, got {context_axis!r}"
+            )
+        self.context_axis = context_axis
         self.dtype = dtype
         self.param_dtype = param_dtype
         hidden, key_dim, value_dim = config.hidden_size, config.key_dim, config.value_dim
@@ -118,6 +135,10 @@ class StateMixer(nnx.Module):
     ) -> tuple[Float[Array, "B T HV V"], Any]:
         """The rule: outputs and the state after; where `own` is False the state stays as it is."""
         raise NotImplementedError
+
+    @property
+    def _rule_options(self) -> dict[str, Any]:
+        return {"implementation": self.implementation, "context_axis": self.context_axis}
 
     def _kept[**P, R](self, rule: Callable[P, R]) -> Callable[P, R]:
         """The rule of arrays, which keeps its states for the backward pass or does not."""
@@ -179,6 +200,7 @@ class StateMixer(nnx.Module):
             config.conv_size,
             use_bias=config.conv_bias,
             initializer_range=config.initializer_range,
+            implementation="xla" if self.implementation in ("scan", "xla") else None,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             rngs=rngs,
@@ -197,6 +219,7 @@ class StateMixer(nnx.Module):
         tails = (None if conv is None else conv.init_cache(batch_size) for conv in convs)
         return self.cache_type(self._initial_state(batch_size, wide), *tails)
 
+    @under_explicit_meshes(tokens_and_cache)
     def __call__(
         self,
         x: Float[Array, "B T hidden"],
@@ -206,13 +229,18 @@ class StateMixer(nnx.Module):
     ) -> tuple[Float[Array, "B T hidden"], Any]:
         """Mixes the tokens of each document.
 
+        Inside a `jax.shard_map` that cuts tokens over `context_axis`, `x` and `segment_ids` are
+        this device's stretch of the rows, `cache` and the cache returned those before and after
+        the whole rows, the same on every device of the axis.
+
         Args:
           x: inputs, any float dtype.
           segment_ids: document of each token, any integers: where they change a document starts,
             and everything that carries information between tokens is reset.
           cache: continues the row's first document, whatever its id; None means it starts here.
           lengths: tokens of each row that count, 0 included; the padding after them, any values,
-            has meaningless outputs and leaves no trace. None: all. Not with `segment_ids`.
+            has meaningless outputs and leaves no trace. None: all. Not with `segment_ids`, nor
+            on stretches.
 
         Returns:
           The outputs in the compute dtype, and the cache of the row's last document.
@@ -222,6 +250,7 @@ class StateMixer(nnx.Module):
           ValueError: a shape that does not fit.
         """
         check_activations(x, self.config.hidden_size, segment_ids, lengths)
+        check_stretch(lengths, self.context_axis)
         batch, length, _ = x.shape
         if cache is None:
             cache = self.init_cache(batch)
@@ -271,15 +300,22 @@ class StateMixer(nnx.Module):
     ) -> Branches:
         """What `qkv` does with the outputs of its three projections; returns the same."""
         config = self.config
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        outputs, tails = [], []
-        for y, conv, tail in zip(projected, convs, cache[1:], strict=True):
-            if conv is None or tail is None:
-                y = jax.nn.silu(y)
-            else:
-                y, tail = conv(y, tail, segment_ids=segment_ids, lengths=lengths)
-            outputs.append(y)
-            tails.append(tail)
+        convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
+        before = tuple(cache[1:])
+        axis = self.context_axis if inside_shard_map(self.context_axis) else None
+        if axis is not None:
+            before = entering_tails(projected, before, axis, segment_ids)
+        with_inputs = zip(convs, projected, strict=True)
+        there = [differing(conv, y) for conv, y in with_inputs if conv is not None]
+        if there:  # all of them, or none
+            pairs = short_convolutions(
+                there, projected, before, segment_ids=segment_ids, lengths=lengths
+            )
+        else:
+            pairs = [(jax.nn.silu(y), tail) for y, tail in zip(projected, before, strict=True)]
+        outputs, tails = zip(*pairs, strict=True)
+        if axis is not None:
+            tails = of_last_device(tails, axis)
         heads = (config.num_heads, config.num_heads, config.value_heads)
         q, k, v = (y.reshape(*y.shape[:2], n, -1) for y, n in zip(outputs, heads, strict=True))
         return Branches(q, k, v, (tails[0], tails[1], tails[2]))

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.arguments import check_lengths
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
+from mdn_jax.layers.context import inside_shard_map, numbered_documents
+from mdn_jax.layers.explicit import of_tokens, tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.gated import (
     Comba,
     GatedDeltaNet,
@@ -22,13 +24,14 @@ from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
+from mdn_jax.layers.sharding import named_axes
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
 from mdn_jax.models.config import MDNConfig, Mixer
 from mdn_jax.models.remat import Remat, check_remat, with_remat
 from mdn_jax.models.unknown_tokens import marked_cache, marks, split_unknown
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.arguments import check_segment_ids
-from mdn_jax.ops.inputs import document_numbers
+from mdn_jax.ops.on_mesh import Cuts
 
 LayerCache = MDNCache | StateCache | Mamba3Cache | AttentionCache
 ModelCache = tuple[LayerCache, ...]
@@ -54,6 +57,7 @@ class Block(nnx.Module):
       layer: index of the block; decides which mixer it has.
       implementation: of the momentum delta rule; "scan" and "xla" of the other mixers' rules too.
       remat: what its derivative keeps, see `mdn_jax.models.remat`.
+      context_axis: mesh axis over which the tokens of a row are cut.
       dtype: of the computation and of `h`.
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -66,6 +70,7 @@ class Block(nnx.Module):
         *,
         implementation: Implementation | None = None,
         remat: Remat = "none",
+        context_axis: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -86,6 +91,7 @@ class Block(nnx.Module):
                 window_size=attention.window_size,
                 rope_theta=attention.rope_theta,
                 initializer_range=std,
+                context_axis=context_axis,
                 **options,
             )
         else:
@@ -94,6 +100,7 @@ class Block(nnx.Module):
                 config,
                 implementation=implementation if shared else None,
                 keep_states=remat != "states",
+                context_axis=context_axis,
                 **options,
             )
         self.mlp: SwiGLU | None
@@ -120,11 +127,12 @@ class Block(nnx.Module):
 
 def _apply(block: Block, *inputs: Any) -> Any:
     graph, state = nnx.split(block)
-    return _jitted(graph, block.remat, state, *inputs)
+    return _jitted(graph, block.remat, named_axes(), state, *inputs)
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # blocks of one kind are traced and lowered once
-def _jitted(graph: Any, remat: Remat, state: Any, *inputs: Any) -> Any:
+@partial(jax.jit, static_argnums=(0, 1, 2))  # blocks of one kind are traced and lowered once
+def _jitted(graph: Any, remat: Remat, axes: Cuts, state: Any, *inputs: Any) -> Any:
+    del axes  # of the ambient mesh: another trace
     run = with_remat(lambda state, *inputs: nnx.merge(graph, state)(*inputs), remat)
     return run(state, *inputs)
 
@@ -138,6 +146,8 @@ class MDNForCausalLM(nnx.Module):
         used for the other mixers' rules too; None: the best one of each.
       remat: which activations of a block are kept for the backward pass and which computed again,
         see `mdn_jax.models.remat`.
+      context_axis: mesh axis over which the tokens of a row are cut, see `__call__`; None: rows are
+        whole, or the partitioner of `jax.jit` cuts them.
       dtype: of the computation; gates, states, softmax, statistics and logits are float32 (float64
         for float64).
       param_dtype: of the parameters.
@@ -150,12 +160,14 @@ class MDNForCausalLM(nnx.Module):
         *,
         implementation: Implementation | None = None,
         remat: Remat = "none",
+        context_axis: str | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
         check_remat(remat)
+        self.context_axis = context_axis
         self.dtype = dtype
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         normal = jax.nn.initializers.normal(config.initializer_range)
@@ -163,7 +175,14 @@ class MDNForCausalLM(nnx.Module):
         self.embeddings = nnx.Param(normal(rngs.params(), shape, param_dtype))
         self.layers = nnx.List(
             [
-                Block(config, layer, implementation=implementation, remat=remat, **options)
+                Block(
+                    config,
+                    layer,
+                    implementation=implementation,
+                    remat=remat,
+                    context_axis=context_axis,
+                    **options,
+                )
                 for layer in range(config.num_hidden_layers)
             ]
         )
@@ -190,6 +209,7 @@ class MDNForCausalLM(nnx.Module):
             for layer in self.layers
         )
 
+    @under_explicit_meshes(tokens_and_cache)
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -198,6 +218,10 @@ class MDNForCausalLM(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T vocab"], ModelCache]:
         """Logits of the next token.
+
+        Inside a `jax.shard_map` that cuts tokens over `context_axis`, `tokens` and `segment_ids`
+        are this device's stretch of the rows, and so are the logits; `cache` and the cache returned
+        are those before and after the whole rows.
 
         Args:
           tokens: ids in `[0, vocab_size)`, any integer dtype. An id outside, a negative one too,
@@ -219,6 +243,7 @@ class MDNForCausalLM(nnx.Module):
         h, cache = self.hidden(tokens, segment_ids, cache, lengths)
         return self.logits(h), cache
 
+    @under_explicit_meshes(tokens_and_cache)
     def hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -233,19 +258,21 @@ class MDNForCausalLM(nnx.Module):
           ValueError: a shape that does not fit.
         """
         self._check(tokens, segment_ids, cache, lengths)
+        axis = self.context_axis if inside_shard_map(self.context_axis) else None
         documents = None
         if segment_ids is not None:
-            documents = document_numbers(segment_ids, (tokens.shape[0], tokens.shape[1]))
+            documents = numbered_documents(segment_ids, axis)
         h, unknown = self.embed(tokens, lengths)
         caches = []
         for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             h, after = _apply(layer, h, documents, before, lengths)
             caches.append(after)
-        nans = marks(unknown, documents, h.dtype)
+        nans, last = marks(unknown, documents, h.dtype, axis)
         if caches:  # in the first layer it reaches all that follow
-            caches[0] = marked_cache(caches[0], nans[:, -1])
+            caches[0] = marked_cache(caches[0], last)
         return self.norm(h) + nans[:, :, None], tuple(caches)
 
+    @under_explicit_meshes(of_tokens)
     def embed(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T hidden"], Bool[Array, "B T"]]:
@@ -258,6 +285,7 @@ class MDNForCausalLM(nnx.Module):
         # parameter's dtype.
         return jnp.take(self.embeddings[...], ids, axis=0).astype(self.dtype), unknown
 
+    @under_explicit_meshes(of_tokens)
     def logits(self, h: Float[Array, "*B hidden"]) -> Float[Array, "*B vocab"]:
         """Output projection of `hidden`'s result, float32 (float64 for float64)."""
         return wide_projection(h, self.output_kernel())

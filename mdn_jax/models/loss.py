@@ -18,8 +18,11 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from mdn_jax.layers.sharding import HEADS, ROWS, cut, partitioned
+from mdn_jax.layers.explicit import automatically
+from mdn_jax.layers.sharding import cut, named_axes, partitioned
 from mdn_jax.ops.arguments import outside
+from mdn_jax.ops.context import varying
+from mdn_jax.ops.on_mesh import Cuts, axes_of, explicit_axes, explicit_mesh
 
 IGNORED = -100
 """A target that does not count."""
@@ -43,7 +46,8 @@ def summed_loss(
     The products are in `h`'s dtype, accumulated in float32, as are the logits, the loss and the sum
     of the kernel's gradient; the gradient of the logits is rounded to `h`'s dtype. Float64 `h`:
     all in float64. Under a mesh (see `mdn_jax.layers.sharding`) the rows are cut over `data` and
-    `fsdp`, the tokens of a row over `tensor`, and every device has the whole kernel in `h`'s dtype.
+    `fsdp`, the tokens of a row over `context` and `tensor`, and every device has the whole kernel
+    in `h`'s dtype. On arrays of Explicit axes the loss is on every device.
 
     Args:
       h: hidden states in the compute dtype.
@@ -59,7 +63,13 @@ def summed_loss(
     Raises:
       TypeError: targets that are no integers.
     """
-    return _summed(parts, h, kernel, _as_targets(targets, kernel.shape[1]))
+    if (mesh := explicit_mesh((h, kernel))) is not None:
+        sizes = explicit_axes(mesh)
+        cuts = Cuts(rows=axes_of([h], 0, sizes), time=axes_of([h], 1, sizes))
+        loss = partial(summed_loss, parts=parts)
+        return automatically(loss, cuts, PartitionSpec(), h, kernel, targets)
+    arrays = varying((h, kernel, _as_targets(targets, kernel.shape[1])))
+    return _summed(parts, *arrays)
 
 
 def token_losses(
@@ -112,7 +122,8 @@ _summed.defvjp(_summed_forward, _summed_backward)
 def _on_devices(local: Any, gradients: bool, h: Array, kernel: Array, targets: Array) -> Any:
     """`local` on each device's tokens; its loss, and its gradient of the kernel, added up."""
     kernel = kernel.astype(h.dtype)  # before the devices gather it
-    rows, time = cut(ROWS, targets.shape[0]), cut(HEADS, targets.shape[1])
+    names = named_axes()
+    rows, time = cut(names.rows, targets.shape[0]), cut(names.time + names.heads, targets.shape[1])
     axes = (*(rows or ()), *(time or ()))
     if not axes:
         return local(h, kernel, targets)

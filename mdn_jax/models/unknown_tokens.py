@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from mdn_jax.layers.arguments import without_padding
 from mdn_jax.layers.attention import AttentionCache
+from mdn_jax.layers.context import of_last_device, own_stretch, whole_rows
 from mdn_jax.ops.arguments import outside
 
 
@@ -33,12 +34,31 @@ def split_unknown(
 
 
 def marks(
-    unknown: Bool[Array, "B T"], documents: Int[Array, "B T"] | None, dtype: jax.typing.DTypeLike
-) -> Array:
-    """`[B, T]` of nan at the unknown tokens and what follows them in their document, else zeros."""
+    unknown: Bool[Array, "B T"],
+    documents: Int[Array, "B T"] | None,
+    dtype: jax.typing.DTypeLike,
+    axis: str | None = None,
+) -> tuple[Array, Array]:
+    """`[B, T]` of nan at the unknown tokens and what follows them in their document, else zeros.
+
+    Args:
+      unknown: which tokens are not in the vocabulary.
+      documents: of each token, numbered along the row; None: one.
+      dtype: of the marks.
+      axis: mesh axis over which the tokens of a row are cut; None: rows are whole.
+
+    Returns:
+      The marks, and those of the row's last token, `[B]`.
+    """
+    steps = unknown.shape[1]
+    if axis is not None:
+        unknown, documents = whole_rows((unknown, documents), axis)
     numbers = 0 if documents is None else documents
     latest = jax.lax.cummax(jnp.where(unknown, numbers, -1), axis=1)  # document of the last one
-    return jnp.where(latest == numbers, jnp.nan, 0.0).astype(dtype)
+    nans = jnp.where(latest == numbers, jnp.nan, 0.0).astype(dtype)
+    if axis is None:
+        return nans, nans[:, -1]
+    return own_stretch(nans, axis, steps), of_last_device(nans[:, -1], axis)
 
 
 def marked_cache(cache: Any, marks: Array) -> Any:

@@ -1,5 +1,6 @@
 """`momentum_delta_rule`: checks its arguments and picks the implementation."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
@@ -15,6 +16,7 @@ from mdn_jax.ops.arguments import (
     check_values,
 )
 from mdn_jax.ops.chunkwise import chunkwise_rule
+from mdn_jax.ops.context import over_context, varying
 from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
 from mdn_jax.ops.inputs import (
     RuleInputs,
@@ -27,6 +29,7 @@ from mdn_jax.ops.inputs import (
     product_precision,
     wide_dtypes,
 )
+from mdn_jax.ops.on_mesh import under_explicit_meshes
 from mdn_jax.ops.scan import scan_rule
 from mdn_jax.ops.state import MDNState
 
@@ -38,6 +41,7 @@ Implementation = Literal["scan", "xla", "pallas_triton", "triton"]
 _KERNELS: tuple[Implementation, ...] = ("pallas_triton", "triton")
 
 
+@under_explicit_meshes
 def momentum_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -54,6 +58,7 @@ def momentum_delta_rule(
     normalize_qk: bool = True,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
+    context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], MDNState]:
     """Momentum delta rule: a memory updated by gradient descent with momentum.
 
@@ -99,9 +104,13 @@ def momentum_delta_rule(
         V <= 512, chunks of 64; up to 16 steps are one kernel that updates the states in place),
         "triton" (that last kernel in native Triton, where jax-triton is installed; up to 16 steps),
         or None: the best one that supports the call.
+      context_axis: mesh axis of a surrounding `jax.shard_map` over which the tokens of a row are
+        cut, into equal stretches in order (docs/long_context.md); None: the rows are whole.
+        `initial_state` is that before the first device's stretch. Reverse mode alone.
 
     Returns:
-      The outputs in `v`'s dtype, and the final state, float32 (float64 for float64 inputs).
+      The outputs in `v`'s dtype, and the final state, float32 (float64 for float64 inputs). With
+      `context_axis` the state is that after the whole row, on every device of the axis.
 
     Raises:
       ValueError: a shape, a value or an implementation name that does not fit.
@@ -110,6 +119,17 @@ def momentum_delta_rule(
     """
     _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(Implementation))
+    if context_axis is not None:
+        return _over_context(
+            (q, k, v, log_alpha, log_mu, beta, eta, p),
+            initial_state,
+            segment_ids,
+            context_axis,
+            scale=scale,
+            normalize_qk=normalize_qk,
+            chunk_size=chunk_size,
+            implementation=implementation,
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     implementation = _chosen(implementation, q, v, p, scale, chunk_size)
     compute = compute_dtype(q)
@@ -117,8 +137,8 @@ def momentum_delta_rule(
     state = None
     if initial_state is not None:
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
-    arrays = (q, k, v, p, *gates)
-    with reverse_mode_alone(implementation):
+    arrays, state, segment_ids = varying(((q, k, v, p, *gates), state, segment_ids))
+    with reverse_mode_alone("implementation", "scan", implementation):
         if implementation in _KERNELS:
             return _on_kernels(
                 arrays,
@@ -136,6 +156,28 @@ def momentum_delta_rule(
             normalize=normalize_qk,
             chunk_size=chunk_size,
             definition=implementation == "scan",
+        )
+
+
+def _over_context(
+    arrays: tuple[Any, ...],
+    state: MDNState | None,
+    segment_ids: Array | None,
+    axis: str,
+    **options: Any,
+) -> tuple[Array, MDNState]:
+    """On rows whose tokens are cut over a mesh axis."""
+    names = ("q", "k", "v", "log_alpha", "log_mu", "beta", "eta", "p")
+    named = dict(zip(names, arrays, strict=True))
+    if isinstance(options["scale"], jax.Array):
+        named["scale"] = options.pop("scale")
+    q, v = arrays[0], arrays[2]
+    shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    s, m = (entering_state(x, shape, compute_dtype(q), v) for x in state or (None, None))
+    rule = partial(momentum_delta_rule, **options)
+    with reverse_mode_alone("context_axis", None, axis):
+        return over_context(
+            rule, axis, named, initial_state=MDNState(s, m), segment_ids=segment_ids
         )
 
 

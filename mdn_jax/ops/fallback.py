@@ -29,19 +29,20 @@ def warn_without_backend(lacking: str | None) -> None:
         f'implementation: "pallas_triton" expects {lacking}; calls with None run on '
         '"xla", which is slower (docs/backends.md: the ways on)',
         MissingBackendWarning,
-        stacklevel=4,  # who called the rule
+        stacklevel=5,  # who called the rule, through `under_explicit_meshes`
     )
 
 
 @contextmanager
-def reverse_mode_alone(implementation: str) -> Iterator[None]:
+def reverse_mode_alone(argument: str, expected: str | None, got: str) -> Iterator[None]:
     """Says what to use where forward mode meets a rule with a backward pass of its own."""
     try:
         yield
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
+        quoted = "None" if expected is None else f'"{expected}"'
         raise TypeError(
-            f'implementation: expected "scan" under forward-mode differentiation (jax.jvp, '
-            f'jax.jacfwd, jax.hessian), got "{implementation}"'
+            f"{argument}: expected {quoted} under forward-mode differentiation (jax.jvp, "
+            f'jax.jacfwd, jax.hessian), got "{got}"'
         ) from None

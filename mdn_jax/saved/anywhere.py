@@ -8,23 +8,26 @@ from mdn_jax.ops.api import Implementation
 from mdn_jax.saved.model import DIRECTORY, Saved, find_checkpoint, load_model
 
 
-def find_model(directory: Path, step: int | None = None) -> Saved:
+def find_model(directory: Path, step: int | None = None, *, ema: bool = False) -> Saved:
     """What `directory` holds: a checkpoint, or a folder with safetensors files.
 
     Args:
       directory: of a run, of `mdn-convert import`, published or of `mdn-convert export`.
       step: the checkpoint of this step; None: the latest. A folder has none.
+      ema: the moving average of a run's parameters in their place. A folder has none.
 
     Raises:
       NoModelError: neither of these.
       RunError: a checkpoint that is not there or is damaged.
-      ValueError: files of a folder that do not fit, or a step of one.
+      ValueError: files of a folder that do not fit, or a step or an average of one.
       ImportError: a folder, without the safetensors library.
     """
     if (directory / DIRECTORY).is_dir() or not any(directory.glob("*.safetensors")):
-        return find_checkpoint(directory, step)
+        return find_checkpoint(directory, step, ema=ema)
     if step is not None:
         raise ValueError(f"step: expected None for a folder of one model, got {step}")
+    if ema:
+        raise ValueError("ema: expected False for a folder of one model, got True")
     return Saved(directory, 0, read_folder(directory).config, None, folder=True)
 
 

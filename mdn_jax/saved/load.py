@@ -13,6 +13,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     step: int | None = None,
+    ema: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
     implementation: Implementation | None = None,
 ) -> MDNForCausalLM:
@@ -22,12 +23,13 @@ def load(
       path: the directory of a run or of `mdn-convert import`, or a folder with `config.json` and
         safetensors files, published or of `mdn-convert export`.
       step: the checkpoint of this step; None: the latest. A folder has none.
+      ema: the moving average of a run's parameters (`optimizer.ema_decay`) in their place.
       dtype: of the computation. None: as in training; for a converted model or a folder the
         parameters' own.
       implementation: of the momentum delta rule; None: the best that supports the call.
 
     Raises:
-      ValueError: neither of these, a step of a folder, or files that do not fit.
+      ValueError: neither of these, a step or an average of a folder, or files that do not fit.
       RunError: a checkpoint that is not there or is damaged.
       ImportError: a folder, without the safetensors library.
     """
@@ -36,7 +38,7 @@ def load(
 
     directory = Path(path).expanduser()
     try:
-        saved = find_model(directory, step)
+        saved = find_model(directory, step, ema=ema)
     except NoModelError:
         raise ValueError(
             "path: expected the output directory of a run or of a conversion, or a folder with "

@@ -45,6 +45,7 @@ class Saved(NamedTuple):
       tokenizer: SHA-256 of the tokenizer's file beside the checkpoints; None where there was none,
         or of before.
       folder: whether it is a folder with safetensors files instead, which has no digests.
+      ema: whether the moving average of its parameters is meant in their place.
     """
 
     path: Path
@@ -54,6 +55,12 @@ class Saved(NamedTuple):
     digests: Digests | None = None
     tokenizer: str | None = None
     folder: bool = False
+    ema: bool = False
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Where the parameters lie in the training state."""
+        return ("opt_state", "average") if self.ema else ("params",)
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
@@ -68,12 +75,13 @@ def complete_steps(checkpoints: Path) -> list[int]:
     )
 
 
-def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
+def find_checkpoint(directory: Path, step: int | None = None, *, ema: bool = False) -> Saved:
     """A checkpoint of a run or of `save_model`.
 
     Args:
       directory: output directory of the run.
       step: which one; None: the latest.
+      ema: the moving average of its parameters in their place.
 
     Raises:
       RunError: there is none, or it cannot be read.
@@ -90,7 +98,7 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Saved:
     path = (directory / DIRECTORY / str(step)).absolute()
     try:
         with reading():
-            return saved_at(path, read_record(path))
+            return saved_at(path, read_record(path))._replace(ema=ema)
     except DamagedError as damage:
         raise _incomplete(path, damage) from None
 
@@ -174,7 +182,16 @@ def _saved_shapes(checkpointer: ocp.Checkpointer, saved: Saved) -> Params:
     metadata = checkpointer.metadata(saved.path / STATE).item_metadata
     if metadata is None:
         raise DamagedError(f"the metadata of {STATE} cannot be read")
-    there = _flat(metadata.tree["params"])
+    tree = metadata.tree
+    optimizer = tree.get("opt_state")
+    if saved.ema and not (isinstance(optimizer, dict) and "average" in optimizer):
+        raise RunError(
+            "ema: expected a checkpoint with a moving average of the parameters "
+            f"(optimizer.ema_decay), got {saved.path}, which has none"
+        )
+    for name in saved.place:
+        tree = tree[name]
+    there = _flat(tree)
     ours = {name: x.shape for name, x in _flat(like).items()}
     theirs = {name: tuple(x.shape) for name, x in there.items()}
     odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
@@ -192,7 +209,9 @@ def _restore(
     checkpointer: ocp.Checkpointer, saved: Saved, shapes: Params, *, on_host: bool = False
 ) -> Params:
     """Some or all of the parameters, as they were written."""
-    item = {"params": shapes}
+    item: Any = shapes
+    for name in reversed(saved.place):
+        item = {name: item}
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     if on_host:
         numpy = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -201,7 +220,9 @@ def _restore(
     restored = checkpointer.restore(saved.path / STATE, args=arguments)
     if saved.digests is not None:
         saved.digests.check(restored)
-    return restored["params"]
+    for name in saved.place:
+        restored = restored[name]
+    return restored
 
 
 def load_model(

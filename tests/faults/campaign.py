@@ -5,6 +5,7 @@ It exits 1 if an attack was not survived, and says how to repeat it. Attacks are
 
 import argparse
 import multiprocessing
+import os
 import random
 import shutil
 import sys
@@ -42,6 +43,7 @@ def main() -> int:
     options = parser.parse_args()
     began = time.monotonic()
     place = Place(Path(tempfile.mkdtemp(prefix="mdn-faults-")))
+    os.environ["XDG_CACHE_HOME"] = str(place.root / "cache")  # what commands compile and keep
     place.prepare()
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(2, mp_context=context) as pool:

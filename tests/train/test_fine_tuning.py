@@ -62,7 +62,7 @@ def by_name(tree):
 
 def test_the_parameters_are_those_of_the_run_and_of_its_export(base, texts, tmp_path):
     assert convert(["export", str(base), str(tmp_path / "folder")]) == 0
-    like = Run(tuned(base, texts, tmp_path / "run").resolved()).like.params
+    like = Run(tuned(base, texts, tmp_path / "run").resolved()).like_params
     expected = params_of(base)
     for directory in (base, tmp_path / "folder"):
         origin = find_origin(str(directory))

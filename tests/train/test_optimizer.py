@@ -1,3 +1,4 @@
+import dataclasses
 from typing import get_args
 
 import jax
@@ -12,8 +13,17 @@ from mdn_jax.models import AttentionConfig, Mixer
 from tests.tiny import TINY_MODEL
 from train.config import TrainConfig
 from train.config_sections import OptimizerConfig
-from train.optimizer import decay_mask, group, group_norms, make_optimizer, make_schedule
+from train.optimizer import (
+    average_of,
+    decay_mask,
+    group,
+    group_norms,
+    make_optimizer,
+    make_schedule,
+    with_average,
+)
 from train.parallel.sharding import partition
+from train.stacking import by_layer, stacked
 from train.step import split_model
 
 PUBLISHED = OptimizerConfig()
@@ -43,6 +53,39 @@ def test_schedule_without_warmup_starts_at_the_peak():
     schedule = make_schedule(OptimizerConfig(warmup_steps=0, decay_steps=10), 999)
     assert schedule(0) == pytest.approx(3e-4)
     assert schedule(10) == pytest.approx(3e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cooldown", "expected"),
+    [
+        ("linear", None, {10: 1.0, 55: 0.55, 100: 0.1, 500: 0.1}),
+        ("constant", None, {10: 1.0, 100: 1.0, 500: 1.0}),
+        ("wsd", None, {10: 1.0, 80: 1.0, 90: 0.55, 100: 0.1, 500: 0.1}),
+        ("wsd", 40, {10: 1.0, 60: 1.0, 80: 0.55, 100: 0.1}),
+        ("wsd", 90, {10: 1.0, 55: 0.55, 100: 0.1}),
+    ],
+)
+def test_other_schedules(schedule, cooldown, expected):
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, schedule=schedule, cooldown_steps=cooldown
+    )
+    rate = make_schedule(config, 100)
+    for step, value in ({0: 0.0, 5: 0.5} | expected).items():
+        assert rate(step) == pytest.approx(value, rel=1e-6), step
+
+
+def test_fields_that_do_not_fit_are_named():
+    with pytest.raises(
+        ValueError, match=r"optimizer\.cooldown_steps: expected None, or an int >= 1"
+    ):
+        OptimizerConfig(cooldown_steps=10)
+    with pytest.raises(
+        ValueError, match=r"optimizer\.ema_decay: expected None or a number .*got 1"
+    ):
+        OptimizerConfig(ema_decay=1.0)
+    optimizer = OptimizerConfig(schedule="wsd", cooldown_steps=95, warmup_steps=6)
+    with pytest.raises(ValueError, match=r"optimizer\.cooldown_steps: expected at most the 100 "):
+        TrainConfig(steps=100, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("mixer", get_args(Mixer))
@@ -129,6 +172,56 @@ def test_first_update_is_clipped_and_of_the_learning_rate():
     np.testing.assert_allclose(updates["scale"], [-0.1, 0.1], rtol=1e-5)
     first_moment = optax.tree.get(state, "mu")["scale"]
     np.testing.assert_allclose(first_moment, 0.1 * np.array([0.6, -0.8]), rtol=1e-5)
+
+
+def one_update(config, params, gradient):
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+    return jax.jit(lambda: optimizer.update(gradient, optimizer.init(params), params)[0])()
+
+
+def test_muon_is_for_the_matrices_of_layers_each_by_itself():
+    draw = np.random.default_rng(0).normal
+    layers = {
+        i: {"q_proj": {"kernel": jnp.float32(draw(size=(6, 4)))}, "scale": jnp.ones(3)}
+        for i in range(2)
+    }
+    params = {"embeddings": jnp.float32(draw(size=(6, 4))), "layers": layers}
+    gradient = jax.tree.map(lambda x: jnp.float32(draw(size=x.shape)), params)
+    config = OptimizerConfig(
+        name="muon", learning_rate=0.1, warmup_steps=0, clip_norm=1e9, weight_decay=0.0
+    )
+    plain = dataclasses.replace(config, name="adamw")
+    updates = one_update(config, params, gradient)
+    groups = ((0, 1),)
+    again = by_layer(one_update(config, stacked(params, groups), stacked(gradient, groups)))
+    others = one_update(plain, params, gradient)
+    np.testing.assert_array_equal(updates["embeddings"], others["embeddings"])
+    for i in range(2):
+        ours, same, adamw = (x["layers"][i] for x in (updates, again, others))
+        np.testing.assert_array_equal(ours["scale"], adamw["scale"])
+        kernel = ours["q_proj"]["kernel"]
+        np.testing.assert_allclose(same["q_proj"]["kernel"], kernel, rtol=1e-4, atol=1e-6)
+        # orthogonal up to the iteration's accuracy, of the size of AdamW's
+        lengths = np.linalg.svd(kernel, compute_uv=False) / (0.1 * 0.2 * np.sqrt(6))
+        assert (lengths > 0.6).all()
+        assert (lengths < 1.3).all()
+
+
+def test_the_average_follows_the_parameters():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, decay_steps=10)
+    inner = make_optimizer(config, make_schedule(config, 10))
+    frozen = {"scale": False, "bias": True}
+    optimizer = with_average(inner, 0.75, frozen)
+    params = {"scale": jnp.ones(2), "bias": jnp.full(2, 1e-40)}
+    state, expected = optimizer.init(params), np.ones(2)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        expected = 0.75 * expected + 0.25 * np.asarray(params["scale"])
+    np.testing.assert_allclose(average_of(state)["scale"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(average_of(state)["bias"], np.full(2, 1e-40, np.float32))
+    assert average_of(inner.init(params)) is None
+    assert with_average(inner, None) is inner
 
 
 def test_every_parameter_of_a_model_has_a_group():

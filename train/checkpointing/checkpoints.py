@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -33,6 +35,7 @@ from train.config import TrainConfig, to_dict
 from train.config_sections import documents_field
 from train.optimizer import Params
 from train.parallel.distributed import from_all, is_first
+from train.stacking import by_layer, groups_of, stacked
 from train.step import TrainState
 
 SET_ASIDE = "set_aside"
@@ -59,7 +62,8 @@ class Checkpoints:
     configuration (and with it the seed, on which every random draw depends), the digest of the
     documents and those of all the rest (`mdn_jax.saved.record`). The latest ones are kept, and the
     one with the lowest held-out loss. Orbax writes to a temporary directory and renames it, so that
-    an interrupted write leaves the checkpoints before it as they were. With several processes all
+    an interrupted write leaves the checkpoints before it as they were. The state is written by
+    layer, whatever is stacked in the run. With several processes all
     of them make the same calls, and the directory is one that all of them see.
     """
 
@@ -138,6 +142,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
+        state = by_layer(state)
         measured = held_out_loss is not None and math.isfinite(held_out_loss)
         record = make_record(
             step,
@@ -222,11 +227,14 @@ class Checkpoints:
         self._check(step, record.config, record.corpus, corpus)
         position = read_position(path, record)
         with reading(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            state = checkpointer.restore(path / STATE, args=ocp.args.StandardRestore(like))
+            there = ocp.args.StandardRestore(by_layer(like))
+            state = checkpointer.restore(path / STATE, args=there)
             if record.digests is not None:
                 record.digests.check(state)
             if int(state.step) != step:
                 raise DamagedError(f"{STATE} is of step {int(state.step)}, not {step}")
+        shardings = jax.tree.map(lambda x: x.sharding, like)
+        state = jax.jit(partial(stacked, groups=groups_of(like)), out_shardings=shardings)(state)
         return Restored(state, position, record.tokenizer)
 
     def _read_model(
@@ -242,7 +250,7 @@ class Checkpoints:
         configs = (dataclasses.replace(c, extras=()) for c in (saved.model, self._config.model))
         old, new = ({"model": config.to_dict()} for config in configs)
         self._raise_conflicts(saved.step, resume_conflicts(old, new))
-        return begin(read_params(saved, like=like.params))
+        return begin(read_params(saved, like=by_layer(like.params)))
 
     def _raise_conflicts(self, step: int, conflicts: Sequence[str]) -> None:
         if conflicts:

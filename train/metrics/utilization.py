@@ -57,19 +57,22 @@ class Monitor:
             values["peak_memory_gb"] = max(s["peak_bytes_in_use"] for s in stats) / 1e9
         return values
 
-    def before(self, step: int) -> None:
-        """Starts the trace at its first step."""
-        if self._trace_to is not None and step == self._first:
+    def begins(self, step: int) -> bool:
+        """Whether the trace begins with this step."""
+        return self._trace_to is not None and step == self._first
+
+    def start(self) -> None:
+        """Starts the trace."""
+        if self._trace_to is not None:
             jax.profiler.start_trace(self._trace_to)
             self._tracing = True
 
-    def after(self, step: int, result: Any) -> None:
-        """Ends the trace after its last step, once the device has done it."""
-        if self._tracing and step == self._first + TRACED - 1:
-            jax.block_until_ready(result)
-            self._stop()
+    def ends(self, step: int) -> bool:
+        """Whether the trace ends with this step."""
+        return self._tracing and step == self._first + TRACED - 1
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Ends the trace and writes it."""
         self._tracing = False
         jax.profiler.stop_trace()
 
@@ -78,4 +81,4 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         if self._tracing:
-            self._stop()
+            self.stop()

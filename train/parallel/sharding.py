@@ -14,6 +14,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.layers.sharding import AXES, DATA, FSDP, ROWS, TENSOR
 from train.config import TrainConfig
 from train.config_sections import MeshConfig
+from train.stacking import LAYERS, is_stacked
 
 _REPLICATED, _PER_HEAD = PartitionSpec(), PartitionSpec(TENSOR)
 _TO_HEADS, _FROM_HEADS = PartitionSpec(FSDP, TENSOR), PartitionSpec(TENSOR, FSDP)
@@ -24,6 +25,7 @@ PARTITION = {
     "embeddings": PartitionSpec(None, (FSDP, TENSOR)),
     "lm_head": PartitionSpec((FSDP, TENSOR), None),
     "scale": _REPLICATED,
+    "ns_coeffs": _REPLICATED,  # of Muon's state
     **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj", "w_proj"), _TO_HEADS),
     **dict.fromkeys(("dt_proj", "lam_proj"), _TO_HEADS),
     "angle_proj": PartitionSpec(FSDP, None),
@@ -46,7 +48,7 @@ def partition(path: tuple[Any, ...], x: Any) -> PartitionSpec:
     """How an array of the training state is cut, by the end of its path in the state.
 
     The moments of the optimizer have the names of their parameters and are cut as they are;
-    scalars are on every device.
+    scalars are on every device. A stack is cut as each of its layers.
 
     Raises:
       KeyError: a parameter that `PARTITION` does not name.
@@ -54,11 +56,11 @@ def partition(path: tuple[Any, ...], x: Any) -> PartitionSpec:
     if x.ndim == 0:
         return _REPLICATED
     name = jax.tree_util.keystr(path, simple=True, separator=".")
-    words = [word for word in name.split(".") if word != "layers"]
+    words = [word for word in name.split(".") if word != LAYERS]
     for count in (3, 2, 1):
         spec = PARTITION.get(".".join(words[-count:]))
         if spec is not None:
-            return spec
+            return PartitionSpec(None, *spec) if is_stacked(path) else spec
     raise KeyError(f"{name}: expected a parameter named in train.parallel.sharding's PARTITION")
 
 

@@ -1,13 +1,15 @@
 """The gated rules: check their arguments and pick the implementation."""
 
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.ops.api import kernels_lack, momentum_delta_rule
 from mdn_jax.ops.arguments import VALUE_DTYPES, check_array, check_dtype, check_options
-from mdn_jax.ops.fallback import warn_without_backend
+from mdn_jax.ops.context import over_context
+from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
 from mdn_jax.ops.gated import mosaic
 from mdn_jax.ops.gated.inputs import GatedInputs
 from mdn_jax.ops.gated.portable import check_common, check_gate, run_portable
@@ -20,6 +22,7 @@ from mdn_jax.ops.inputs import (
     l2_normalize,
     wide_dtypes,
 )
+from mdn_jax.ops.on_mesh import under_explicit_meshes
 from mdn_jax.ops.state import MDNState
 
 GatedImplementation = Literal["scan", "xla", "mosaic_gpu", "pallas_triton"]
@@ -28,6 +31,7 @@ GatedImplementation = Literal["scan", "xla", "mosaic_gpu", "pallas_triton"]
 _NO_MOMENTUM = -1e4
 
 
+@under_explicit_meshes
 def gated_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -42,6 +46,7 @@ def gated_delta_rule(
     normalize_qk: bool = True,
     chunk_size: int | None = None,
     implementation: GatedImplementation | None = None,
+    context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Gated delta rule: a memory that decays and is corrected by its own error.
 
@@ -68,6 +73,8 @@ def gated_delta_rule(
       implementation: "scan" (the definition), "xla" (chunkwise, everywhere), "mosaic_gpu" (kernels
         of jax-linear-attention, where it is installed, on a Hopper GPU), "pallas_triton" (the
         kernels of the momentum delta rule), or None: the best one that supports the call.
+      context_axis: mesh axis of a surrounding `jax.shard_map` over which the tokens of a row are
+        cut, as of `momentum_delta_rule`; None: the rows are whole.
 
     Returns:
       The outputs in `v`'s dtype; the final state, float32 (float64 for float64 inputs), of the last
@@ -86,9 +93,11 @@ def gated_delta_rule(
         normalize=normalize_qk,
         chunk_size=chunk_size,
         implementation=implementation,
+        context_axis=context_axis,
     )
 
 
+@under_explicit_meshes
 def kimi_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -102,6 +111,7 @@ def kimi_delta_rule(
     normalize_qk: bool = True,
     chunk_size: int | None = None,
     implementation: GatedImplementation | None = None,
+    context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Delta rule with a decay of each key channel (Kimi Delta Attention, arXiv 2510.26692).
 
@@ -119,9 +129,11 @@ def kimi_delta_rule(
         normalize=normalize_qk,
         chunk_size=chunk_size,
         implementation=implementation,
+        context_axis=context_axis,
     )
 
 
+@under_explicit_meshes
 def gated_linear_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -134,6 +146,7 @@ def gated_linear_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
     implementation: GatedImplementation | None = None,
+    context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Linear attention with a decay of each head: Mamba-2's state space (arXiv 2405.21060).
 
@@ -152,6 +165,7 @@ def gated_linear_attention(
         normalize=False,
         chunk_size=chunk_size,
         implementation=implementation,
+        context_axis=context_axis,
     )
 
 
@@ -165,6 +179,7 @@ def _run(
     normalize: bool,
     chunk_size: int | None,
     implementation: GatedImplementation | None,
+    context_axis: str | None = None,
 ) -> tuple[Array, Array]:
     q, k, v, log_alpha, beta, p = arrays
     _check(kind, q, k, v, log_alpha, beta, p, initial_state, segment_ids)
@@ -175,6 +190,19 @@ def _run(
     log_alpha, beta = jnp.asarray(log_alpha, compute), jnp.asarray(beta, compute)
     state = entering_state(initial_state, (batch, value_heads, key_dim, value_dim), compute, v)
     scale = key_dim**-0.5 if scale is None else scale
+    if context_axis is not None:
+        run = partial(_by_name, kind, scale=scale, normalize=normalize, chunk_size=chunk_size)
+        # the kernels of jax-linear-attention do not take any number of columns
+        summary = None if implementation == "mosaic_gpu" else implementation
+        with reverse_mode_alone("context_axis", None, context_axis):
+            return over_context(
+                partial(run, implementation=implementation),
+                context_axis,
+                {"q": q, "k": k, "v": v, "log_alpha": log_alpha, "beta": beta, "p": p},
+                initial_state=state,
+                segment_ids=segment_ids,
+                summary=partial(run, implementation=summary),
+            )
 
     def lacks(name: GatedImplementation) -> str | None:
         if name == "mosaic_gpu":
@@ -235,6 +263,19 @@ def _run(
         scale=scale,
         chunk_size=chunk_size,
     )
+
+
+def _by_name(
+    kind: mosaic.Kind,
+    *,
+    initial_state: Array,
+    segment_ids: Array | None,
+    p: Array | None,
+    **arguments: Any,
+) -> tuple[Array, Array]:
+    """`_run` with its arrays by name."""
+    q, k, v, log_alpha, beta = (arguments.pop(x) for x in ("q", "k", "v", "log_alpha", "beta"))
+    return _run(kind, (q, k, v, log_alpha, beta, p), initial_state, segment_ids, **arguments)
 
 
 def _check(

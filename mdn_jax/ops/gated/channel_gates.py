@@ -21,8 +21,10 @@ from mdn_jax.ops.inputs import (
     l2_normalize,
     wide_dtypes,
 )
+from mdn_jax.ops.on_mesh import under_explicit_meshes
 
 
+@under_explicit_meshes
 def gated_delta_rule_2(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

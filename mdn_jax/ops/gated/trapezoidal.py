@@ -11,6 +11,7 @@ The scan is this. The chunk algorithm is that of `gated_linear_attention`, by tw
 """
 
 import math
+from functools import partial
 from typing import NamedTuple, get_args
 
 import jax
@@ -35,6 +36,7 @@ from mdn_jax.ops.inputs import (
     split_time,
     wide_dtypes,
 )
+from mdn_jax.ops.on_mesh import under_explicit_meshes
 
 
 class TrapezoidalState(NamedTuple):
@@ -64,6 +66,7 @@ class _Inputs(NamedTuple):
     starts: Bool[Array, "B T"]
 
 
+@partial(under_explicit_meshes, shared_heads=False)
 def trapezoidal_linear_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

@@ -26,6 +26,7 @@ from mdn_jax.saved.record import DamagedError, read_position, read_record
 from tests.train.helpers import tiny_config
 from train.checkpointing.checkpoints import Checkpoints
 from train.run import Run
+from train.stacking import by_layer
 
 # Orbax raises at the first array and leaves the readers of the others to fail alone
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -65,11 +66,14 @@ def run(written, tmp_path):
 
 
 def resume(trainer, directory, **changes):
+    """What is restored, by layer."""
     config = dataclasses.replace(trainer.config, output_dir=str(directory), **changes)
     with Checkpoints(config) as checkpoints:
-        return checkpoints.restore(
+        restored = checkpoints.restore(
             trainer.like, corpus=trainer.data.fingerprint, begin=trainer.begin
         )
+    assert jax.tree.structure(restored.state) == jax.tree.structure(trainer.like)
+    return restored._replace(state=by_layer(restored.state))
 
 
 def parameters(directory):
@@ -241,7 +245,7 @@ def test_checkpoints_of_before_are_read_and_checked(run, capsys):
 
 def test_a_converted_model_of_before_has_no_digests(written, tmp_path):
     trainer, _ = written
-    params = trainer.initial_state().params
+    params = by_layer(trainer.initial_state().params)
     saved_model.save_model(tmp_path / "model", trainer.config.model, params)
     file = tmp_path / "model" / "checkpoints" / "0" / "run" / "metadata"
     values = json.loads(file.read_text())

@@ -17,7 +17,7 @@ from train.run import Run
 
 def test_values_of_a_known_device(corpus, tmp_path):
     config = tiny_config(corpus, tmp_path / "run")
-    params = Run(config).like.params
+    params = Run(config).like_params
 
     def device(used, peak):
         return types.SimpleNamespace(

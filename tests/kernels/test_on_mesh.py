@@ -1,0 +1,61 @@
+"""The kernels lower for a mesh of GPUs: tokens cut over an axis, and arrays of Explicit axes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from mdn_jax import momentum_delta_rule
+from pallas_kernels.target import target_gpu
+
+KERNELS = ("intra_chunk_fwd", "state_fwd", "output_fwd", "state_bwd", "gate_bwd")
+
+
+def shapes():
+    keys = jax.ShapeDtypeStruct((2, 128, 2, 16), jnp.bfloat16)
+    per_step = jax.ShapeDtypeStruct((2, 128, 2), jnp.float32)
+    gates = dict.fromkeys(("log_alpha", "log_mu", "beta", "eta"), per_step)
+    return dict.fromkeys("qkv", keys) | gates
+
+
+def lowered(rule, x):
+    def loss(x):
+        o, state = rule(x)
+        return jnp.sum(o.astype(jnp.float32)), (o, state)
+
+    traced = jax.jit(jax.grad(loss, has_aux=True)).trace(x)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.slow
+def test_tokens_over_an_axis():
+    """The map of a stretch takes the kernels of the states, and none of the outputs."""
+    tokens = PartitionSpec("data", "context")
+    with target_gpu((9, 0), {"data": 2, "context": 2}):
+        rule = jax.shard_map(
+            lambda x: momentum_delta_rule(**x, context_axis="context"),
+            in_specs=(tokens,),
+            out_specs=(tokens, PartitionSpec("data")),
+        )
+        text = lowered(rule, shapes())
+    assert "all_gather" in text
+    counts = {name: text.count(f"mdn_{name}") for name in KERNELS}
+    twice = dict.fromkeys(("intra_chunk_fwd", "state_fwd", "state_bwd"), 2)
+    once = counts["gate_bwd"]  # a call has its name in several places
+    assert {name: n / once for name, n in counts.items()} == dict.fromkeys(KERNELS, 1) | twice
+
+
+@pytest.mark.slow
+def test_explicit_axes():
+    cut = PartitionSpec("rows", None, "heads")
+    with target_gpu((9, 0), {"rows": 2, "heads": 2}):
+        automatic = jax.sharding.get_abstract_mesh()
+    mesh = automatic.update(axis_types=(AxisType.Explicit,) * 2)
+    with use_abstract_mesh(mesh):
+        x = jax.tree.map(
+            lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=NamedSharding(mesh, cut)),
+            shapes(),
+        )
+        text = lowered(lambda x: momentum_delta_rule(**x), x)
+    assert "all_gather" not in text
+    assert all(f"mdn_{name}" in text for name in KERNELS)
