@@ -66,7 +66,7 @@ def test_gradients(decode):
         return jnp.sum(jnp.sin(o)) + jnp.sum(state.s * state.m)
 
     scan = partial(momentum_delta_rule, implementation="scan")
-    actual, expected = (jax.grad(partial(loss, rule))(inputs) for rule in (decode, scan))
+    actual, expected = (jax.jit(jax.grad(partial(loss, rule)))(inputs) for rule in (decode, scan))
     assert max(relative_errors(actual, expected).values()) <= 2e-5
 
 
@@ -110,9 +110,10 @@ def test_prefill_and_decoding_are_one_call(decode, split):
         first = {name: x[:, :split] for name, x in inputs.items()}
         o, state = momentum_delta_rule(**first, initial_state=state)
         outputs.append(o)
+    step = jax.jit(decode)
     for t in range(split, 19):
         one = {name: x[:, t : t + 1] for name, x in inputs.items()}
-        o, state = decode(**one, initial_state=state)
+        o, state = step(**one, initial_state=state)
         outputs.append(o)
     errors = relative_errors((jnp.concatenate(outputs, axis=1), state), expected)
     assert max(errors.values()) <= 1e-5, errors

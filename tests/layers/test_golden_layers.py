@@ -9,7 +9,7 @@ from mdn_jax.interop import layer_from_official
 from mdn_jax.interop.official import load_official
 from mdn_jax.layers import SoftmaxAttention
 from mdn_jax.testing import relative_error
-from tests.layers.helpers import GOLDEN, INDEX, call, check_errors, golden, gradient_errors, vjp
+from tests.layers.helpers import GOLDEN, INDEX, call, check_errors, golden, gradient_errors
 
 pytestmark = pytest.mark.slow
 DTYPES = ("float64", "float32")
@@ -20,13 +20,27 @@ def test_all_cases_are_here():
     assert {case.removeprefix("layer_") for case in CASES} == set(INDEX["layer"])
 
 
-def output_and_gradient_errors(layer, data, dtype):
+def output_and_gradient_errors(layer, data, dtype, inside=lambda layer, x: None):
+    """Errors, the cache and `inside(layer, x)`, from one compiled program."""
     x, cotangent = (jnp.asarray(data[name], dtype) for name in ("x", "ct_y"))
-    y, cache = call(layer, x)
+
+    @nnx.jit
+    def everything(layer, x):
+        def loss(layer, x):
+            y, cache = layer(x)
+            return (y * cotangent).sum(), (y, cache)
+
+        gradients, outputs = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+        return gradients, outputs, inside(layer, x)
+
+    (gradients, g_x), (y, cache), middle = everything(layer, x)
     assert y.dtype == dtype
-    gradients, g_x, _ = vjp(layer, x, cotangent)
     errors = {"y": relative_error(y, data["y"]), "g_x": relative_error(g_x, data["g_x"])}
-    return errors | gradient_errors(layer, gradients, data), cache
+    return errors | gradient_errors(layer, gradients, data), cache, middle
+
+
+def convolved_and_gates(layer, x):
+    return layer.qkv(x, None, layer.init_cache(x.shape[0]))[:3], layer.gates(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,7 +51,9 @@ def test_momentum_deltanet(case, dtype, request):
     about = INDEX["layer"][case.removeprefix("layer_")]
     data, tensors = golden(case)
     layer = layer_from_official(about["config"], tensors, dtype=dtype, param_dtype=dtype)
-    errors, cache = output_and_gradient_errors(layer, data, dtype)
+    errors, cache, (qkv, gates) = output_and_gradient_errors(
+        layer, data, dtype, convolved_and_gates
+    )
 
     x = jnp.asarray(data["x"], dtype)
     _, prefill = call(layer, x[:, : about["prefill"]])
@@ -49,11 +65,6 @@ def test_momentum_deltanet(case, dtype, request):
             tail = np.swapaxes(getattr(ours, f"{name}_tail"), 1, 2)
             errors[f"{prefix}/{name}"] = relative_error(tail, data[f"{prefix}/conv_state_{name}"])
 
-    @nnx.jit
-    def inside(layer, x):
-        return layer.qkv(x, None, layer.init_cache(x.shape[0]))[:3], layer.gates(x)
-
-    qkv, gates = inside(layer, x)
     for name, ours in zip("qkv", qkv, strict=True):
         expected = data[f"mid/{name}"]
         ours = np.repeat(ours, expected.shape[2] // ours.shape[2], axis=2)
@@ -82,5 +93,5 @@ def test_softmax_attention(dtype, request):
         ),
         tensors,
     )
-    errors, _ = output_and_gradient_errors(layer, data, dtype)
+    errors, *_ = output_and_gradient_errors(layer, data, dtype)
     check_errors(errors, dtype, about["fp32_rel_err"])

@@ -59,7 +59,7 @@ def test_tails_hold_the_last_projections():
 
 def check_split(split):
     y, cache = call(LAYER, X)
-    first, middle = call(LAYER, X[:, :split])
+    first, middle = call(LAYER, X[:, :split], None, LAYER.init_cache(2))  # compiled once a length
     second, last = call(LAYER, X[:, split:], None, middle)
     assert_close((jnp.concatenate([first, second], axis=1), last), (y, cache))
 
@@ -185,12 +185,16 @@ OPTIONS = {
 def test_every_option_splits_and_packs(option):
     config = dataclasses.replace(TINY, **OPTIONS[option])
     layer = MomentumDeltaNet(config, rngs=nnx.Rngs(0))
-    y, cache = call(layer, X)
-    first, middle = call(layer, X[:, :5])
-    second, last = call(layer, X[:, 5:], None, middle)
+    x, empty = normal(1, 2, 10, TINY.hidden_size), layer.init_cache(2)
+    y, cache = call(layer, x)
+    # halves, so that one program serves all three
+    first, middle = call(layer, x[:, :5], None, empty)
+    second, last = call(layer, x[:, 5:], None, middle)
     assert_close((jnp.concatenate([first, second], axis=1), last), (y, cache))
-    packed, last = call(layer, X, segments([[5], [5]]))
-    assert_close((packed[:, :5], packed[:, 5:], last), (first, *call(layer, X[:, 5:])))
+    ids = jnp.arange(10)[None].repeat(2, axis=0) // 5
+    packed, last = call(layer, x, ids)
+    expected = call(layer, x[:, 5:], None, empty)
+    assert_close((packed[:, :5], packed[:, 5:], last), (first, *expected))
 
 
 def test_options_change_the_output():
