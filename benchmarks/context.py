@@ -10,6 +10,7 @@ import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tabulate import tabulate
 
+from benchmarks.reference import inputs_of
 from benchmarks.report import Shape, shape_text
 from benchmarks.timing import Timing, how_timed, measure
 from mdn_jax import MDNState, momentum_delta_rule
@@ -21,7 +22,6 @@ from mdn_jax.testing import (
     Rule,
     outputs_and_gradients,
     random_cotangents,
-    random_inputs,
     relative_errors,
 )
 
@@ -46,23 +46,14 @@ class ContextConfig:
 
 def context(config: Annotated[ContextConfig, tyro.conf.arg(name="")]) -> None:
     """Times one device and several; refuses to time what differs from one device."""
-    batch, length, heads, key_dim, value_dim = config.shape
+    length = config.shape[1]
     for count in config.devices:
         if not 1 <= count <= jax.device_count() or length % count:
             raise SystemExit(
                 f"devices: expected divisors of T = {length} up to {jax.device_count()}, "
                 f"got {count}"
             )
-    x = random_inputs(
-        seed=0,
-        batch=batch,
-        length=length,
-        heads=heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        dtype=config.dtype,
-        initial_state=False,
-    )
+    x = inputs_of(config.shape, dtype=config.dtype, initial_state=False)
     cotangent = random_cotangents(x)
     whole = _rule(config)
     expected = jax.jit(outputs_and_gradients(whole))(x, cotangent)

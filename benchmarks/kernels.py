@@ -14,7 +14,14 @@ from jaxtyping import Array
 
 from benchmarks import neighbours
 from benchmarks.costs import Cost, operator_cost
-from benchmarks.reference import Results, float32_reference, forward, forward_keeping_states, worst
+from benchmarks.reference import (
+    Results,
+    float32_reference,
+    forward,
+    forward_keeping_states,
+    inputs_of,
+    worst,
+)
 from benchmarks.report import Part, Row, Shape, precision_note, record, shape_text, table
 from benchmarks.timing import (
     call_and_peak,
@@ -32,7 +39,6 @@ from mdn_jax.testing import (
     Rule,
     outputs_and_gradients,
     random_cotangents,
-    random_inputs,
 )
 from pallas_kernels.momentum_delta.types import Sizes
 
@@ -168,17 +174,7 @@ def _parse(text: str) -> Shape:
 
 def _run_shape(config: KernelsConfig, shape: Shape) -> tuple[list[Row], list[Refusal]]:
     """Rows of what was timed, and why the rest was not."""
-    batch, length, heads, key_dim, value_dim = shape
-    inputs: Inputs = random_inputs(
-        seed=0,
-        batch=batch,
-        length=length,
-        heads=heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        dtype=config.dtype,
-        initial_state=False,
-    )
+    inputs = inputs_of(shape, dtype=config.dtype, initial_state=False)
     scan: Rule = partial(momentum_delta_rule, implementation="scan")
     limits = LIMITS[config.dtype]
     subjects = [
@@ -192,7 +188,7 @@ def _run_shape(config: KernelsConfig, shape: Shape) -> tuple[list[Row], list[Ref
             Subject(*other, neighbours.reference_rule, arrays, neighbours.LIMITS, momentum=False)
         )
     cotangent = random_cotangents(inputs)
-    steps = _steps(config, length)
+    steps = _steps(config, shape[1])
     checked = _first(cotangent, steps)
     d_o, d_state = checked
     short_cotangent = d_o[:, :steps], d_state

@@ -10,9 +10,24 @@ import numpy as np
 from jaxtyping import Array
 
 from mdn_jax import MDNState, momentum_delta_rule
-from mdn_jax.testing import Inputs, Limits, Rule, outputs_and_gradients, relative_error
+from mdn_jax.testing import (
+    Inputs,
+    Limits,
+    Rule,
+    outputs_and_gradients,
+    random_inputs,
+    relative_error,
+)
 
 Results = tuple[tuple[Array, MDNState], Inputs]
+
+
+def inputs_of(shape: tuple[int, int, int, int, int], **options: Any) -> Inputs:
+    """Random inputs of B, T, H, K, V; options as of `mdn_jax.testing.random_inputs`."""
+    sizes: dict[str, Any] = dict(
+        zip(("batch", "length", "heads", "key_dim", "value_dim"), shape, strict=True)
+    )
+    return random_inputs(seed=0, **sizes, **options)
 
 
 def forward(rule: Rule) -> Callable[[Inputs], object]:

@@ -76,8 +76,8 @@ def activation_bytes(config: MDNConfig, remat: str) -> float:
     hidden, keys, values = config.hidden_size, config.key_dim, config.value_dim
     if remat == "block":
         return 2.0 * hidden
-    # h and its norm, twice; q, k, v before and after the convolution, k in float16; errors, outputs,
-    # the norm of these, their gate; three of the MLP
+    # h and its norm, twice; q, k, v before and after the convolution, k in float16; errors,
+    # outputs, the norm of these, their gate; three of the MLP
     wide = 4 * hidden + 2 * (2 * keys + values) + keys + 4 * values + 3 * config.mlp_width
     # two matrices and the factors of a chunk, six gates, in every head
     per_head = 2 * 2 * CHUNK + 4 * FACTORS + 4 * 6

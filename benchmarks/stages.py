@@ -14,11 +14,11 @@ from jaxtyping import Array
 from tabulate import tabulate
 
 from benchmarks.costs import STAGES, Cost, StageName, stage_costs
-from benchmarks.reference import Results, scan_outputs_and_gradients, worst
+from benchmarks.reference import Results, inputs_of, scan_outputs_and_gradients, worst
 from benchmarks.timing import Compiled, Timing, compile_for, how_timed, measure_compiled
 from mdn_jax import MDNState
 from mdn_jax.ops import api
-from mdn_jax.testing import LIMITS, Inputs, random_cotangents, random_inputs
+from mdn_jax.testing import LIMITS, Inputs, random_cotangents
 from pallas_kernels.momentum_delta.block_scaling import (
     dequantize,
     scales_with_states,
@@ -172,17 +172,7 @@ def _options(config: StagesConfig) -> Options:
 
 
 def _inputs(config: StagesConfig) -> Inputs:
-    batch, length, heads, key_dim, value_dim = config.shape
-    return random_inputs(
-        seed=0,
-        batch=batch,
-        length=length,
-        heads=heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        dtype=config.dtype,
-        explicit_p=config.explicit_p,
-    )
+    return inputs_of(config.shape, dtype=config.dtype, explicit_p=config.explicit_p)
 
 
 def run_stages(

@@ -13,13 +13,12 @@ from mdn_jax.layers.attend import Tokens, attend
 from mdn_jax.layers.context import (
     check_stretch,
     inside_shard_map,
-    of_last_device,
     own_stretch,
     whole_rows,
 )
 from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.rotary import rotate
-from mdn_jax.ops.context import context_size
+from mdn_jax.ops.context import context_size, of_last_device
 from mdn_jax.ops.inputs import document_numbers, document_starts
 
 

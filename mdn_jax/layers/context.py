@@ -99,12 +99,6 @@ def _of_last_document(
     return jnp.where((numbers == numbers[:, -1:])[:, :, None], x, 0)
 
 
-def of_last_device[Tree](tree: Tree, axis: str) -> Tree:
-    """The arrays of the axis' last device, on every device."""
-    last = lax.axis_index(axis) == context_size(axis) - 1
-    return jax.tree.map(lambda x: lax.psum(jnp.where(last, x, jnp.zeros_like(x)), axis), tree)
-
-
 def whole_rows[Tree](tree: Tree, axis: str) -> Tree:
     """`[B, T, ...]` of every stretch, one behind the other: `[B, devices * T, ...]`."""
     return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), tree)

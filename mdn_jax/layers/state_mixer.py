@@ -15,12 +15,12 @@ from mdn_jax.layers.context import (
     differing,
     entering_tails,
     inside_shard_map,
-    of_last_device,
 )
 from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.norm import GateActivation, RMSNorm
 from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops.api import Implementation
+from mdn_jax.ops.context import of_last_device
 from mdn_jax.ops.residuals import RULE_OUTPUT, without_states
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Int
 
 from mdn_jax.layers.arguments import without_padding
 from mdn_jax.layers.attention import AttentionCache
-from mdn_jax.layers.context import of_last_device, own_stretch, whole_rows
+from mdn_jax.layers.context import own_stretch, whole_rows
 from mdn_jax.ops.arguments import outside
+from mdn_jax.ops.context import of_last_device
 
 
 def split_unknown(

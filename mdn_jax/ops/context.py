@@ -64,8 +64,7 @@ def over_context[State](
         o, state = rule(**inputs[0], initial_state=inputs[1], segment_ids=inputs[2])
     else:
         o, state = _linked(rule, summary or rule, axis)(*inputs)
-    last = lax.axis_index(axis) == count - 1
-    return o, jax.tree.map(lambda x: lax.psum(jnp.where(last, x, 0), axis), state)
+    return o, of_last_device(state, axis)
 
 
 def context_size(axis: str) -> int:
@@ -87,6 +86,12 @@ def from_previous[Tree](x: Tree, axis: str) -> Tree:
     """The arrays of the device before this one along the axis; zeros on the first."""
     steps = [(i, i + 1) for i in range(context_size(axis) - 1)]
     return jax.tree.map(lambda y: lax.ppermute(y, axis, steps), x)
+
+
+def of_last_device[Tree](tree: Tree, axis: str) -> Tree:
+    """The arrays of the axis' last device, on every device."""
+    last = lax.axis_index(axis) == context_size(axis) - 1
+    return jax.tree.map(lambda x: lax.psum(jnp.where(last, x, jnp.zeros_like(x)), axis), tree)
 
 
 def continues(segment_ids: Int[Array, "B T"], axis: str) -> Bool[Array, " B"]:
