@@ -89,7 +89,29 @@ def state_fwd(x: Tokens, intra: IntraChunk, memory: Memory | None, options: Opti
     done = None
     for launch in launches(walks, options.tiles.state_fwd_resident):
         done = _walks(x, intra, memory, done, options, launch)
-    return _walks(x, intra, memory, done, options, None, carefully=True)
+    return walk_again(x, intra, memory, done, options)
+
+
+def walk_again(
+    x: Tokens,
+    intra: IntraChunk,
+    memory: Memory | None,
+    done: Any,
+    options: Options,
+    spoiled: jax.Array | None = None,
+) -> StatePass:
+    """The launch that walks again, with care, where the final memory is not finite.
+
+    Args:
+      x: tokens and gates.
+      intra: of the chunks.
+      memory: entering; None means zeros.
+      done: the state pass, whose memory is taken.
+      options: of the call.
+      spoiled: of rows in pieces: zero, or nan where a piece's last states are not finite,
+        `[B, HV, pieces, blocks of V]`.
+    """
+    return _walks(x, intra, memory, done, options, None, carefully=True, spoiled=spoiled)
 
 
 def _walks(
@@ -101,6 +123,7 @@ def _walks(
     launch: Launch | None,
     *,
     carefully: bool = False,
+    spoiled: jax.Array | None = None,
 ) -> StatePass:
     """One launch; what earlier ones `done` stays where it is."""
     z = x.sizes
@@ -138,13 +161,13 @@ def _walks(
         body if carefully else partial(body, from_zeros=memory is None),
         tokens,
         entering,
-        written,
+        written if spoiled is None else (written, spoiled),
         name="mdn_state_fwd_again" if carefully else "mdn_state_fwd",
         grid=specs.grid,
         in_specs=[
             (WalkKeys(specs.keys(z.heads), p), specs.values(), specs.matrix(), specs.factors()),
             None if entering is None else out_specs.final,
-            written_specs,
+            written_specs if spoiled is None else (written_specs, specs.of_pieces(spoiled)),
         ],
         out_specs=out_specs,
         out_shape=out_shape,
@@ -160,9 +183,15 @@ def _walk_again(tokens, memory, done, out, *, warps, **walk):
     """What is not finite stays so to the end of its row, by then in other documents as well."""
     layout = RegisterLayout(warps, out.final.s.shape[1])
     key_dim = out.final.s.shape[0]
-    found = layout.load(done.final.s, key_dim) * 0.0 + layout.load(done.final.m, key_dim) * 0.0
     again = partial(_state_fwd, tokens, memory, None, out, warps=warps, carefully=True, **walk)
-    pl.when(jnp.sum(found) != 0.0)(again)
+    if isinstance(done, StatePass):
+        found = layout.load(done.final.s, key_dim) * 0.0
+        found = jnp.sum(found + layout.load(done.final.m, key_dim) * 0.0)
+    else:  # of a row in pieces each has its say
+        _, spoiled = done
+        add = lambda i, found: found + spoiled[i]
+        found = lax.fori_loop(0, spoiled.shape[0], add, jnp.float32(0))
+    pl.when(found != 0.0)(again)
 
 
 def _state_fwd(
