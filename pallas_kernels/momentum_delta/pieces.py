@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lowering import kernel_call
-from pallas_kernels.momentum_delta.block_specs import PieceSpecs
+from pallas_kernels.momentum_delta.block_specs import PieceSpecs, first_chunk
 from pallas_kernels.momentum_delta.dv_local_bwd import LocalGradients
 from pallas_kernels.momentum_delta.piece_link import link
 from pallas_kernels.momentum_delta.register_layout import RegisterLayout
@@ -64,30 +64,31 @@ class _Ends(NamedTuple):
     phi: Leaf | None
 
 
-class _Linked(NamedTuple):
+class _Walked(NamedTuple):
     """What the last launch forward gives.
 
     Attributes:
       v_new: of all pieces.
       states: of all pieces.
-      final: the memory behind the last.
+      u: states behind the pieces but the first, `[B, HV, P - 1, 2 K, V]` float32.
       spoiled: zero, or nan where a piece's last states are not finite, `[B, HV, P - 1, blocks]`.
     """
 
     v_new: Values
     states: States
-    final: Memory
+    u: Leaf
     spoiled: Leaf
 
 
 class _Starts(NamedTuple):
-    """What the first launch backward gives.
+    """What a launch backward gives.
 
     Attributes:
-      d_v: of the last piece.
-      d_states: of the last piece.
-      d: gradients of the states before the pieces but the first `[B, HV, P - 1, 2 K, V]` float32:
-        before the last as they are, before the others from no gradient behind.
+      d_v: of the last piece; of the last launch, of all.
+      d_states: the same.
+      d: gradients of states `[B, HV, P - 1, 2 K, V]` float32. Of the first launch: before the
+        pieces but the first; before the last as they are, before the others from no gradient
+        behind. Of the last launch: before the pieces but the last.
     """
 
     d_v: Values
@@ -115,11 +116,20 @@ def state_fwd_in_pieces(
     for j in range(1, count - 1):
         u = link(u, ends.phi, (j, j - 1, j - 1), options)
     done = _from_ends(x, intra, (ends.v_new, ends.states), u, options, count)
-    result = walk_again(x, intra, memory, StatePass(*done[:3]), options, done.spoiled)
-    return result, ends.phi
+    final = _memory(done.u[:, :, -1])
+    whole = StatePass(done.v_new, done.states, final)
+    return walk_again(x, intra, memory, whole, options, done.spoiled), ends.phi
 
 
-def _outputs(z: Sizes, specs: PieceSpecs, block: int, storage: jnp.dtype) -> tuple[Any, Any]:
+def _memory(states: jax.Array) -> Memory:
+    """Of S and N `[B, HV, 2 K, V]`, or their gradients."""
+    s, n = jnp.split(states, 2, axis=2)
+    return Memory(s, -n)
+
+
+def _outputs(
+    z: Sizes, specs: PieceSpecs, block: int, storage: jnp.dtype
+) -> tuple[tuple[Values, States], tuple[Values, States]]:
     """Specifications and shapes of v_new and states, or their gradients."""
     shapes = (
         Values(z.per_head(z.value_dim, storage), z.scales(block, storage)),
@@ -210,7 +220,7 @@ def _ends_kernel(tokens, memory, out, *, specs, warps, precision):
 
 def _from_ends(
     x: Tokens, intra: IntraChunk, written: Any, u: jax.Array, options: Options, count: int
-) -> _Linked:
+) -> _Walked:
     """The last launch forward; what the first has written stays where it is."""
     z, tiles, storage = x.sizes, options.tiles, options.numerics.storage
     block = tiles.state_fwd_block_v
@@ -218,12 +228,11 @@ def _from_ends(
     tokens, token_specs = _tokens_forward(x, intra, specs)
     out_specs, out_shape = _outputs(z, specs, block, storage)
     spoiled = (z.batch, z.value_heads, count - 1, z.value_dim // block)
-    at = len(jax.tree.leaves(tokens)) + 1
-    result: _Linked = kernel_call(
+    at, results = len(jax.tree.leaves(tokens)) + 1, len(jax.tree.leaves(written))
+    result: _Walked = kernel_call(
         partial(
             _from_ends_kernel,
             specs=specs,
-            last=count - 1,
             warps=tiles.state_fwd_warps,
             precision=options.numerics.products,
         ),
@@ -233,9 +242,14 @@ def _from_ends(
         name="mdn_state_fwd",
         grid=specs.grid,
         in_specs=[token_specs, specs.ends(), out_specs],
-        out_specs=_Linked(*out_specs, specs.memory(), specs.spoiled()),
-        out_shape=_Linked(*out_shape, z.memory, jax.ShapeDtypeStruct(spoiled, jnp.float32)),
-        aliases={at + i: i for i in range(len(jax.tree.leaves(written)))},
+        out_specs=_Walked(*out_specs, specs.ends(), specs.spoiled()),
+        out_shape=_Walked(
+            *out_shape,
+            jax.ShapeDtypeStruct(u.shape, u.dtype),
+            jax.ShapeDtypeStruct(spoiled, jnp.float32),
+        ),
+        # a program puts the states behind its piece where it found those before it
+        aliases={at - 1: results, **{at + i: i for i in range(results)}},
         warps=tiles.state_fwd_warps,
         stages=tiles.state_fwd_stages,
         interpret=options.interpret,
@@ -243,14 +257,13 @@ def _from_ends(
     return result
 
 
-def _from_ends_kernel(tokens, u, _, out, *, specs, last, warps, precision):
-    key_dim, block = out.final.s.shape
-    layout, place = RegisterLayout(warps, block), specs.place()
+def _from_ends_kernel(tokens, u, _, out, *, specs, warps, precision):
+    rows, block = u.shape
+    layout, key_dim = RegisterLayout(warps, block), rows // 2
     entering = layout.load(u, key_dim), layout.load(u, key_dim, first=key_dim)
     s, n = walk(tokens, out, entering, specs.stretch(), layout, precision)
-    is_last = place.piece == last
-    layout.store(s, out.final.s, where=is_last)
-    layout.store(-n, out.final.m, where=is_last)
+    layout.store(s, out.u)
+    layout.store(n, out.u, first=key_dim)
     out.spoiled[0] = jnp.sum(s * 0.0 + n * 0.0)
 
 
@@ -267,29 +280,28 @@ def state_bwd_in_pieces(
     count = _count(x.sizes, options)
     if count == 1:
         return state_bwd(x, intra, d_o, local, d_final, options)
-    starts: _Starts = _walks_back(x, intra, d_o, local, d_final, None, options, count)
+    # behind the row d_final, behind the pieces before nothing yet
+    d = jnp.concatenate([d_final.s, -d_final.m], axis=2)[:, :, None]
+    d = jnp.pad(d, ((0, 0), (0, 0), (count - 2, 0), (0, 0), (0, 0)))
+    starts = _walks_back(x, intra, d_o, local, d, None, options, count)
     d = starts.d
     kept = _kept(intra.factors, count)
     for j in reversed(range(1, count - 1)):
         d = link(d, phi, (j - 1, j, j - 1), options, kept=kept)
     local = local._replace(d_v_new=local.d_v_new._replace(data=starts.d_v.data))
-    result: StateGradients = _walks_back(x, intra, d_o, local, d, starts, options, count)
-    return result
+    done = _walks_back(x, intra, d_o, local, d, starts, options, count)
+    return StateGradients(done.d_v, done.d_states, _memory(done.d[:, :, 0]))
 
 
 def _kept(factors: jax.Array, count: int) -> jax.Array:
     """Whether the pieces between keep something of what enters them, `[B, HV, P - 2]` int32."""
     scalars = factors[:, :, :, FactorRow.SCALARS, jnp.array(STATE_SCALARS)]
     nothing = jnp.all(scalars == 0, axis=3)
-    chunks = nothing.shape[2]
-    piece = jnp.array([j for j in range(count) for _ in range(*_chunks_of(j, count, chunks))])
-    own = piece[:, None] == jnp.arange(1, count - 1)
+    chunks, inner = nothing.shape[2], jnp.arange(1, count - 1)
+    chunk = jnp.arange(chunks)[:, None]
+    own = first_chunk(inner, chunks, count) <= chunk
+    own &= chunk < first_chunk(inner + 1, chunks, count)
     return (~jnp.any(nothing[..., None] & own, axis=2)).astype(jnp.int32)
-
-
-def _chunks_of(piece: int, count: int, chunks: int) -> tuple[int, int]:
-    """First and end of a piece's chunks."""
-    return piece * chunks // count, (piece + 1) * chunks // count
 
 
 def _walks_back(
@@ -297,12 +309,12 @@ def _walks_back(
     intra: IntraChunk,
     d_o: jax.Array,
     local: LocalGradients,
-    leaving: Any,
+    d: jax.Array,
     done: _Starts | None,
     options: Options,
     count: int,
-) -> Any:
-    """A launch backward: the first, from `leaving` behind the row, or the last, from the links."""
+) -> _Starts:
+    """A launch backward: the first, or the last, from `d` behind each of its pieces."""
     z, tiles, storage = x.sizes, options.tiles, options.numerics.storage
     block = tiles.state_bwd_block_v
     specs = PieceSpecs(z, block, count, first=1 if done is None else 0)
@@ -313,71 +325,53 @@ def _walks_back(
     token_specs = (keys, keys, p, values, tuple(map(specs.scales_of, scales)), values)
     out_specs, out_shape = _outputs(z, specs, block, storage)
     after = len(jax.tree.leaves(tokens))
-    aliases, written, written_specs = {after - 1: 0}, None, None
-    if done is None:
-        ends = _states_of_pieces(z, count - 1, z.value_dim)
-        results: Any = _Starts(*out_shape, ends), _Starts(*out_specs, specs.ends())
-    else:
-        results = (
-            StateGradients(*out_shape, z.memory),
-            StateGradients(*out_specs, specs.memory()),
-        )
+    written = written_specs = None
+    if done is not None:
         written = done.d_v._replace(data=None), done.d_states
         written_specs = out_specs[0]._replace(data=None), out_specs[1]
-        aliases |= {after + 1 + i: 1 + i for i in range(len(jax.tree.leaves(written)))}
-    return kernel_call(
+    results = len(jax.tree.leaves(out_shape))
+    # a program puts the gradients before its piece where it found those behind it
+    aliases = {after - 1: 0, after: results}
+    aliases |= {after + 1 + i: 1 + i for i in range(len(jax.tree.leaves(written)))}
+    result: _Starts = kernel_call(
         partial(
-            _starts_kernel if done is None else _from_starts_kernel,
+            _state_bwd_kernel,
             specs=specs,
-            last=count - 1,
+            stores_of=None if done is not None else count - 1,
             warps=tiles.state_bwd_warps,
             storage=storage,
             precision=options.numerics.products,
         ),
         tokens,
-        leaving,
+        d,
         written,
         (intra.inverse, intra.factors),
         name="mdn_state_bwd_starts" if done is None else "mdn_state_bwd",
         grid=specs.grid,
         in_specs=[
             token_specs,
-            specs.memory() if done is None else specs.ends(),
+            specs.ends(),
             written_specs,
             (specs.matrix(), specs.factors()),
         ],
-        out_specs=results[1],
-        out_shape=results[0],
+        out_specs=_Starts(*out_specs, specs.ends()),
+        out_shape=_Starts(*out_shape, jax.ShapeDtypeStruct(d.shape, d.dtype)),
         aliases=aliases,
         warps=tiles.state_bwd_warps,
         stages=tiles.state_bwd_stages,
         interpret=options.interpret,
     )
+    return result
 
 
-def _starts_kernel(tokens, d_final, _, intra, out, *, specs, last, warps, storage, precision):
-    key_dim, block = d_final.s.shape
-    layout = RegisterLayout(warps, block)
-    is_last = specs.place().piece == last
-    leaving = (
-        layout.load(d_final.s, key_dim, where=is_last),
-        -layout.load(d_final.m, key_dim, where=is_last),
-    )
+def _state_bwd_kernel(tokens, d, _, intra, out, *, specs, stores_of, warps, storage, precision):
+    rows, block = d.shape
+    layout, key_dim = RegisterLayout(warps, block), rows // 2
+    leaving = layout.load(d, key_dim), layout.load(d, key_dim, first=key_dim)
+    stores = None if stores_of is None else specs.place().piece == stores_of
     stretch = specs.stretch()
     tiles = walk_back(
-        tokens, intra, out, leaving, stretch, layout, storage, precision, stores=is_last
+        tokens, intra, out, leaving, stretch, layout, storage, precision, stores=stores
     )
     for first, tile in zip((0, key_dim), tiles, strict=True):
         layout.store(tile, out.d, first=first)
-
-
-def _from_starts_kernel(tokens, d, _, intra, out, *, specs, last, warps, storage, precision):
-    del last
-    key_dim, block = out.d_memory.s.shape
-    layout = RegisterLayout(warps, block)
-    leaving = layout.load(d, key_dim), layout.load(d, key_dim, first=key_dim)
-    stretch = specs.stretch()
-    d_s, d_n = walk_back(tokens, intra, out, leaving, stretch, layout, storage, precision)
-    is_first = specs.place().piece == 0
-    layout.store(d_s, out.d_memory.s, where=is_first)
-    layout.store(-d_n, out.d_memory.m, where=is_first)

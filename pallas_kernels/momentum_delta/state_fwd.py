@@ -189,8 +189,7 @@ def _walk_again(tokens, memory, done, out, *, warps, **walk):
         found = jnp.sum(found + layout.load(done.final.m, key_dim) * 0.0)
     else:  # of a row in pieces each has its say
         _, spoiled = done
-        add = lambda i, found: found + spoiled[i]
-        found = lax.fori_loop(0, spoiled.shape[0], add, jnp.float32(0))
+        found = sum((spoiled[i] for i in range(1, spoiled.shape[0])), start=spoiled[0])
     pl.when(found != 0.0)(again)
 
 
