@@ -275,8 +275,8 @@ class _StepTimes(NamedTuple):
 
 _TIMES = _StepTimes((1.65, 3.0), (2.0, 3.1), (1.8, 2.4), (3.0, 4.3))
 _TIMES_256 = _StepTimes((2.2, 4.0), (2.7,), (2.3,), (5.1,))
-_LINK, _LAUNCHES = 6.0, 10.0
-"""Microseconds of a product between two pieces, and of a pass more."""
+_LINK, _LAUNCHES = 7.0, 20.0
+"""Microseconds of a product between two pieces, and of a launch more with what is around it."""
 _MOST_PIECES = 16
 _WORTH = 0.85
 """Of the time of whole rows that rows in pieces take at most, to be cut."""
