@@ -76,7 +76,7 @@ SHIPPED = (
     *(Case(size, 256, "bfloat16", (9, 0), batch=1, pieces=6) for size in KEY_DIMS),
     Case(256, 512, "bfloat16", (9, 0), batch=1, pieces=5),
 )
-"""Every padded K and what V takes, both kinds of erase key and of precision, few heads, rows in pieces."""
+"""Every K and what V takes, both kinds of erase key and of precision, few heads, in pieces."""
 
 CI = (
     *(

@@ -62,7 +62,7 @@ def test_every_tile_choice_is_covered(capability):
 
 def test_every_feature_is_covered_several_times():
     cases = shipped_cases((9, 0))
-    assert len({x.name for x in cases}) == len(cases) < 120
+    assert len({x.name for x in cases}) == len(cases) < 140
     for name, values in {
         "regime": GATE_REGIMES,
         "dtype": ("bfloat16", "float16", "float32"),
