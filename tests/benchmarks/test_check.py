@@ -125,14 +125,14 @@ def test_right_kernels_pass_and_corrupted_ones_do_not(monkeypatch, tmp_path, cap
     assert "without those in native Triton: it has no interpreter here" in out
     assert "2 of 2 cases right" in out
 
-    state_bwd = pallas_kernels.momentum_delta.vjp.state_bwd
+    state_bwd = pallas_kernels.momentum_delta.vjp.state_bwd_in_pieces
 
     def corrupted(*arguments):
         result = state_bwd(*arguments)
         wrong = result.d_v.data.at[:, 7].multiply(1.01)
         return result._replace(d_v=result.d_v._replace(data=wrong))
 
-    monkeypatch.setattr(pallas_kernels.momentum_delta.vjp, "state_bwd", corrupted)
+    monkeypatch.setattr(pallas_kernels.momentum_delta.vjp, "state_bwd_in_pieces", corrupted)
     monkeypatch.setattr(command, "shipped_cases", lambda capability: [TINY])
     output = tmp_path / "check.json"
     with pytest.raises(SystemExit, match="1 cases wrong, 0 not run"):
