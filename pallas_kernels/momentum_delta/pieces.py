@@ -295,7 +295,7 @@ def state_bwd_in_pieces(
 
 def _kept(factors: jax.Array, count: int) -> jax.Array:
     """Whether the pieces between keep something of what enters them, `[B, HV, P - 2]` int32."""
-    scalars = factors[:, :, :, FactorRow.SCALARS, jnp.array(STATE_SCALARS)]
+    scalars = factors[:, :, :, FactorRow.SCALARS, STATE_SCALARS[0] : STATE_SCALARS[-1] + 1]
     nothing = jnp.all(scalars == 0, axis=3)
     chunks, inner = nothing.shape[2], jnp.arange(1, count - 1)
     chunk = jnp.arange(chunks)[:, None]
