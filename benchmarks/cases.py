@@ -105,6 +105,9 @@ PIECES = (
         )
     ),
     Case(128, 256, "bfloat16", length=2048, documents=5, groups=2, pieces=6, initial_state=False),
+    # pieces of many chunks
+    Case(128, 256, "bfloat16", length=16_384, pieces=6),
+    Case(128, 256, "bfloat16", regime="wide", length=16_384, documents=2, pieces=16),
     # as many chunks as pieces
     Case(128, 256, "float16", length=1000, documents=3, groups=2, pieces=16),
     Case(256, 512, "bfloat16", regime="layer", length=1041, documents=3, pieces=5),

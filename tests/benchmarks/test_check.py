@@ -77,6 +77,7 @@ def test_every_feature_is_covered_several_times():
         counts = Counter(getattr(x, name) for x in cases)
         assert all(counts[value] >= 5 for value in values), (name, counts)
     assert sum(x.documents > 1 for x in cases) >= 10
+    assert {x.pieces for x in cases} >= {2, 3, 4, 6, 8, 12, 16}
     # errors of few heads are not hidden by those of others
     assert sum(x.rows == 1 for x in cases if x.backward) >= 80
     assert {24, 96} <= {x.key_dim for x in cases}
