@@ -26,10 +26,12 @@ class Case(testing.Case):
     Attributes:
       implementation: of the operator.
       precise: under `jax.default_matmul_precision("highest")`.
+      pieces: that the state passes cut a row in; None: those that ship.
     """
 
     implementation: Implementation = "pallas_triton"
     precise: bool = False
+    pieces: int | None = None
 
     @property
     def name(self) -> str:
@@ -37,6 +39,7 @@ class Case(testing.Case):
         parts = [super().name]
         parts += [self.implementation] * (self.implementation != "pallas_triton")
         parts += ["precise"] * self.precise
+        parts += [f"pieces{self.pieces}"] * (self.pieces is not None)
         return "_".join(parts)
 
     def with_heads(self, heads: int) -> "Case":
@@ -86,6 +89,40 @@ PRECISE = tuple(
     )
 )
 """Under full precision: every tile choice of its own."""
+
+
+PIECES = (
+    *(
+        Case(128, 256, "bfloat16", regime=regime, length=1041, heads=2, keys=keys, pieces=count)
+        for regime, keys, count in (
+            ("layer", "random", 2),
+            ("ballistic", "random", 3),
+            ("momentum_lost", "random", 4),
+            ("momentum_half", "parallel", 6),
+            ("momentum_quarter", "random", 8),
+            ("wide", "random", 12),
+            ("half_beta_zero", "zero", 16),
+        )
+    ),
+    Case(128, 256, "bfloat16", length=2048, documents=5, groups=2, pieces=6, initial_state=False),
+    # pieces of many chunks
+    Case(128, 256, "bfloat16", length=16_384, pieces=6),
+    Case(128, 256, "bfloat16", regime="wide", length=16_384, documents=2, pieces=16),
+    # as many chunks as pieces
+    Case(128, 256, "float16", length=1000, documents=3, groups=2, pieces=16),
+    Case(256, 512, "bfloat16", regime="layer", length=1041, documents=3, pieces=5),
+    Case(256, 256, "bfloat16", regime="ballistic", length=1041, heads=2, pieces=4),
+    *(
+        Case(size, size, "bfloat16", length=1041, documents=3, groups=2, pieces=5)
+        for size in (16, 32, 64)
+    ),
+    Case(24, 200, "bfloat16", regime="layer", length=1000, pieces=7),
+    # tiles that the rule gives one piece, but for those who ask
+    Case(128, 256, "bfloat16", explicit_p=True, length=1041, documents=3, heads=2, pieces=4),
+    Case(128, 256, "float32", length=1041, documents=3, pieces=4),
+    Case(256, 512, "bfloat16", explicit_p=True, length=600, precise=True, pieces=3),
+)
+"""Rows in pieces: every K that the rule cuts, each number of pieces in another regime."""
 
 
 def _decode_cases() -> Iterator[Case]:
@@ -148,7 +185,7 @@ def shipped_cases(capability: tuple[int, int]) -> list[Case]:
         cases.append(case.with_heads(heads))
     cases += [x for x in CHOSEN if _runs(x, capability)]
     if capability >= (9, 0):
-        cases += PRECISE
+        cases += (*PRECISE, *PIECES)
     return list(dict.fromkeys((*cases, *_decode_cases())))
 
 

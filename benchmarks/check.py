@@ -17,6 +17,7 @@ import tyro
 from jaxtyping import Array
 
 from benchmarks.cases import Case, shipped_cases
+from benchmarks.in_pieces import rule_in_pieces
 from benchmarks.reference import (
     Results,
     Worst,
@@ -31,8 +32,6 @@ from benchmarks.timing import Compiled, compile_for
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api
 from mdn_jax.ops.api import Implementation
-from mdn_jax.ops.inputs import in_full_precision
-from mdn_jax.ops.kernels import kernel_rule
 from mdn_jax.testing import (
     LIMITS,
     Check,
@@ -44,7 +43,6 @@ from mdn_jax.testing import (
     relative_errors,
 )
 from pallas_kernels.backends import jax_triton_lacks
-from pallas_kernels.momentum_delta import Numerics
 
 
 @dataclass(frozen=True)
@@ -274,7 +272,9 @@ def run_cases(
 
     def build(case: Case) -> Ready:
         arguments = _arguments(case, 0)
-        chosen = partial(rule, implementation=case.implementation)
+        chosen: Rule = partial(rule, implementation=case.implementation)
+        if case.pieces is not None:
+            chosen = rule_in_pieces(case.pieces, interpret=rule is interpreted_rule)
         on_kernels = outputs_and_gradients(chosen, gradients=case.backward)
         scan = scan_outputs_and_gradients if case.backward else scan_outputs
         kernels = compile_for(on_kernels, *arguments)
@@ -343,10 +343,7 @@ def _why_no_triton(config: CheckConfig) -> str | None:
 def interpreted_rule(*, implementation: Implementation, **arrays: Any) -> tuple[Array, MDNState]:
     """`momentum_delta_rule` on the kernels in the interpreter, with the tiles that ship."""
     assert implementation == "pallas_triton"
-    numerics = Numerics.choose(
-        arrays["q"].dtype, full_precision=in_full_precision(), capability=(9, 0)
-    )
-    return kernel_rule(**arrays, precise=numerics.precise, interpret=True)
+    return rule_in_pieces(None, interpret=True)(**arrays)
 
 
 def _record(outcome: Outcome) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """The operator's implementations side by side: correctness first, then time and memory."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxtyping import Array
 
 from benchmarks import neighbours
 from benchmarks.costs import Cost, operator_cost
+from benchmarks.in_pieces import rule_in_pieces
 from benchmarks.reference import (
     Results,
     float32_reference,
@@ -24,10 +26,10 @@ from benchmarks.reference import (
 )
 from benchmarks.report import Part, Row, Shape, precision_note, record, shape_text, table
 from benchmarks.timing import (
+    Compiled,
     call_and_peak,
     compile_for,
     how_timed,
-    measure,
     measure_compiled,
 )
 from mdn_jax import MDNState, momentum_delta_rule
@@ -70,12 +72,16 @@ class KernelsConfig:
     """Of q, k, v."""
     implementations: tuple[Implementation, ...] = ("scan", "xla")
     """What to time; times are compared with the first."""
+    pieces: tuple[int, ...] = ()
+    """Numbers of pieces that the GPU kernels cut a row in, a subject each; none: as they ship."""
     parts: tuple[Part, ...] = ("kept", "both")
     """Forward alone, forward with what the backward pass needs as a result, forward + backward."""
     runs: int = 20
     """Timed groups of calls after the warm-up (of one call on a CPU); the median is shown."""
     check_steps: int = 4096
     """Of longer inputs only the first 1,041 steps are checked."""
+    threads: int = 1
+    """Programs of a shape that compile at once."""
     neighbour: bool = True
     """Times the gated delta rule of jax-linear-attention as well, if that can be imported."""
     output: Path | None = None
@@ -178,8 +184,9 @@ def _run_shape(config: KernelsConfig, shape: Shape) -> tuple[list[Row], list[Ref
     scan: Rule = partial(momentum_delta_rule, implementation="scan")
     limits = LIMITS[config.dtype]
     subjects = [
-        Subject(name, partial(momentum_delta_rule, implementation=name), scan, inputs, limits)
-        for name in config.implementations
+        Subject(name, rule, scan, inputs, limits)
+        for implementation in config.implementations
+        for name, rule in _rules(config, implementation)
     ]
     other = neighbours.gated_delta_rule() if config.neighbour else ""
     if isinstance(other, neighbours.Neighbour):
@@ -200,12 +207,41 @@ def _run_shape(config: KernelsConfig, shape: Shape) -> tuple[list[Row], list[Ref
         short = {name: inputs[name][:, :steps] for name in names}
         return jax.jit(float32_reference(reference))(short, short_cotangent)
 
-    for subject in subjects:
-        try:
-            rows += _time(config, subject, cotangent, checked, expected, steps)
-        except Exception as error:  # of any kind: the other implementations still count
-            refusals.append(Refusal(subject, shape, error))
+    with ThreadPoolExecutor(config.threads) as pool:
+        compiled = [
+            {part: pool.submit(_compile, subject, part, cotangent) for part in _parts(config)}
+            for subject in subjects
+        ]
+        # what compiles beside a timed call delays its launches
+        wait(future for programs in compiled for future in programs.values())
+        for subject, programs in zip(subjects, compiled, strict=True):
+            try:
+                rows += _time(config, subject, programs, cotangent, checked, expected, steps)
+            except Exception as error:  # of any kind: the other implementations still count
+                refusals.append(Refusal(subject, shape, error))
     return rows, refusals
+
+
+def _rules(config: KernelsConfig, implementation: Implementation) -> Iterator[tuple[str, Rule]]:
+    """What to time of an implementation, with its name."""
+    if implementation != "pallas_triton" or not config.pieces:
+        yield implementation, partial(momentum_delta_rule, implementation=implementation)
+        return
+    for count in config.pieces:
+        yield f"{implementation}, pieces {count}", rule_in_pieces(count)
+
+
+def _parts(config: KernelsConfig) -> tuple[Part, ...]:
+    """What is compiled: both passes, which are checked, and what is timed."""
+    return tuple(dict.fromkeys(("both", *config.parts)))
+
+
+def _compile(subject: Subject, part: Part, cotangent: tuple[Array, MDNState]) -> Compiled:
+    """A pass of an operator."""
+    if part == "both":
+        return compile_for(outputs_and_gradients(subject.rule), subject.inputs, cotangent)
+    function = forward_keeping_states if part == "kept" else forward
+    return compile_for(function(subject.rule), subject.inputs)
 
 
 def _steps(config: KernelsConfig, length: int) -> int | None:
@@ -224,13 +260,14 @@ def _first(cotangent: tuple[Array, MDNState], steps: int | None) -> tuple[Array,
 def _time(
     config: KernelsConfig,
     subject: Subject,
+    programs: Mapping[Part, Future[Compiled]],
     cotangent: tuple[Array, MDNState],
     checked: tuple[Array, MDNState],
     expected: Callable[[Rule, tuple[str, ...]], Results],
     steps: int | None,
 ) -> list[Row]:
     """One row a pass; raises if it is wrong."""
-    both = compile_for(outputs_and_gradients(subject.rule), subject.inputs, cotangent)
+    both = programs["both"].result()
     # before the reference, which may need more memory
     ((o, state), gradients), peak = call_and_peak(both, subject.inputs, checked)
     right = expected(subject.reference, tuple(subject.inputs))
@@ -247,8 +284,7 @@ def _time(
             timing = measure_compiled(both, subject.inputs, cotangent, runs=config.runs)
             timing = replace(timing, peak=peak)
         else:
-            function = forward_keeping_states if part == "kept" else forward
-            timing = measure(function(subject.rule), subject.inputs, runs=config.runs)
+            timing = measure_compiled(programs[part].result(), subject.inputs, runs=config.runs)
         rows.append(Row(subject.name, part, _cost(config, subject, part), timing, errors))
     return rows
 

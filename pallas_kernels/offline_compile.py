@@ -39,6 +39,7 @@ class Case(NamedTuple):
       explicit_p: with an erase key of its own.
       batch: rows of six heads; few of them take other tiles.
       precise: of bfloat16 inputs: float32 between the kernels.
+      pieces: that the state passes cut a row in; None: those that ship for 64 chunks.
     """
 
     key_dim: int
@@ -48,12 +49,13 @@ class Case(NamedTuple):
     explicit_p: bool = False
     batch: int = 8
     precise: bool = False
+    pieces: int | None = None
 
 
 ALIASES = "output_operand_aliases"
 _DTYPES = ("bfloat16", "float32")
 
-SHIPPED = tuple(
+_WHOLE = (
     Case(key_dim, value_dim, dtype, capability, explicit_p, batch, precise)
     for key_dim, value_dim, dtype, capability, explicit_p, batch, precise in (
         *product(KEY_DIMS, (16, 64, 128, 256, 512), _DTYPES, DEVICES, (False,), (8,), (False,)),
@@ -69,7 +71,12 @@ SHIPPED = tuple(
         explicit_p=explicit_p,
     )
 )
-"""Every padded K and what V takes, both kinds of erase key and of precision, few heads."""
+SHIPPED = (
+    *_WHOLE,
+    *(Case(size, 256, "bfloat16", (9, 0), batch=1, pieces=6) for size in KEY_DIMS),
+    Case(256, 512, "bfloat16", (9, 0), batch=1, pieces=5),
+)
+"""Every K and what V takes, both kinds of erase key and of precision, few heads, in pieces."""
 
 CI = (
     *(
@@ -84,6 +91,7 @@ CI = (
     Case(128, 256, "bfloat16", (9, 0), explicit_p=True),
     Case(256, 512, "bfloat16", (9, 0), explicit_p=True, precise=True),
     Case(256, 256, "bfloat16", (9, 0), batch=1),
+    Case(128, 256, "bfloat16", (9, 0), batch=1, pieces=6),
 )
 """Part of `SHIPPED` that compiles in a few minutes."""
 
@@ -149,6 +157,7 @@ def lower(
     explicit_p: bool = False,
     batch: int = 8,
     precise: bool = False,
+    pieces: int | None = None,
     *,
     tiles: Tiles | None = None,
 ) -> list[Kernel]:
@@ -162,6 +171,7 @@ def lower(
       explicit_p: with an erase key of its own.
       batch: rows of six heads.
       precise: of bfloat16 inputs: float32 between the kernels.
+      pieces: that the state passes cut a row in; None: those that ship.
       tiles: None: those that ship.
     """
 
@@ -183,6 +193,7 @@ def lower(
             scale=key_dim**-0.5,
             normalize=True,
             precise=precise,
+            pieces=pieces,
             tiles=tiles,
             capability=capability,
         )
@@ -323,6 +334,7 @@ def report(
     explicit_p: bool = False,
     batch: int = 8,
     precise: bool = False,
+    pieces: int | None = None,
 ) -> list[KernelReport]:
     """Compiles the kernels of one forward and backward pass, and of decoding, as they ship.
 
@@ -334,11 +346,12 @@ def report(
       explicit_p: with an erase key of its own.
       batch: rows of six heads.
       precise: of bfloat16 inputs: float32 between the kernels.
+      pieces: that the state passes cut a row in; None: those that ship.
 
     Raises:
       ImportError: Triton is not installed.
     """
-    kernels = lower(key_dim, value_dim, dtype, capability, explicit_p, batch, precise)
+    kernels = lower(key_dim, value_dim, dtype, capability, explicit_p, batch, precise, pieces)
     return [compile_kernel(kernel, capability) for kernel in kernels]
 
 

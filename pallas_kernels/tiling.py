@@ -26,6 +26,7 @@ _CORES = 132
 class Tiles(NamedTuple):
     """Tile choices of every kernel; blocks in elements, the rest in warps and pipeline stages.
 
+    `pieces` are those that the state passes cut a row in (`choose_pieces`).
     `dv_local_bwd` takes the blocks and warps of `output_fwd`. `state_fwd_resident` and
     `state_bwd_resident` are how many programs of those passes the device runs at once, where that
     was measured (None: not known).
@@ -51,6 +52,7 @@ class Tiles(NamedTuple):
     intra_chunk_bwd_warps: int = 4
     intra_chunk_bwd_stages: int = 2
     gate_bwd_warps: int = 2
+    pieces: int = 1
 
 
 class DecodeTiles(NamedTuple):
@@ -127,6 +129,8 @@ def choose_tiles(
     precise: bool = False,
     *,
     heads: int,
+    chunks: int = 1,
+    pieces: int | None = None,
 ) -> Tiles:
     """The tiles for padded dims.
 
@@ -138,7 +142,14 @@ def choose_tiles(
       explicit_p: with an erase key of its own, one more array to walk over.
       precise: 16-bit inputs, float32 between the kernels; from capability 9.0 on.
       heads: value heads of all rows, `B * HV`, each a walk for every block of V.
+      chunks: of a row.
+      pieces: that the state passes cut a row in; None: `choose_pieces`, where times are known.
     """
+    if pieces is None:
+        timed = itemsize == 2 and not precise and not explicit_p and capability >= (9, 0)
+        pieces = choose_pieces(key_dim, value_dim, heads, chunks) if timed else 1
+    # every piece is a row of its own: so many walks
+    heads *= pieces
     if precise:
         tiles = _precise_tiles(key_dim, explicit_p)
     elif itemsize == 4:
@@ -154,7 +165,7 @@ def choose_tiles(
         for name, size in tiles._asdict().items()
         if name.endswith("_block_v")
     }
-    return tiles._replace(**clipped)
+    return tiles._replace(**clipped, pieces=pieces)
 
 
 def _precise_tiles(key_dim: int, explicit_p: bool) -> Tiles:
@@ -244,3 +255,68 @@ def _float32_tiles(key_dim: int, capability: tuple[int, int], explicit_p: bool) 
             intra_chunk_bwd_warps=8 if explicit_p else 4,
         )
     return tiles
+
+
+class _StepTimes(NamedTuple):
+    """Microseconds of a step of the state passes, one and two programs a multiprocessor.
+
+    Attributes:
+      narrow: of 16 columns, one program: forward, backward.
+      forward: of 32 columns.
+      ends: of 32 columns, forward, nothing stored.
+      backward: of 32 columns.
+    """
+
+    narrow: tuple[float, float]
+    forward: tuple[float, ...]
+    ends: tuple[float, ...]
+    backward: tuple[float, ...]
+
+
+_TIMES = _StepTimes((1.65, 3.0), (2.0, 3.1), (1.8, 2.4), (3.0, 4.3))
+_TIMES_256 = _StepTimes((2.2, 4.0), (2.7,), (2.3,), (5.1,))
+_LINK, _LAUNCHES = 7.0, 20.0
+"""Microseconds of a product between two pieces, and of a launch more with what is around it."""
+_MOST_PIECES = 16
+_WORTH = 0.85
+"""Of the time of whole rows that rows in pieces take at most, to be cut."""
+
+
+def choose_pieces(key_dim: int, value_dim: int, heads: int, chunks: int) -> int:
+    """How many pieces the state passes cut a row in: those that take the least time, by a model.
+
+    The first piece is walked once forward, and the last; those between also give how they map
+    states (`2 K` columns) and from zero. All but the last are walked twice backward.
+    docs/notebook/2026-11-pieces.md has the model, with what was measured.
+
+    Args:
+      key_dim: K, as the kernels have it.
+      value_dim: V, the same.
+      heads: value heads of all rows.
+      chunks: of a row.
+    """
+    times = _TIMES_256 if key_dim == 256 else _TIMES
+    block = min(32, value_dim)
+    walks, maps = heads * value_dim // block, heads * 2 * key_dim // block
+
+    def lasts(programs: int, steps: float, step: tuple[float, ...]) -> float:
+        rounds, rest = divmod(programs, len(step) * _CORES)
+        return steps * (rounds * step[-1] + (step[(rest - 1) // _CORES] if rest else 0.0))
+
+    def whole(step: tuple[float, ...]) -> float:
+        # or in halves (launches.py)
+        return min(lasts(walks, chunks, step), lasts(2 * walks, chunks / 2, step))
+
+    def cut(pieces: int) -> float:
+        steps, inner, others = -(-chunks // pieces), pieces - 2, (pieces - 1) * walks
+        forward = lasts(walks + inner * (walks + maps), steps, times.ends)
+        forward += lasts(others, steps, times.forward)
+        return forward + 2 * lasts(others, steps, times.backward) + 2 * (_LINK * inner + _LAUNCHES)
+
+    if key_dim >= 128 and value_dim >= 32 and heads * value_dim <= 16 * _CORES:
+        one = chunks * sum(times.narrow)
+    else:
+        one = whole(times.forward) + whole(times.backward)
+    most = min(_MOST_PIECES, chunks)
+    best = min(range(3, most + 1), key=cut, default=1)
+    return best if best > 1 and cut(best) < _WORTH * one else 1

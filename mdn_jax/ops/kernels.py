@@ -25,6 +25,7 @@ def kernel_rule(
     normalize_qk: bool = True,
     precise: bool = False,
     tiles: Tiles | None = None,
+    pieces: int | None = None,
     capability: tuple[int, int] = (9, 0),
     native: bool = False,
     interpret: bool = False,
@@ -46,6 +47,7 @@ def kernel_rule(
       normalize_qk: l2-normalise `q` and `k`.
       precise: of bfloat16 inputs: the chunk kernels keep float32 between them.
       tiles: of the chunk kernels; None: chosen for the shape.
+      pieces: that the state passes cut a row in; None: chosen for the shape.
       capability: compute capability of the device.
       native: the decode kernel in native Triton.
       interpret: in Pallas' interpreter, on any device.
@@ -64,6 +66,7 @@ def kernel_rule(
         normalize=normalize_qk,
         precise=precise,
         tiles=tiles,
+        pieces=pieces,
         capability=capability,
         native=native,
         interpret=interpret,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.momentum_delta.coefficients import LOG_ZERO
 from pallas_kernels.momentum_delta.decode import MAX_STEPS, DecodeOptions, decode
@@ -27,6 +28,7 @@ class _Call(NamedTuple):
     normalize: bool
     precise: bool
     tiles: Tiles | None
+    pieces: int | None
     capability: tuple[int, int]
     native: bool
     interpret: bool
@@ -41,6 +43,7 @@ def momentum_delta(
     normalize: bool,
     precise: bool = False,
     tiles: Tiles | None = None,
+    pieces: int | None = None,
     capability: tuple[int, int] = (9, 0),
     native: bool = False,
     interpret: bool = False,
@@ -57,6 +60,7 @@ def momentum_delta(
       normalize: l2-normalise q and k.
       precise: of bfloat16 inputs: the chunk kernels keep and hand on float32.
       tiles: of the chunk kernels; None: chosen for the shape.
+      pieces: that the state passes cut a row in; None: chosen for the shape.
       capability: compute capability of the device.
       native: the decode kernel in Triton's own language (jax-triton) instead of Pallas.
       interpret: run the Pallas kernels in the interpreter.
@@ -64,7 +68,7 @@ def momentum_delta(
     Returns:
       Outputs `[B, T, HV, V]` in v's dtype and the final states.
     """
-    call = _Call(scale, normalize, precise, tiles, capability, native, interpret)
+    call = _Call(scale, normalize, precise, tiles, pieces, capability, native, interpret)
     run = _steps if x.sizes.length <= MAX_STEPS else _chunks
     return run(call, _reset(x, starts), memory)
 
@@ -81,6 +85,8 @@ def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, M
         explicit_p=x.p is not None,
         precise=call.precise,
         heads=z.batch * z.value_heads,
+        chunks=pl.cdiv(z.length, CHUNK),
+        pieces=call.pieces,
     )
     x, memory = _pad(x, memory, -z.length % CHUNK)
     numerics = Numerics(x.q.dtype, call.precise, call.interpret)

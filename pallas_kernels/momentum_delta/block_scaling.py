@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lowering import Precision, dot
-from pallas_kernels.momentum_delta.register_layout import RegisterLayout
+from pallas_kernels.momentum_delta.register_layout import RegisterLayout, store_where
 from pallas_kernels.momentum_delta.types import CHUNK, Leaf, States, Values
 
 FLOAT16 = jnp.dtype(jnp.float16)
@@ -155,6 +155,7 @@ def store_states(
     n: jax.Array,
     scales: tuple[Scale, Scale] | None,
     layout: RegisterLayout,
+    where: jax.Array | None = None,
 ) -> None:
     """Stores what a pass carries at a chunk, float32, as float16 in the larger of its scales.
 
@@ -165,6 +166,7 @@ def store_states(
       n: negated momentum or gradient, same shape.
       scales: of both; None: they are stored as they are.
       layout: the order of columns.
+      where: a scalar; if False nothing is stored.
     """
     if scales is not None and ref.scale is not None:
         inverse = jnp.minimum(scales[0].inverse, scales[1].inverse)
@@ -172,9 +174,9 @@ def store_states(
             (tile * (scale.size * inverse)).astype(FLOAT16)
             for tile, scale in zip((s, n), scales, strict=True)
         )
-        ref.scale[chunk] = jnp.maximum(scales[0].size, scales[1].size)
-    layout.store(s, ref.s, chunk)
-    layout.store(n, ref.n, chunk)
+        store_where(ref.scale, chunk, jnp.maximum(scales[0].size, scales[1].size), where)
+    layout.store(s, ref.s, chunk, where=where)
+    layout.store(n, ref.n, chunk, where=where)
 
 
 def column_scales(scales: Leaf, value_dim: int, first: jax.Array | int, count: int) -> jax.Array:

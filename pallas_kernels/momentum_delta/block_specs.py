@@ -6,6 +6,7 @@ batch). Those that walk over the chunks of a head in order have the grid (block 
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,10 @@ class WalkSpecs:
         share, z = self._z.value_heads // heads, self._z
         return self._spec((None, z.length, None, z.key_dim), lambda i, b, h: (b, 0, h // share, 0))
 
+    def of_pieces(self, spoiled: jax.Array) -> pl.BlockSpec:
+        """`[pieces]` of an array `[B, HV, pieces, blocks]`."""
+        return self._spec((None, None, spoiled.shape[2], None), lambda i, b, h: (b, h, 0, i))
+
     def values(self) -> pl.BlockSpec:
         """`[T, block]` of an array `[B, T, HV, V]`."""
         return self._spec((None, self._z.length, None, self._block), lambda i, b, h: (b, 0, h, i))
@@ -190,3 +195,110 @@ class WalkSpecs:
         shape = (None, None, self._z.chunks, self._z.key_dim, self._block)
         spec = self._spec(shape, lambda i, b, h: (b, h, 0, 0, i))
         return States(spec, spec, self.scales(dtype))
+
+
+class Place(NamedTuple):
+    """What a program of `PieceSpecs` walks.
+
+    Attributes:
+      piece: number of the piece, from the row's start.
+      slot: the same among the pieces of the launch.
+      block: of V; below zero for the columns of the map, the last of which is -1.
+    """
+
+    piece: jax.Array
+    slot: jax.Array
+    block: jax.Array
+
+    @property
+    def has_values(self) -> jax.Array:
+        """Whether it walks columns of V."""
+        return self.block >= 0
+
+
+def first_chunk(piece: jax.Array, chunks: int, pieces: int) -> jax.Array:
+    """Of a piece: where they are not of one length the first ones have a chunk more.
+
+    So written the state pass backward spills fewer registers than with `piece * chunks // pieces`.
+    """
+    each, more = divmod(chunks, pieces)
+    return piece * each + jnp.minimum(piece, more) if more else piece * each
+
+
+class PieceSpecs(WalkSpecs):
+    """Those of a launch that walks over all pieces of a row but one, side by side.
+
+    The grid is (block of a piece, b, h), the blocks of a piece beside each other, those of its map
+    before those of V. The row's first piece has no map.
+    """
+
+    def __init__(
+        self, sizes: Sizes, value_block: int, pieces: int, *, first: int, maps: bool = False
+    ) -> None:
+        """Of the pieces from `first`, 0 or 1, with the columns of their `maps` or without."""
+        super().__init__(sizes, value_block)
+        self._pieces, self._first = pieces, first
+        # the map has as many columns as both states have rows
+        self._maps = 2 * sizes.key_dim // value_block if maps else 0
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Programs of the kernel."""
+        blocks, batch, heads = self._walks
+        return ((self._pieces - 1) * (self._maps + blocks) - self._maps, batch, heads)
+
+    def place(self, program: jax.Array | None = None) -> Place:
+        """Of a program by its first number; None: of the present one."""
+        number = (pl.program_id(0) if program is None else program) + self._maps
+        each = self._maps + self._walks[0]
+        slot = lax.div(number, each)
+        return Place(slot + self._first, slot, lax.rem(number, each) - self._maps)
+
+    def stretch(self, *, back: bool = False) -> tuple[int | jax.Array, int | jax.Array]:
+        """First and end of the chunks of the present program's piece."""
+        del back
+        piece = self.place().piece
+        first, end = (first_chunk(i, self._z.chunks, self._pieces) for i in (piece, piece + 1))
+        return first, end
+
+    def map_columns(self, place: Place) -> jax.Array:
+        """First column of the map that a program without values has."""
+        return (place.block + self._maps) * self._block
+
+    def ends(self) -> pl.BlockSpec:
+        """`[2 K, block]` of an array `[B, HV, pieces - 1, 2 K, V]`: of the slot and block."""
+        rows = 2 * self._z.key_dim
+
+        def index(i: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
+            place = self.place(i)
+            return b, h, place.slot, 0, jnp.maximum(place.block, 0)
+
+        return pl.BlockSpec((None, None, None, rows, self._block), index)
+
+    def phi(self) -> pl.BlockSpec | None:
+        """`[2 K, block]` of an array `[B, HV, pieces - 2, 2 K, 2 K]`, of inner pieces."""
+        if not self._maps:
+            return None
+        rows = 2 * self._z.key_dim
+
+        def index(i: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
+            place = self.place(i)
+            column = jnp.minimum(place.block + self._maps, self._maps - 1)
+            return b, h, jnp.maximum(place.slot - 1, 0), 0, column
+
+        return pl.BlockSpec((None, None, None, rows, self._block), index)
+
+    def spoiled(self) -> pl.BlockSpec:
+        """`[1]` of an array `[B, HV, pieces - 1, blocks]`."""
+
+        def index(i: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
+            place = self.place(i)
+            return b, h, place.slot, place.block
+
+        return pl.BlockSpec((None, None, None, 1), index)
+
+    def _spec(self, shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        def indices(i: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
+            return index(jnp.maximum(self.place(i).block, 0), b, h)
+
+        return pl.BlockSpec(shape, indices)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.lowering import masked_load, masked_store
 from pallas_kernels.momentum_delta.types import Leaf
 
 _WARP_ROWS = 16
@@ -34,20 +35,34 @@ class RegisterLayout(NamedTuple):
     warps: int
     columns: int
 
-    def load(self, ref: Leaf, rows: int, *at: Any, first: Any = 0) -> jax.Array:
-        """`ref[*at, first : first + rows, :]`, its columns in the order of registers."""
-        tile = ref[(*at, *self._places(rows, first))]
+    def load(
+        self, ref: Leaf, rows: int, *at: Any, first: Any = 0, where: jax.Array | None = None
+    ) -> jax.Array:
+        """`ref[*at, first : first + rows, :]`, its columns in the order of registers.
+
+        Zeros, and nothing is read, if the scalar `where` is False.
+        """
+        place = (*at, *self._places(rows, first))
+        tile = ref[place] if where is None else masked_load(ref.at[place], where)
         blocks, group, high, warps = self._cut(rows)
         tile = tile.reshape(blocks, high, 2, warps, 8, 4, group // 8, 2)
         return tile.transpose(1, 3, 2, 4, 0, 6, 5, 7).reshape(rows, self.columns)
 
-    def store(self, tile: jax.Array, ref: Leaf, *at: Any, first: Any = 0) -> None:
-        """Sets what `load` reads."""
+    def store(
+        self,
+        tile: jax.Array,
+        ref: Leaf,
+        *at: Any,
+        first: Any = 0,
+        where: jax.Array | None = None,
+    ) -> None:
+        """Sets what `load` reads; nothing if the scalar `where` is False."""
         rows = len(tile)
         blocks, group, high, warps = self._cut(rows)
         tile = tile.reshape(high, warps, 2, 8, blocks, group // 8, 4, 2)
         tile = tile.transpose(4, 0, 2, 1, 3, 6, 5, 7)
-        ref[(*at, *self._places(rows, first))] = tile.reshape(blocks, 2 * high, warps, 8, group)
+        tile = tile.reshape(blocks, 2 * high, warps, 8, group)
+        store_where(ref, (*at, *self._places(rows, first)), tile, where)
 
     def order(self) -> jax.Array:
         """Where in memory each column of a loaded tile is, `[columns]`."""
@@ -70,6 +85,14 @@ class RegisterLayout(NamedTuple):
         )
         row += first + 8 * lax.rem(eights, 2) + _WARP_ROWS * (warps * lax.div(eights, 2) + warp)
         return row, group * block + column
+
+
+def store_where(ref: Leaf, place: Any, values: jax.Array, where: jax.Array | None) -> None:
+    """`ref[place] = values`, if the scalar `where` is True or None."""
+    if where is None:
+        ref[place] = values
+    else:
+        masked_store(ref.at[place], values, where)
 
 
 def join(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import dot, kernel_call
+from pallas_kernels.lowering import Precision, dot, kernel_call
 from pallas_kernels.momentum_delta.block_scaling import (
     Bounds,
     apply_inverse,
@@ -44,7 +44,12 @@ from pallas_kernels.momentum_delta.block_specs import WalkSpecs
 from pallas_kernels.momentum_delta.dv_local_bwd import LocalGradients
 from pallas_kernels.momentum_delta.isolation import clean, finite, keeps_nothing, times, unless
 from pallas_kernels.momentum_delta.launches import launches
-from pallas_kernels.momentum_delta.register_layout import RegisterLayout, join, split
+from pallas_kernels.momentum_delta.register_layout import (
+    RegisterLayout,
+    join,
+    split,
+    store_where,
+)
 from pallas_kernels.momentum_delta.rows import STATE_ROWS, STATE_SCALARS, ChunkScalar, FactorRow
 from pallas_kernels.momentum_delta.types import (
     CHUNK,
@@ -146,11 +151,46 @@ def state_bwd(
 
 
 def _state_bwd(tokens, d_final, _, intra, out, *, specs, warps, storage, precision):
-    q_ref, k_ref, p_ref, do_ref, (output_scale, local_scale), local_ref = tokens
-    inverse_ref, factor_ref = intra
     key_dim, block = d_final.s.shape
     layout = RegisterLayout(warps, block)
-    first, end = specs.stretch(back=True)
+    stretch = specs.stretch(back=True)
+    d_states = layout.load(d_final.s, key_dim), -layout.load(d_final.m, key_dim)
+    d_s, d_n = walk_back(tokens, intra, out, d_states, stretch, layout, storage, precision)
+    layout.store(d_s, out.d_memory.s)
+    layout.store(-d_n, out.d_memory.m)
+
+
+def walk_back(
+    tokens: Any,
+    intra: tuple[Any, Any],
+    out: Any,
+    d_states: tuple[jax.Array, jax.Array],
+    stretch: tuple[int | jax.Array, int | jax.Array],
+    layout: RegisterLayout,
+    storage: jnp.dtype,
+    precision: Precision | None,
+    *,
+    stores: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A program's walk back over chunks, inside a kernel.
+
+    Args:
+      tokens: references to q, keys, d_o, scales and the local term of the gradient of v_new.
+      intra: references to inverse and factors.
+      out: references, `d_v` and `d_states` among them.
+      d_states: gradients of memory and negated momentum behind the last chunk, `[K, block]`.
+      stretch: first and end of the chunks.
+      layout: of the tiles.
+      storage: dtype of what is stored.
+      precision: of products of float32.
+      stores: a scalar; if False nothing is stored. None: it is True.
+
+    Returns:
+      The gradients of memory and negated momentum before the first chunk.
+    """
+    q_ref, k_ref, p_ref, do_ref, (output_scale, local_scale), local_ref = tokens
+    inverse_ref, factor_ref = intra
+    first, end = stretch
 
     def ahead(c: jax.Array) -> tuple[jax.Array, ...]:
         return (
@@ -169,7 +209,7 @@ def _state_bwd(tokens, d_final, _, intra, out, *, specs, warps, storage, precisi
         following = ahead(jnp.maximum(c - 1, 0))
         d_s, d_n = split(d_both)
         scales = None if leaving is None else leaving.scales
-        store_states(out.d_states, c, d_s, d_n, scales, layout)
+        store_states(out.d_states, c, d_s, d_n, scales, layout, stores)
         d_both = unless(starts, d_both, finite)
         d_s, d_n = split(d_both)
         steps = pl.ds(start, CHUNK)
@@ -191,10 +231,10 @@ def _state_bwd(tokens, d_final, _, intra, out, *, specs, warps, storage, precisi
         d_v, quantized = apply_inverse(d_v_new, inverse_ref[c].T, inverse_scale, precision)
         entering = None
         if leaving is None or quantized is None:
-            layout.store(d_v, out.d_v.data, first=start)
+            layout.store(d_v, out.d_v.data, first=start, where=stores)
         else:
-            layout.store(quantized.tile, out.d_v.data, first=start)
-            out.d_v.scale[c] = quantized.scale
+            layout.store(quantized.tile, out.d_v.data, first=start, where=stores)
+            store_where(out.d_v.scale, c, quantized.scale, stores)
             outputs = bound_of(output_scale[c])
             reach_s, reach_n = (
                 factor_ref[c, FactorRow.SCALARS, by_query] * outputs
@@ -228,10 +268,7 @@ def _state_bwd(tokens, d_final, _, intra, out, *, specs, warps, storage, precisi
         d_both += dot(p.T, by_read, precision)
         return d_both, entering, *following
 
-    d_s, d_n = layout.load(d_final.s, key_dim), -layout.load(d_final.m, key_dim)
-    d_s, d_n, bounds = scale_states(d_s, d_n, storage)
+    d_s, d_n, bounds = scale_states(*d_states, storage)
     carry = join(d_s, d_n), bounds, *ahead(jnp.int32(end - 1))
     d_both, bounds, *_ = lax.fori_loop(0, end - first, step, carry)
-    d_s, d_n = unscale_states(*split(d_both), bounds)
-    layout.store(d_s, out.d_memory.s)
-    layout.store(-d_n, out.d_memory.m)
+    return unscale_states(*split(d_both), bounds)

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lowering import dot, kernel_call
+from pallas_kernels.lowering import Precision, dot, kernel_call
 from pallas_kernels.momentum_delta.block_scaling import (
     Bounds,
     apply_inverse,
@@ -46,7 +46,12 @@ from pallas_kernels.momentum_delta.block_specs import WalkSpecs
 from pallas_kernels.momentum_delta.isolation import clean, keeps_nothing
 from pallas_kernels.momentum_delta.isolation import times as times_exactly
 from pallas_kernels.momentum_delta.launches import Launch, launches
-from pallas_kernels.momentum_delta.register_layout import RegisterLayout, join, split
+from pallas_kernels.momentum_delta.register_layout import (
+    RegisterLayout,
+    join,
+    split,
+    store_where,
+)
 from pallas_kernels.momentum_delta.rows import STATE_SCALARS, ChunkScalar, FactorRow
 from pallas_kernels.momentum_delta.types import (
     CHUNK,
@@ -84,7 +89,29 @@ def state_fwd(x: Tokens, intra: IntraChunk, memory: Memory | None, options: Opti
     done = None
     for launch in launches(walks, options.tiles.state_fwd_resident):
         done = _walks(x, intra, memory, done, options, launch)
-    return _walks(x, intra, memory, done, options, None, carefully=True)
+    return walk_again(x, intra, memory, done, options)
+
+
+def walk_again(
+    x: Tokens,
+    intra: IntraChunk,
+    memory: Memory | None,
+    done: Any,
+    options: Options,
+    spoiled: jax.Array | None = None,
+) -> StatePass:
+    """The launch that walks again, with care, where the final memory is not finite.
+
+    Args:
+      x: tokens and gates.
+      intra: of the chunks.
+      memory: entering; None means zeros.
+      done: the state pass, whose memory is taken.
+      options: of the call.
+      spoiled: of rows in pieces: zero, or nan where a piece's last states are not finite,
+        `[B, HV, pieces, blocks of V]`.
+    """
+    return _walks(x, intra, memory, done, options, None, carefully=True, spoiled=spoiled)
 
 
 def _walks(
@@ -96,6 +123,7 @@ def _walks(
     launch: Launch | None,
     *,
     carefully: bool = False,
+    spoiled: jax.Array | None = None,
 ) -> StatePass:
     """One launch; what earlier ones `done` stays where it is."""
     z = x.sizes
@@ -133,13 +161,13 @@ def _walks(
         body if carefully else partial(body, from_zeros=memory is None),
         tokens,
         entering,
-        written,
+        written if spoiled is None else (written, spoiled),
         name="mdn_state_fwd_again" if carefully else "mdn_state_fwd",
         grid=specs.grid,
         in_specs=[
             (WalkKeys(specs.keys(z.heads), p), specs.values(), specs.matrix(), specs.factors()),
             None if entering is None else out_specs.final,
-            written_specs,
+            written_specs if spoiled is None else (written_specs, specs.of_pieces(spoiled)),
         ],
         out_specs=out_specs,
         out_shape=out_shape,
@@ -155,19 +183,58 @@ def _walk_again(tokens, memory, done, out, *, warps, **walk):
     """What is not finite stays so to the end of its row, by then in other documents as well."""
     layout = RegisterLayout(warps, out.final.s.shape[1])
     key_dim = out.final.s.shape[0]
-    found = layout.load(done.final.s, key_dim) * 0.0 + layout.load(done.final.m, key_dim) * 0.0
     again = partial(_state_fwd, tokens, memory, None, out, warps=warps, carefully=True, **walk)
-    pl.when(jnp.sum(found) != 0.0)(again)
+    if isinstance(done, StatePass):
+        found = layout.load(done.final.s, key_dim) * 0.0
+        found = jnp.sum(found + layout.load(done.final.m, key_dim) * 0.0)
+    else:  # of a row in pieces each has its say
+        _, spoiled = done
+        found = sum((spoiled[i] for i in range(1, spoiled.shape[0])), start=spoiled[0])
+    pl.when(found != 0.0)(again)
 
 
 def _state_fwd(
     tokens, memory, _, out, *, specs, warps, precision, from_zeros=False, carefully=False
 ):
-    (k_ref, p_ref), v_ref, inverse_ref, factor_ref = tokens
-    dtype = out.v_new.data.dtype
     key_dim, block = out.final.s.shape
     layout = RegisterLayout(warps, block)
     first, end = specs.stretch()
+    states = _entering(memory, layout, (key_dim, block), first, from_zeros=from_zeros)
+    s, n = walk(tokens, out, states, (first, end), layout, precision, carefully=carefully)
+    layout.store(s, out.final.s)
+    layout.store(-n, out.final.m)
+
+
+def walk(
+    tokens: Any,
+    out: Any,
+    states: tuple[jax.Array, jax.Array],
+    stretch: tuple[int | jax.Array, int | jax.Array],
+    layout: RegisterLayout,
+    precision: Precision | None,
+    *,
+    carefully: bool = False,
+    has_values: jax.Array | None = None,
+    stores: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A program's walk over chunks, inside a kernel.
+
+    Args:
+      tokens: references to keys, values, inverse and factors.
+      out: references, `v_new` and `states` among them.
+      states: memory and negated momentum before the first chunk, `[K, block]` float32.
+      stretch: first and end of the chunks.
+      layout: of the tiles.
+      precision: of products of float32.
+      carefully: with selects, so that nothing that is not finite is in two documents.
+      has_values: a scalar; if False values are zero. None: it is True.
+      stores: a scalar; if False nothing is stored. None: it is True.
+
+    Returns:
+      Memory and negated momentum behind the last chunk.
+    """
+    (k_ref, p_ref), v_ref, inverse_ref, factor_ref = tokens
+    dtype = out.v_new.data.dtype
 
     def step(
         c: jax.Array, carry: tuple[jax.Array, Bounds | None]
@@ -177,10 +244,10 @@ def _state_fwd(
         start = c * CHUNK
         # the order is the measured one: with the states stored after a product a step takes longer
         decay, lead, momentum = (factor_ref[c, FactorRow.SCALARS, i] for i in STATE_SCALARS)
-        v = layout.load(v_ref, CHUNK, first=start).astype(jnp.float32)
+        v = layout.load(v_ref, CHUNK, first=start, where=has_values).astype(jnp.float32)
         s, n = split(both)
         scales = None if entering is None else entering.scales
-        store_states(out.states, c, s, n, scales, layout)
+        store_states(out.states, c, s, n, scales, layout, stores)
         k = k_ref[pl.ds(start, CHUNK), :]
         p = k if p_ref is None else p_ref[pl.ds(start, CHUNK), :]
 
@@ -205,10 +272,10 @@ def _state_fwd(
         v_new, quantized = apply_inverse(residual, inverse_ref[c], inverse_scale, precision)
         leaving = None
         if entering is None or quantized is None:
-            layout.store(v_new, out.v_new.data, first=start)
+            layout.store(v_new, out.v_new.data, first=start, where=stores)
         else:
-            layout.store(quantized.tile, out.v_new.data, first=start)
-            out.v_new.scale[c] = quantized.scale
+            layout.store(quantized.tile, out.v_new.data, first=start, where=stores)
+            store_where(out.v_new.scale, c, quantized.scale, stores)
             reach_s, reach_n = (
                 factor_ref[c, FactorRow.SCALARS, i] * quantized.max_magnitude
                 for i in (ChunkScalar.REACH_WRITE_S, ChunkScalar.REACH_WRITE_N)
@@ -232,12 +299,9 @@ def _state_fwd(
         )
         return carried + dot(k.T, writes.astype(dtype), precision), leaving
 
-    s, n = _entering(memory, layout, (key_dim, block), first, from_zeros=from_zeros)
-    s, n, bounds = scale_states(s, n, dtype)
-    both, bounds = lax.fori_loop(first, end, step, (join(s, n), bounds))
-    s, n = unscale_states(*split(both), bounds)
-    layout.store(s, out.final.s)
-    layout.store(-n, out.final.m)
+    s, n, bounds = scale_states(*states, dtype)
+    both, bounds = lax.fori_loop(*stretch, step, (join(s, n), bounds))
+    return unscale_states(*split(both), bounds)
 
 
 def _entering(

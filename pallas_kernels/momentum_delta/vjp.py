@@ -19,10 +19,17 @@ from pallas_kernels.momentum_delta.inter_chunk_bwd import inter_chunk_bwd
 from pallas_kernels.momentum_delta.intra_chunk_bwd import intra_chunk_bwd
 from pallas_kernels.momentum_delta.intra_chunk_fwd import intra_chunk_fwd
 from pallas_kernels.momentum_delta.output_fwd import output_fwd
+from pallas_kernels.momentum_delta.pieces import state_bwd_in_pieces, state_fwd_in_pieces
 from pallas_kernels.momentum_delta.recompute_gamma import recompute_gamma
-from pallas_kernels.momentum_delta.state_bwd import state_bwd
-from pallas_kernels.momentum_delta.state_fwd import state_fwd
-from pallas_kernels.momentum_delta.types import IntraChunk, Memory, Options, States, Tokens, Values
+from pallas_kernels.momentum_delta.types import (
+    IntraChunk,
+    Leaf,
+    Memory,
+    Options,
+    States,
+    Tokens,
+    Values,
+)
 
 CHUNK_FACTORS = "mdn_chunk_factors"
 """Name of the residuals without states, for policies of `jax.checkpoint`.
@@ -41,6 +48,7 @@ class Residuals(NamedTuple):
       intra: two `[C, C]` matrices and 13 rows a chunk, float16 keys.
       v_new: V' of every step.
       states: one pair a chunk, the largest part.
+      phi: of rows in pieces, what the states become over each piece between the first and the last.
       entered: `()` where a memory entered, None where none did.
     """
 
@@ -48,6 +56,7 @@ class Residuals(NamedTuple):
     intra: IntraChunk
     v_new: Values
     states: States
+    phi: Leaf | None
     entered: tuple[()] | None
 
 
@@ -71,20 +80,20 @@ def _forward(
 ) -> tuple[tuple[jax.Array, Memory], Residuals]:
     intra = intra_chunk_fwd(x, options)
     intra = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), intra)
-    v_new, states, final = state_fwd(x, intra, memory, options)
+    (v_new, states, final), phi = state_fwd_in_pieces(x, intra, memory, options)
     v_new = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), v_new)
-    states = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_STATES), states)
+    states, phi = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_STATES), (states, phi))
     o = output_fwd(x, intra, v_new, states, options)
-    return (o, final), Residuals(x, intra, v_new, states, None if memory is None else ())
+    return (o, final), Residuals(x, intra, v_new, states, phi, None if memory is None else ())
 
 
 def _backward(
     options: Options, residuals: Residuals, cotangents: tuple[jax.Array, Memory]
 ) -> tuple[Tokens, Memory | None]:
-    x, intra, v_new, states, entered = residuals
+    x, intra, v_new, states, phi, entered = residuals
     d_o, d_final = cotangents
     local = dv_local_bwd(x, intra, d_o, options)
-    d_v, d_states, d_memory = state_bwd(x, intra, d_o, local, d_final, options)
+    d_v, d_states, d_memory = state_bwd_in_pieces(x, intra, d_o, local, d_final, phi, options)
     values = (Values(d_o, local.d_o_scale), d_v, v_new)
     scales = scales_with_states(d_v, v_new, states, d_states)
     inter = inter_chunk_bwd(x, intra, values, states, d_states, scales, options)

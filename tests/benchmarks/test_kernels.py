@@ -57,6 +57,15 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch, capsys):
     assert "| xla " not in out
 
 
+def test_pieces_are_of_the_kernels():
+    config = KernelsConfig(
+        shape=TINY, implementations=("pallas_triton",), pieces=(2,), parts=("both",), runs=2
+    )
+    words = r"^pallas_triton, pieces 2 at 1,70,1,16,16 is not timed: .*expected a CUDA GPU, got"
+    with pytest.raises(SystemExit, match=words):
+        command.kernels(config)
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_long_inputs_are_checked_over_their_first_steps(wrong, monkeypatch, capsys):
     def rule(*, implementation, **arrays):

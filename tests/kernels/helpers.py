@@ -14,9 +14,9 @@ SMALL = Tiles()._replace(
 )
 
 
-def interpreted_rule(*, resident=None, **arguments):
-    """`momentum_delta_rule` on the kernels, interpreted; `resident` is that of `Tiles`."""
-    tiles = SMALL._replace(state_fwd_resident=resident, state_bwd_resident=resident)
+def interpreted_rule(*, resident=None, pieces=1, **arguments):
+    """`momentum_delta_rule` on the kernels, interpreted; two options are those of `Tiles`."""
+    tiles = SMALL._replace(state_fwd_resident=resident, state_bwd_resident=resident, pieces=pieces)
     return kernel_rule(**arguments, tiles=tiles, interpret=True)
 
 

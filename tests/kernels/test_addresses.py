@@ -37,6 +37,16 @@ def test_no_index_overflows(halves, monkeypatch):
         assert (greatest >= 2**31) == (kernel.name in LARGE), (kernel.name, greatest)
 
 
+@pytest.mark.slow
+def test_no_index_overflows_in_pieces():
+    kernels = offline_compile.lower(128, 256, "bfloat16", (9, 0), batch=BATCH, pieces=3)
+    walks = {"mdn_state_fwd", "mdn_state_fwd_ends", "mdn_state_bwd", "mdn_state_bwd_starts"}
+    walks = [kernel for kernel in kernels if kernel.name in walks]
+    assert len(walks) == 4
+    for kernel in walks:
+        assert max(int(offset.max()) for offset in offsets(kernel)) >= 2**31, kernel.name
+
+
 def test_an_overflow_is_seen():
     source = """
     tt.func @kernel(%x: !tt.ptr<f32>) {

@@ -27,12 +27,19 @@ KERNELS = {
     "mdn_intra_chunk_bwd",
     "mdn_gate_bwd",
 }
+IN_PIECES = {
+    "mdn_state_fwd_ends",
+    "mdn_piece_link",
+    "mdn_state_bwd_starts",
+    "mdn_piece_link_back",
+}
+"""Those of rows in pieces alone."""
 
 
 def describe(case):
     major, minor = case.capability
     p = "_p" * case.explicit_p + f"_B{case.batch}" * (case.batch != 8)
-    p += "_precise" * case.precise
+    p += "_precise" * case.precise + f"_pieces{case.pieces}" * (case.pieces is not None)
     return f"K{case.key_dim}_V{case.value_dim}_{case.dtype}_sm{major}{minor}{p}"
 
 
@@ -51,23 +58,28 @@ def test_kernels_lower_compile_and_fit(case):
     in_place["mdn_intra_chunk_bwd"] = [3 if case.explicit_p else 2]
     # d_v alone, or with walks in halves also the memory, and what launches before have written:
     # values, both states, and the units of either
-    in_halves = case[:4] == (128, 256, "bfloat16", (9, 0))
+    in_halves = case[:4] == (128, 256, "bfloat16", (9, 0)) and not case.pieces
     in_place["mdn_state_bwd"] = [3, 7, 7] if in_halves else [1]
     if in_halves:
         in_place["mdn_state_fwd"] = [2, 7, 7]
+    if case.pieces:  # the states at the ends of pieces, and what the first launch has written
+        in_place |= {"mdn_state_fwd": [6], "mdn_state_bwd": [6]}
+        in_place |= {"mdn_state_fwd_ends": [0], "mdn_state_bwd_starts": [2]}
+        in_place |= dict.fromkeys(("mdn_piece_link", "mdn_piece_link_back"), [1] * 4)
     in_place["mdn_state_fwd_again"] = [5 if case.precise or case.dtype == "float32" else 7]
     found = {name: [k.in_place for k in kernels if k.name == name] for name in in_place}
     assert found == in_place
     assert len(kernels) == sum(map(len, in_place.values()))
     for kernel in kernels:
         assert "tt.func" in kernel.source, kernel.name
-        assert ("tt.dot" in kernel.source) == (kernel.name in KERNELS), kernel.name
+        of_products = kernel.name in KERNELS | IN_PIECES
+        assert ("tt.dot" in kernel.source) == of_products, kernel.name
     if not HAS_TRITON:
         return
     reports = [compiled.report(kernel, case.capability) for kernel in compiled.different(kernels)]
     assert not [report for report in reports if report.over_limit]
     for report in reports:
-        assert (report.wgmma + report.mma > 0) == (report.name in KERNELS), report
+        assert (report.wgmma + report.mma > 0) == (report.name in KERNELS | IN_PIECES), report
         # the loop of the one and the loads before the loop of the other have registers to spare
         timed = case.dtype == "bfloat16" and case.capability == (9, 0) and not case.explicit_p
         if report.name == "mdn_decode" or (timed and report.name == "mdn_inter_chunk_bwd"):

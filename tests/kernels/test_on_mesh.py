@@ -61,3 +61,16 @@ def test_explicit_axes():
         text = lowered(lambda x: momentum_delta_rule(**x), x)
     assert "all_gather" not in text
     assert all(f"mdn_{name}" in text for name in KERNELS)
+
+
+@pytest.mark.slow
+def test_rows_in_pieces_over_an_axis():
+    x = {
+        name: jax.ShapeDtypeStruct((y.shape[0], 2**17, *y.shape[2:]), y.dtype)
+        for name, y in shapes().items()
+    }
+    rows = PartitionSpec("data")
+    with target_gpu((9, 0), {"data": 2}):
+        rule = jax.shard_map(lambda x: momentum_delta_rule(**x), in_specs=(rows,), out_specs=rows)
+        text = lowered(rule, x)
+    assert all(f"mdn_{name}" in text for name in (*KERNELS, "piece_link", "piece_link_back"))

@@ -77,6 +77,11 @@ def interpreted():
         "kernels",
         [*(x for x in alone if x.name in unpacked), *(x for x in packed if x.name not in unpacked)],
     )
+    # four pieces of 2, 2, 1 and 1 chunks; every regime: tests/kernels/test_pieces.py
+    cut = partial(kernel_rule, interpret=True, tiles=SMALL._replace(pieces=4))
+    names = ("packed_and_grouped", "no_leak", "bad_values", "bad_cotangents")
+    checks = conformance_checks(cut, limits=KERNELS, lengths=(1, 64, 322))
+    yield "kernels_in_pieces", [x for x in checks if x.name in names]
     # 16 bits between the kernels would be off by 1e-2 where gradients of gates nearly cancel
     precise = {"bfloat16": Limits(2.5e-3, 5e-3, states=2e-4, gates=2e-4)}
     names = ("every_regime", "packed_and_grouped")
