@@ -71,6 +71,11 @@ def cut(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     return fitting(axes, partitioned(), size) or None
 
 
+def heads_are_cut() -> bool:
+    """Whether the partitioner has more than one device on an axis of heads."""
+    return any(partitioned().get(name, 1) > 1 for name in named_axes().heads)
+
+
 def constrain(x: Array, *dimensions: tuple[str, ...]) -> Array:
     """`x` with its first dimensions cut over these axes and no other dimension cut.
 

@@ -18,6 +18,8 @@ from mdn_jax.layers.context import (
 )
 from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.norm import GateActivation, RMSNorm
+from mdn_jax.layers.projection import joined_projection
+from mdn_jax.layers.sharding import heads_are_cut
 from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.context import of_last_device
@@ -25,6 +27,10 @@ from mdn_jax.ops.residuals import RULE_OUTPUT, without_states
 
 if TYPE_CHECKING:
     from mdn_jax.models.config import MDNConfig
+
+
+Projected = tuple[Array, Array, Array] | Float[Array, "B T _"]
+"""Of queries, keys and values: one each, or one array of them along the channels."""
 
 
 class StateCache(NamedTuple):
@@ -288,12 +294,20 @@ class StateMixer(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> Branches:
         """Projections, convolutions and silu."""
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.convolved(projected, segment_ids, cache, lengths)
+        return self.convolved(self.projected(x), segment_ids, cache, lengths)
+
+    def projected(self, x: Float[Array, "B T hidden"]) -> Projected:
+        """Inputs of the convolutions: of one product where their kernel reads them as they lie."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        whole = not (heads_are_cut() or inside_shard_map(self.context_axis))
+        if whole and self.q_conv1d is not None and self.q_conv1d.chosen(x) == "pallas_triton":
+            return joined_projection(x, *(y.kernel[...] for y in projections))
+        q, k, v = (projection(x) for projection in projections)
+        return q, k, v
 
     def convolved(
         self,
-        projected: tuple[Array, Array, Array],
+        projected: Projected,
         segment_ids: Int[Array, "B T"] | None,
         cache: Any,
         lengths: Int[Array, " B"] | None = None,
@@ -305,8 +319,8 @@ class StateMixer(nnx.Module):
         axis = self.context_axis if inside_shard_map(self.context_axis) else None
         if axis is not None:
             before = entering_tails(projected, before, axis, segment_ids)
-        with_inputs = zip(convs, projected, strict=True)
-        there = [differing(conv, y) for conv, y in with_inputs if conv is not None]
+        like = projected[0] if isinstance(projected, tuple) else projected
+        there = [differing(conv, like) for conv in convs if conv is not None]
         if there:  # all of them, or none
             pairs = short_convolutions(
                 there, projected, before, segment_ids=segment_ids, lengths=lengths
