@@ -5,6 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mdn_jax.layers.projection import joined_projection
+from mdn_jax.layers.sharding import heads_are_cut, token_places
+from mdn_jax.ops.context import varying
+from mdn_jax.ops.rowwise import on_kernels, swiglu_down
+
 
 class SwiGLU(nnx.Module):
     """`down_proj(silu(gate_proj x) * up_proj x)`.
@@ -39,13 +44,18 @@ class SwiGLU(nnx.Module):
                 rngs=rngs,
             )
 
+        self.dtype = dtype
         self.gate_proj = linear(hidden_size, width)
         self.up_proj = linear(hidden_size, width)
         self.down_proj = linear(width, hidden_size)
 
     def __call__(self, x: Float[Array, "*B hidden"]) -> Float[Array, "*B hidden"]:
         """Applies the MLP to every position."""
-        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+        x = x.astype(self.dtype)
+        if heads_are_cut() or not on_kernels(x):
+            return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+        both = joined_projection(x, self.gate_proj.kernel[...], self.up_proj.kernel[...])
+        return swiglu_down(token_places(both), *varying((both, self.down_proj.kernel[...])))
 
 
 @jax.checkpoint  # keeps its two inputs

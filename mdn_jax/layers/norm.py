@@ -1,16 +1,21 @@
 """Root mean square normalisation, plain and gated."""
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-GateActivation = Literal["sigmoid", "silu"]
-
-_ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
+from mdn_jax.layers.sharding import token_places
+from mdn_jax.ops.rowwise import (
+    GateActivation,
+    Norm,
+    normalized,
+    on_kernels,
+    rms_norm,
+    rms_norm_and_input,
+)
 
 
 class RMSNorm(nnx.Module):
@@ -44,22 +49,23 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None
     ) -> Float[Array, "*B D"]:
         """Normalises the last axis; `gate` is the argument of its activation."""
-        return _rms_norm(x, self.scale[...], gate, self.eps, self.dtype, self.gate_activation)
+        if on_kernels(x):
+            return rms_norm(self._norm, token_places(x), x, self.scale[...], gate)
+        return _rms_norm(self._norm, x, self.scale[...], gate)
+
+    def with_input(
+        self, x: Float[Array, "*B D"]
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+        """`x` normalised, and `x` itself for what reads it past the norm: one gradient of both."""
+        if on_kernels(x):
+            return rms_norm_and_input(self._norm, token_places(x), x, self.scale[...])
+        return self(x), x
+
+    @property
+    def _norm(self) -> Norm:
+        return Norm(self.eps, self.gate_activation, jnp.dtype(self.dtype))
 
 
-@partial(jax.checkpoint, static_argnums=(3, 4, 5))  # keeps x and gate as they came, nothing wide
-def _rms_norm(
-    x: Array,
-    scale: Array,
-    gate: Array | None,
-    eps: float,
-    dtype: jax.typing.DTypeLike,
-    activation: GateActivation,
-) -> Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = x.astype(wide)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    y *= scale.astype(wide)
-    if gate is not None:
-        y *= _ACTIVATIONS[activation](gate.astype(wide))
-    return y.astype(dtype)
+@partial(jax.checkpoint, static_argnums=(0,))  # keeps x and gate as they came, nothing wide
+def _rms_norm(norm: Norm, x: Array, scale: Array, gate: Array | None) -> Array:
+    return normalized(norm, x, scale, gate)

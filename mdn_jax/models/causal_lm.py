@@ -118,11 +118,13 @@ class Block(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
         """Applies the block; the arguments are those of its mixer."""
-        y, cache = self.mixer(self.mixer_norm(h), segment_ids, cache, lengths)
+        x, h = self.mixer_norm.with_input(h)
+        y, cache = self.mixer(x, segment_ids, cache, lengths)
         h = h + y
         if self.mlp is None or self.mlp_norm is None:
             return h, cache
-        return h + self.mlp(self.mlp_norm(h)), cache
+        x, h = self.mlp_norm.with_input(h)
+        return h + self.mlp(x), cache
 
 
 def _apply(block: Block, *inputs: Any) -> Any:
