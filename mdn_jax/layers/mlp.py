@@ -52,10 +52,17 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*B hidden"]) -> Float[Array, "*B hidden"]:
         """Applies the MLP to every position."""
         x = x.astype(self.dtype)
-        if heads_are_cut() or not on_kernels(x):
+        if not on_kernels(x):
             return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+        if heads_are_cut():
+            return _down(self.gate_proj(x), self.up_proj(x), self.down_proj.kernel[...])
         both = joined_projection(x, self.gate_proj.kernel[...], self.up_proj.kernel[...])
         return swiglu_down(token_places(both), *varying((both, self.down_proj.kernel[...])))
+
+
+@jax.checkpoint  # makes the product of both again
+def _down(gate: Array, up: Array, kernel: Array) -> Array:
+    return (jax.nn.silu(gate) * up) @ kernel.astype(gate.dtype)
 
 
 @jax.checkpoint  # keeps its two inputs

@@ -15,6 +15,7 @@ from mdn_jax.ops.rowwise import (
     on_kernels,
     rms_norm,
     rms_norm_and_input,
+    rms_norm_down,
 )
 
 
@@ -60,6 +61,18 @@ class RMSNorm(nnx.Module):
         if on_kernels(x):
             return rms_norm_and_input(self._norm, token_places(x), x, self.scale[...])
         return self(x), x
+
+    def down(
+        self,
+        x: Float[Array, "B T HV V"],
+        gate: Float[Array, "B T HV V"] | None,
+        projection: nnx.Linear,
+    ) -> Float[Array, "B T hidden"]:
+        """The projection, without bias, of all heads' norms: on the kernels these are not kept."""
+        if on_kernels(x):
+            kernel, places = projection.kernel[...], token_places(x)
+            return rms_norm_down(self._norm, places, x, self.scale[...], gate, kernel)
+        return projection(self(x, gate).reshape(*x.shape[:2], -1))
 
     @property
     def _norm(self) -> Norm:

@@ -182,7 +182,7 @@ class StateMixer(nnx.Module):
     ) -> Float[Array, "B T hidden"]:
         """The layer's output from that of the rule."""
         gate = None if self.g_proj is None else self.g_proj(x).reshape(o.shape)
-        return self.o_proj(self.o_norm(o, gate).reshape(*o.shape[:2], -1))
+        return self.o_norm.down(o, gate, self.o_proj)
 
     def _linear(
         self, inputs: int, outputs: int, *, use_bias: bool = False, rngs: nnx.Rngs

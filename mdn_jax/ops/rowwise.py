@@ -111,7 +111,7 @@ def _norm_forward(
 
 def _norm_backward(norm: Norm, places: Places, residuals: Any, d_y: Array) -> tuple[Any, ...]:
     x, scale, gate = residuals
-    return _norm_gradients(norm, places, x, scale, gate, d_y, None)
+    return _norm_gradients(norm, places, x, scale, gate, d_y, None)[:3]
 
 
 _rms_norm.defvjp(_norm_forward, _norm_backward)
@@ -130,12 +130,48 @@ def _both_forward(
 
 def _both_backward(
     norm: Norm, places: Places, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    d_x, d_scale, _ = _norm_gradients(norm, places, *residuals, None, *cotangents)
-    return d_x, d_scale
+) -> tuple[Any, ...]:
+    return _norm_gradients(norm, places, *residuals, None, *cotangents)[:2]
 
 
 _rms_norm_and_input.defvjp(_both_forward, _both_backward)
+
+
+def rms_norm_down(
+    norm: Norm,
+    places: Places,
+    x: Float[Array, "B T HV V"],
+    scale: Float[Array, " V"],
+    gate: Float[Array, "B T HV V"] | None,
+    kernel: Float[Array, "_ hidden"],
+) -> Float[Array, "B T hidden"]:
+    """`normalized` times `kernel`; the norm is not kept, but made again in the backward pass."""
+    return _rms_norm_down(norm, places, *varying((x, scale, gate, kernel)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rms_norm_down(
+    norm: Norm, places: Places, x: Array, scale: Array, gate: Array | None, kernel: Array
+) -> Array:
+    y = normalized(norm, x, scale, gate)
+    return y.reshape(*y.shape[:2], -1) @ kernel.astype(y.dtype)
+
+
+def _down_forward(norm: Norm, places: Places, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _rms_norm_down(norm, places, *inputs), inputs
+
+
+def _down_backward(norm: Norm, places: Places, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+    x, scale, gate, kernel = residuals
+    d_y = (d_out @ kernel.astype(d_out.dtype).T).reshape(x.shape)
+    *gradients, y = _norm_gradients(norm, places, x, scale, gate, d_y, None, again=True)
+    d_kernel = jnp.einsum("btv,btd->vd", y.reshape(*y.shape[:2], -1), d_out)
+    # before the rest of the backward pass, so that the norm is not kept for later
+    gradients, d_kernel = lax.optimization_barrier((gradients, d_kernel))
+    return *gradients, d_kernel.astype(kernel.dtype)
+
+
+_rms_norm_down.defvjp(_down_forward, _down_backward)
 
 
 def _norm_gradients(
@@ -146,18 +182,21 @@ def _norm_gradients(
     gate: Array | None,
     d_y: Array,
     d_past: Array | None,
-) -> tuple[Array, Array, Array | None]:
+    *,
+    again: bool = False,
+) -> tuple[Any, ...]:
+    """Of x, scale and gate, and the norm if it is asked for."""
     from pallas_kernels import rowwise  # not with the library
 
-    kernel = partial(rowwise.rms_norm_bwd, rowwise.Norm(norm.eps, norm.activation))
+    kernel = partial(rowwise.rms_norm_bwd, rowwise.Norm(norm.eps, norm.activation, again))
 
     def own(tokens: Any, scale: Array) -> tuple[Any, Array]:
         x, gate, d_y, d_past = tokens
-        d_x, d_scale, d_gate, _ = kernel(x, scale, gate, d_y, d_past)
-        return (d_x, d_gate), d_scale
+        d_x, d_scale, d_gate, y = kernel(x, scale, gate, d_y, d_past)
+        return (d_x, d_gate, y), d_scale
 
-    (d_x, d_gate), d_scale = _on_devices(own, places, (x, gate, d_y, d_past), scale)
-    return d_x, d_scale, d_gate
+    (d_x, d_gate, y), d_scale = _on_devices(own, places, (x, gate, d_y, d_past), scale)
+    return d_x, d_scale, d_gate, y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

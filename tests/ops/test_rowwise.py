@@ -33,16 +33,17 @@ def interpreted(monkeypatch):
 def layers():
     options = {"rngs": nnx.Rngs(0), "dtype": jnp.float32}
     norm = RMSNorm(12, eps=1e-3, gate_activation="silu", **options)
-    return nnx.List([RMSNorm(24, eps=1e-3, **options), norm, SwiGLU(24, 20, **options)])
+    down = nnx.Linear(24, 6, use_bias=False, **options)
+    return nnx.List([RMSNorm(24, eps=1e-3, **options), norm, SwiGLU(24, 20, **options), down])
 
 
 def pieces(graph, params, x):
-    """A residual block, then a gated norm of heads."""
-    plain, gated, mlp = nnx.merge(graph, params)
+    """A residual block, then gated norms of heads, one with a projection."""
+    plain, gated, mlp, down = nnx.merge(graph, params)
     normed, x = plain.with_input(x)
     x = x + mlp(normed)
     heads = x.reshape(*x.shape[:2], 2, -1)
-    return gated(heads, jnp.cos(heads)), x
+    return gated(heads, jnp.cos(heads)), gated.down(heads, jnp.cos(heads), down), x
 
 
 def both_passes(graph, params, x):
@@ -58,7 +59,7 @@ def test_layers_on_the_kernels(interpreted):
     interpreted()
     run = jax.jit(lambda *given: both_passes(graph, *given)).trace(params, x)
     text = str(run.jaxpr)
-    assert [text.count(f"name={name}") for name in KERNELS] == [2, 1]
+    assert [text.count(f"name={name}") for name in KERNELS] == [3, 1]
     errors = relative_errors(run.lower().compile()(params, x), expected)
     assert max(errors.values()) <= 3e-6, errors
 
@@ -78,7 +79,7 @@ def test_the_loss_on_the_kernel(interpreted):
 
 
 @pytest.mark.parametrize(
-    ("axes", "rows", "calls"), [({"data": 2}, 64, 3), ({"data": 2, "tensor": 2}, 64, 2)]
+    ("axes", "rows", "calls"), [({"data": 2}, 64, 4), ({"data": 2, "tensor": 2}, 64, 3)]
 )
 def test_on_a_mesh_each_device_has_its_rows(axes, rows, calls):
     """As they lower; where heads are cut over devices, the products of the MLP are apart."""
