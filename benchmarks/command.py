@@ -17,6 +17,7 @@ from benchmarks.mixers import mixers
 from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics
 from benchmarks.parity import parity
+from benchmarks.residuals import residuals
 from benchmarks.scaling import scaling
 from benchmarks.stages import stages
 from benchmarks.tasks.command import tasks
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "mqar": mqar,
     "numerics": numerics,
     "parity": parity,
+    "residuals": residuals,
     "scaling": scaling,
     "stages": stages,
     "tasks": tasks,
