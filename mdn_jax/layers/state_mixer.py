@@ -318,6 +318,7 @@ class StateMixer(nnx.Module):
         before = tuple(cache[1:])
         axis = self.context_axis if inside_shard_map(self.context_axis) else None
         if axis is not None:
+            assert isinstance(projected, tuple)  # not joined inside `shard_map`
             before = entering_tails(projected, before, axis, segment_ids)
         like = projected[0] if isinstance(projected, tuple) else projected
         there = [differing(conv, like) for conv in convs if conv is not None]

@@ -215,8 +215,9 @@ def _losses_and_d_logits(
     """Losses as of `_losses`, and their gradient by the logits in `h`'s dtype."""
     if on_kernels(h):
         logits = jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
-        options = {"vocab": vocab, "ignored": IGNORED, "unknown": _UNKNOWN, "dtype": h.dtype}
-        return losses_and_gradient(logits, targets, **options)
+        return losses_and_gradient(
+            logits, targets, vocab=vocab, ignored=IGNORED, unknown=_UNKNOWN, dtype=h.dtype
+        )
     losses, logits, total = _losses(h, targets, kernel, vocab)
     hot = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[:, :, None]
     d_logits = jnp.exp(logits - total[:, :, None]) - hot

@@ -1,7 +1,6 @@
 """Convolutions of queries, keys and values in one call, differentiable by hand."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.export
@@ -96,8 +95,13 @@ def _convolve(
 Residuals = tuple[jax.Array | None, tuple[Branch, ...], jax.Array | None]
 
 
-def _forward(options: Options, *residuals: Any) -> tuple[tuple[jax.Array, ...], Residuals]:
-    return forward(*residuals, options), residuals
+def _forward(
+    options: Options,
+    joined: jax.Array | None,
+    branches: tuple[Branch, ...],
+    starts: jax.Array | None,
+) -> tuple[tuple[jax.Array, ...], Residuals]:
+    return forward(joined, branches, starts, options), (joined, branches, starts)
 
 
 def _backward(

@@ -21,7 +21,7 @@ class Branch(NamedTuple):
       bias: `[C]`, any float dtype; None: none.
     """
 
-    x: Any | None
+    x: Any
     tail: Any | None
     taps: Any
     bias: Any | None
