@@ -18,6 +18,7 @@ from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics
 from benchmarks.parity import parity
 from benchmarks.residuals import residuals
+from benchmarks.rowwise import rowwise
 from benchmarks.scaling import scaling
 from benchmarks.stages import stages
 from benchmarks.tasks.command import tasks
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "numerics": numerics,
     "parity": parity,
     "residuals": residuals,
+    "rowwise": rowwise,
     "scaling": scaling,
     "stages": stages,
     "tasks": tasks,
