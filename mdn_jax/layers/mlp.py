@@ -18,6 +18,7 @@ class SwiGLU(nnx.Module):
       hidden_size: width of input and output.
       width: width between.
       initializer_range: standard deviation of the weights.
+      kernels: the backward pass may be a GPU kernel; its derivatives are of the first order.
       dtype: of the computation.
       param_dtype: of the parameters.
       rngs: random keys for the initialisation, stream `params`.
@@ -29,6 +30,7 @@ class SwiGLU(nnx.Module):
         width: int,
         *,
         initializer_range: float = 0.02,
+        kernels: bool = True,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -44,6 +46,7 @@ class SwiGLU(nnx.Module):
                 rngs=rngs,
             )
 
+        self.kernels = kernels
         self.dtype = dtype
         self.gate_proj = linear(hidden_size, width)
         self.up_proj = linear(hidden_size, width)
@@ -52,7 +55,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*B hidden"]) -> Float[Array, "*B hidden"]:
         """Applies the MLP to every position."""
         x = x.astype(self.dtype)
-        if not on_kernels(x):
+        if not (self.kernels and on_kernels(x)):
             return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
         if heads_are_cut():
             return _down(self.gate_proj(x), self.up_proj(x), self.down_proj.kernel[...])

@@ -26,6 +26,7 @@ class RMSNorm(nnx.Module):
       width: of the normalised axis, the last one.
       eps: inside the root.
       gate_activation: of the gate.
+      kernels: the backward pass may be a GPU kernel; its derivatives are of the first order.
       dtype: of the output.
       param_dtype: of `scale`, initially ones.
       rngs: unused: nothing is drawn.
@@ -37,12 +38,14 @@ class RMSNorm(nnx.Module):
         *,
         eps: float,
         gate_activation: GateActivation = "sigmoid",
+        kernels: bool = True,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.eps = eps
         self.gate_activation = gate_activation
+        self.kernels = kernels
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
 
@@ -50,7 +53,7 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None
     ) -> Float[Array, "*B D"]:
         """Normalises the last axis; `gate` is the argument of its activation."""
-        if on_kernels(x):
+        if self.kernels and on_kernels(x):
             return rms_norm(self._norm, token_places(x), x, self.scale[...], gate)
         return _rms_norm(self._norm, x, self.scale[...], gate)
 
@@ -58,7 +61,7 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*B D"]
     ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """`x` normalised, and `x` itself for what reads it past the norm: one gradient of both."""
-        if on_kernels(x):
+        if self.kernels and on_kernels(x):
             return rms_norm_and_input(self._norm, token_places(x), x, self.scale[...])
         return self(x), x
 
@@ -69,7 +72,7 @@ class RMSNorm(nnx.Module):
         projection: nnx.Linear,
     ) -> Float[Array, "B T hidden"]:
         """The projection, without bias, of all heads' norms: on the kernels these are not kept."""
-        if on_kernels(x):
+        if self.kernels and on_kernels(x):
             kernel, places = projection.kernel[...], token_places(x)
             return rms_norm_down(self._norm, places, x, self.scale[...], gate, kernel)
         return projection(self(x, gate).reshape(*x.shape[:2], -1))

@@ -75,8 +75,8 @@ class StateMixer(nnx.Module):
 
     Args:
       config: sizes and options.
-      implementation: of the rule; None means the best one. With "scan" and "xla" the convolutions
-        are XLA's, too.
+      implementation: of the rule; None means the best one. With "scan" and "xla" convolutions and
+        norms are XLA's, too.
       keep_states: for the backward pass, instead of computing them again.
       context_axis: mesh axis over which the tokens of a row are cut, see `__call__`.
       dtype: of the computation; gates, states and statistics are float32 (float64 for float64).
@@ -172,6 +172,7 @@ class StateMixer(nnx.Module):
             width,
             eps=self.config.norm_eps,
             gate_activation=self.gate_activation,
+            kernels=self.implementation not in ("scan", "xla"),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             rngs=rngs,

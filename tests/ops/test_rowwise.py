@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.models.loss import summed_loss
@@ -16,6 +17,7 @@ from mdn_jax.ops.rowwise import MIN_STEPS
 from mdn_jax.testing import relative_errors
 from pallas_kernels import rowwise
 from pallas_kernels.target import target_gpu
+from tests.tiny import TINY_MODEL
 
 KERNELS = ("rms_norm_bwd", "swiglu_bwd")
 
@@ -91,6 +93,21 @@ def test_on_a_mesh_each_device_has_its_rows(axes, rows, calls):
     found = [line for line in text.splitlines() if "triton" in line]
     assert len(found) == calls
     assert all(f"tensor<{rows}x" in call or f"tensor<{2 * rows}x" in call for call in found)
+
+
+def test_without_kernels_there_are_second_derivatives(interpreted):
+    """Of a model on "xla" or "scan", whatever the device."""
+    interpreted()
+    config = MDNConfig(**TINY_MODEL)
+    model = MDNForCausalLM(config, implementation="xla", rngs=nnx.Rngs(0))
+    tokens = jnp.zeros((1, MIN_STEPS), jnp.int32)
+
+    def along(t):
+        h = jax.jvp(lambda t: model.norm(t * model.embeddings[...][tokens]), (t,), (t,))[1]
+        return jnp.sum(model.layers[0](h)[0])
+
+    jaxpr = jax.make_jaxpr(lambda t: jax.jvp(jax.grad(along), (t,), (t,)))(jnp.ones(()))
+    assert "pallas_call" not in str(jaxpr)
 
 
 def test_steps_of_decoding_are_left_to_xla(interpreted):
