@@ -17,6 +17,8 @@ from benchmarks.mixers import mixers
 from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics
 from benchmarks.parity import parity
+from benchmarks.residuals import residuals
+from benchmarks.rowwise import rowwise
 from benchmarks.scaling import scaling
 from benchmarks.stages import stages
 from benchmarks.tasks.command import tasks
@@ -41,6 +43,8 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "mqar": mqar,
     "numerics": numerics,
     "parity": parity,
+    "residuals": residuals,
+    "rowwise": rowwise,
     "scaling": scaling,
     "stages": stages,
     "tasks": tasks,

@@ -140,13 +140,20 @@ def _of_shape(
         )
         for x in tiles
     }
+    joined = _joined(branches)
+    runs = {name: (function, branches) for name, function in kernels.items()}
+    runs = {"xla": (xla_convolutions, branches)} | runs
+    runs["joined inputs"] = partial(_of_joined, interpret=config.interpret), joined
     rows: list[Row] = []
-    for name, function in ({"xla": xla_convolutions} | kernels).items():
+    for name, (function, own) in runs.items():
         passes = {
-            "both": (partial(_both, function), (branches, starts, d_y), 5),  # x, y; x, dy, dx
-            "forward": (function, (branches, starts), 2),
+            "both": (partial(_both, function), (own, starts, d_y), 5),  # x, y; x, dy, dx
+            "forward": (function, (own, starts), 2),
         }
         error = None
+        if own is joined:
+            y, (gradients,) = expected
+            expected = y, (_joined(gradients),)
         for name_of_pass, (run, given, arrays) in passes.items():
             compiled = compile_for(run, *given)
             if error is None:
@@ -159,6 +166,20 @@ def _of_shape(
             timing = measure_compiled(compiled, *given, runs=config.runs)
             rows.append(Row(name, shape, name_of_pass, cost, timing, error))
     return rows
+
+
+Joined = tuple[Array, tuple[Branch, ...]]
+
+
+def _joined(branches: tuple[Branch, ...]) -> Joined:
+    """Inputs of all branches along the channels, and the branches without theirs."""
+    x = jnp.concatenate([branch.x for branch in branches], axis=2)
+    return x, tuple(branch._replace(x=None) for branch in branches)
+
+
+def _of_joined(joined: Joined, starts: Array | None, *, interpret: bool) -> tuple[Array, ...]:
+    x, branches = joined
+    return short_convolution(branches, starts, joined=x, interpret=interpret)
 
 
 def xla_convolutions(branches: tuple[Branch, ...], starts: Array | None) -> tuple[Array, ...]:

@@ -94,7 +94,11 @@ def _of_block(shapes: Shapes, layer: int, segment_ids: jax.Array) -> Iterator[Pa
     h = shapes.normal(model.hidden_size)
     yield "MLP", *_part(block, ("mlp",), lambda block, h: block.mlp(h)), h
     norms = ("mixer_norm", "mlp_norm")
-    both = _part(block, norms, lambda block, h, g: (block.mixer_norm(h), block.mlp_norm(g)))
+    both = _part(
+        block,
+        norms,
+        lambda block, h, g: (block.mixer_norm.with_input(h), block.mlp_norm.with_input(g)),
+    )
     yield "norms", *both, h, h
     if isinstance(block.mixer, MomentumDeltaNet):
         yield from _of_mixer(shapes, block, segment_ids)
@@ -119,26 +123,31 @@ def _part(
 def _of_mixer(shapes: Shapes, block: Block, segment_ids: jax.Array) -> Iterator[Part]:
     model = shapes.model
     h, values = shapes.normal(model.hidden_size), shapes.normal(model.value_dim)
-    keys = [shapes.normal(model.key_dim, seed=seed) for seed in (0, 1)]
 
     def project(block: Any, x: jax.Array, o: jax.Array) -> Any:
         mixer = block.mixer
-        inner = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
-        return (*inner, None if mixer.g_proj is None else mixer.g_proj(x), mixer.o_proj(o))
+        gate = None if mixer.g_proj is None else mixer.g_proj(x)
+        return mixer.projected(x), gate, mixer.o_proj(o)
 
-    names = tuple(f"mixer.{x}_proj" for x in "qkvgo")
-    yield "projections", *_part(block, names, project), h, values
+    # which also names the convolutions, that say whether their inputs are of one product
+    names = (*(f"mixer.{x}_proj" for x in "qkvgo"), *(f"mixer.{x}_conv1d" for x in "qkv"))
+    projections = _part(block, names, project)
+    yield "projections", *projections, h, values
 
     gate = _part(block, ("mixer.gates",), lambda block, x: tuple(block.mixer.gates(x)))
     yield "gates", *gate, h
 
-    def convolve(block: Any, *projected: jax.Array) -> Any:
+    def convolve(block: Any, projected: Any) -> Any:
         cache = block.mixer.init_cache(shapes.rows)
         return block.mixer.convolved(projected, segment_ids, cache)[:3]
 
     names = (*(f"mixer.{x}_conv1d" for x in "qkv"), "mixer.d_log")
     convolution = _part(block, names, convolve)
-    yield "convolutions", *convolution, *keys, values
+    inner, *_ = jax.eval_shape(projections[0], projections[1], h, values)
+    leaves, tree = jax.tree.flatten(inner)
+    normal = [shapes.normal(x.shape[-1], seed=seed) for seed, x in enumerate(leaves)]
+    projected = jax.tree.unflatten(tree, normal)
+    yield "convolutions", *convolution, projected
 
     heads = shapes.normal(model.value_heads, model.head_v_dim)
     norm = _part(block, ("mixer.o_norm",), lambda block, *inputs: block.mixer.o_norm(*inputs))
@@ -155,8 +164,8 @@ def _of_mixer(shapes: Shapes, block: Block, segment_ids: jax.Array) -> Iterator[
             implementation=shapes.implementation,
         )[0]
 
-    inner, own = convolution
-    arrays = (*jax.jit(inner)(own, *keys, values), *jax.jit(gate[0])(gate[1], h))
+    convolved = jax.jit(convolution[0])(convolution[1], projected)
+    arrays = (*convolved, *jax.jit(gate[0])(gate[1], h))
     yield "kernel", rule, *arrays
 
 

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Annotated, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import tyro
 from flax import nnx
 from tabulate import tabulate
@@ -77,10 +76,10 @@ def activation_bytes(config: MDNConfig, remat: str) -> float:
     if remat == "block":
         return 2.0 * hidden
     # h and its norm, twice; q, k, v before and after the convolution, k in float16; errors,
-    # outputs, the norm of these, their gate; three of the MLP
-    wide = 4 * hidden + 2 * (2 * keys + values) + keys + 4 * values + 3 * config.mlp_width
-    # two matrices and the factors of a chunk, six gates, in every head
-    per_head = 2 * 2 * CHUNK + 4 * FACTORS + 4 * 6
+    # outputs and their gate; gate and up of the MLP
+    wide = 4 * hidden + 2 * (2 * keys + values) + keys + 3 * values + 2 * config.mlp_width
+    # two matrices and the factors of a chunk; projections of the gates and gates, in every head
+    per_head = 2 * 2 * CHUNK + 4 * FACTORS + 4 * 8
     if remat == "none":  # and two states a chunk
         per_head += 2 * 2 * config.head_dim * config.head_v_dim // CHUNK
     return 2.0 * wide + config.value_heads * per_head
@@ -266,29 +265,3 @@ def tables(config: ScalingConfig) -> list[str]:
 def _name(plan: Plan) -> list[str]:
     mesh = f"{plan.data} x {plan.fsdp} x {plan.tensor}"
     return [plan.model, f"{plan.devices:,}", mesh]
-
-
-def residual_bytes(config: MDNConfig, remat: str, rows: int) -> int:
-    """Bytes that the derivative of a block holds, its parameters apart, as JAX traces it."""
-    from mdn_jax.models.causal_lm import Block
-    from mdn_jax.models.remat import with_remat
-
-    block = nnx.eval_shape(
-        lambda: Block(
-            config,
-            0,
-            remat=remat,  # type: ignore[arg-type]
-            dtype=jnp.bfloat16,
-            param_dtype=jnp.bfloat16,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    graph, state = nnx.split(block)
-    h = jax.ShapeDtypeStruct((rows, LENGTH, config.hidden_size), jnp.bfloat16)
-
-    def pullback(state: object, h: jax.Array) -> object:
-        run = with_remat(lambda state, h: nnx.merge(graph, state)(h)[0], remat)  # type: ignore[arg-type]
-        return jax.vjp(run, state, h)[1]
-
-    held = jax.tree.leaves(jax.eval_shape(pullback, state, h))
-    return sum(x.size * x.dtype.itemsize for x in held if x.ndim > 2)

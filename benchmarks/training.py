@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import tyro
 from tabulate import tabulate
 
+from benchmarks.part_costs import part_costs
 from benchmarks.parts import Shapes, time_parts
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
@@ -129,10 +130,11 @@ def training(config: Annotated[TrainingConfig, tyro.conf.arg(name="")]) -> None:
     ]
     print(f"mean of {config.steps} steps after {WARM_UP} more, each dispatched during the last")
     print(tabulate(lines, tablefmt="github", disable_numparse=True), flush=True)
-    parts = {}
+    parts, floors = dict[str, float](), dict[str, float]()
     if config.parts:
         parts = run.time_parts() | {"optimizer": update}
-        print(_parts_table(parts, whole.seconds))
+        floors = run.floors(kind, whole.parameters)
+        print(_parts_table(parts, whole.seconds, floors))
     if config.output:
         report = {
             "device": kind,
@@ -143,15 +145,27 @@ def training(config: Annotated[TrainingConfig, tyro.conf.arg(name="")]) -> None:
             "mfu": mfu,
             "whole": whole._asdict(),
             "parts": parts,
+            "floors": floors,
         }
         config.output.write_text(json.dumps(report, indent=1, default=str))
 
 
-def _parts_table(parts: dict[str, float], whole: float) -> str:
+def _parts_table(parts: dict[str, float], whole: float, floors: dict[str, float]) -> str:
     total = sum(parts.values())
     rows = [*parts.items(), ("sum of the parts", total), ("rest", whole - total), ("step", whole)]
-    lines = [[name, f"{x * 1e3:.2f}", f"{x / whole:.1%}"] for name, x in rows]
-    headers = ["part, by itself", "ms a step", "of the step"]
+    if set(floors) >= set(parts):
+        floors = floors | {"sum of the parts": sum(floors[name] for name in parts)}
+    lines = [
+        [
+            name,
+            f"{x * 1e3:.2f}",
+            f"{x / whole:.1%}",
+            f"{floors[name] * 1e3:.2f}" if name in floors else "-",
+            f"{x / floors[name]:.2f}" if name in floors else "-",
+        ]
+        for name, x in rows
+    ]
+    headers = ["part, by itself", "ms a step", "of the step", "floor ms", "x floor"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -231,6 +245,20 @@ class _Run:
         )
         _, _, times = _time_steps(update, state, gradient, steps=self.config.steps)
         return whole, statistics.mean(times)
+
+    def floors(self, device_kind: str, parameters: int) -> dict[str, float]:
+        """Seconds that no part can beat on a device that is known, by `benchmarks.costs`."""
+        base, dtype = self.base, jnp.dtype(self.base.dtype)
+        costs = part_costs(
+            base.model,
+            parameters,
+            rows=base.batch_size // base.accumulation // len(jax.devices()),
+            length=base.sequence_length,
+            dtype=dtype,
+            accumulation=base.accumulation,
+        )
+        floors = {name: cost.floor(device_kind, dtype) for name, cost in costs.items()}
+        return {name: seconds for name, seconds in floors.items() if seconds is not None}
 
     def time_parts(self) -> dict[str, float]:
         """Seconds of the parts of one step on one device, the optimizer apart."""

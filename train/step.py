@@ -186,6 +186,9 @@ def make_train_step(
         low = rounded(params, dtype)
         if accumulation == 1:
             loss, gradients = gradient(low, batch)
+            # a stack's gradient is joined once: joined where it is used, moments are not updated in
+            # place
+            gradients = lax.optimization_barrier(gradients)
             return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, params)
 
         def add(carry: Any, micro: Batch) -> tuple[Any, None]:

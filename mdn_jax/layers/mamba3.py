@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mdn_jax.layers.initializers import rate_bias, scale_by_depth
 from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.sharding import sharded_rule
-from mdn_jax.layers.state_mixer import Branches, StateMixer, zero_padding
+from mdn_jax.layers.state_mixer import Branches, Projected, StateMixer, zero_padding
 from mdn_jax.ops.gated import TrapezoidalState, trapezoidal_linear_attention
 
 _LEAST_RATE = 1e-4
@@ -135,7 +135,7 @@ class Mamba3(StateMixer):
 
     def convolved(
         self,
-        projected: tuple[Array, Array, Array],
+        projected: Projected,
         segment_ids: Int[Array, "B T"] | None,
         cache: Any,
         lengths: Int[Array, " B"] | None = None,

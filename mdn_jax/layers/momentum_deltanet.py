@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mdn_jax.layers.gates import MomentumGates, TitansGates
 from mdn_jax.layers.initializers import log_uniform
 from mdn_jax.layers.sharding import sharded_momentum_delta_rule
-from mdn_jax.layers.state_mixer import Branches, StateMixer, zero_padding
+from mdn_jax.layers.state_mixer import Branches, Projected, StateMixer, zero_padding
 from mdn_jax.ops.inputs import l2_normalize
 from mdn_jax.ops.state import MDNState
 
@@ -114,7 +114,7 @@ class MomentumDeltaNet(StateMixer):
 
     def convolved(
         self,
-        projected: tuple[Array, Array, Array],
+        projected: Projected,
         segment_ids: Int[Array, "B T"] | None,
         cache: MDNCache,
         lengths: Int[Array, " B"] | None = None,

@@ -1,16 +1,22 @@
 """Root mean square normalisation, plain and gated."""
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-GateActivation = Literal["sigmoid", "silu"]
-
-_ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
+from mdn_jax.layers.sharding import token_places
+from mdn_jax.ops.rowwise import (
+    GateActivation,
+    Norm,
+    normalized,
+    on_kernels,
+    rms_norm,
+    rms_norm_and_input,
+    rms_norm_down,
+)
 
 
 class RMSNorm(nnx.Module):
@@ -20,6 +26,7 @@ class RMSNorm(nnx.Module):
       width: of the normalised axis, the last one.
       eps: inside the root.
       gate_activation: of the gate.
+      kernels: the backward pass may be a GPU kernel; its derivatives are of the first order.
       dtype: of the output.
       param_dtype: of `scale`, initially ones.
       rngs: unused: nothing is drawn.
@@ -31,12 +38,14 @@ class RMSNorm(nnx.Module):
         *,
         eps: float,
         gate_activation: GateActivation = "sigmoid",
+        kernels: bool = True,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.eps = eps
         self.gate_activation = gate_activation
+        self.kernels = kernels
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
 
@@ -44,22 +53,35 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None
     ) -> Float[Array, "*B D"]:
         """Normalises the last axis; `gate` is the argument of its activation."""
-        return _rms_norm(x, self.scale[...], gate, self.eps, self.dtype, self.gate_activation)
+        if self.kernels and on_kernels(x):
+            return rms_norm(self._norm, token_places(x), x, self.scale[...], gate)
+        return _rms_norm(self._norm, x, self.scale[...], gate)
+
+    def with_input(
+        self, x: Float[Array, "*B D"]
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+        """`x` normalised, and `x` itself for what reads it past the norm: one gradient of both."""
+        if self.kernels and on_kernels(x):
+            return rms_norm_and_input(self._norm, token_places(x), x, self.scale[...])
+        return self(x), x
+
+    def down(
+        self,
+        x: Float[Array, "B T HV V"],
+        gate: Float[Array, "B T HV V"] | None,
+        projection: nnx.Linear,
+    ) -> Float[Array, "B T hidden"]:
+        """The projection, without bias, of all heads' norms: on the kernels these are not kept."""
+        if self.kernels and on_kernels(x):
+            kernel, places = projection.kernel[...], token_places(x)
+            return rms_norm_down(self._norm, places, x, self.scale[...], gate, kernel)
+        return projection(self(x, gate).reshape(*x.shape[:2], -1))
+
+    @property
+    def _norm(self) -> Norm:
+        return Norm(self.eps, self.gate_activation, jnp.dtype(self.dtype))
 
 
-@partial(jax.checkpoint, static_argnums=(3, 4, 5))  # keeps x and gate as they came, nothing wide
-def _rms_norm(
-    x: Array,
-    scale: Array,
-    gate: Array | None,
-    eps: float,
-    dtype: jax.typing.DTypeLike,
-    activation: GateActivation,
-) -> Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = x.astype(wide)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    y *= scale.astype(wide)
-    if gate is not None:
-        y *= _ACTIVATIONS[activation](gate.astype(wide))
-    return y.astype(dtype)
+@partial(jax.checkpoint, static_argnums=(0,))  # keeps x and gate as they came, nothing wide
+def _rms_norm(norm: Norm, x: Array, scale: Array, gate: Array | None) -> Array:
+    return normalized(norm, x, scale, gate)

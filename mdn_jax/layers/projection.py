@@ -1,4 +1,4 @@
-"""Projection of low-precision activations to float32 outputs."""
+"""Projections: with float32 outputs of low-precision activations; several in one product."""
 
 import jax
 import jax.numpy as jnp
@@ -32,3 +32,18 @@ def _wide_projection_jvp(
     y = wide_projection(x, kernel)
     dy = dx @ kernel.astype(x.dtype) + x @ dkernel.astype(x.dtype)
     return y, dy.astype(y.dtype)
+
+
+def joined_projection(
+    x: Float[Array, "*B I"], *kernels: Float[Array, "I _"]
+) -> Float[Array, "*B _"]:
+    """`x` times several matrices in one product, and in one each for the gradients.
+
+    Args:
+      x: activations in the compute dtype.
+      *kernels: weights, any float dtype, rounded to `x`'s.
+
+    Returns:
+      The outputs one after the other along the last axis, in `x`'s dtype.
+    """
+    return x @ jnp.concatenate([kernel.astype(x.dtype) for kernel in kernels], axis=1)

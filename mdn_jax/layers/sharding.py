@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from mdn_jax.ops.api import momentum_delta_rule
 from mdn_jax.ops.on_mesh import Cuts, fitting, head_counts, on_devices
+from mdn_jax.ops.rowwise import Places
 from mdn_jax.ops.state import MDNState
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -71,6 +72,11 @@ def cut(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     return fitting(axes, partitioned(), size) or None
 
 
+def heads_are_cut() -> bool:
+    """Whether the partitioner has more than one device on an axis of heads."""
+    return any(partitioned().get(name, 1) > 1 for name in named_axes().heads)
+
+
 def constrain(x: Array, *dimensions: tuple[str, ...]) -> Array:
     """`x` with its first dimensions cut over these axes and no other dimension cut.
 
@@ -82,6 +88,17 @@ def constrain(x: Array, *dimensions: tuple[str, ...]) -> Array:
         return x
     cuts = (cut(axes, size) for axes, size in zip(dimensions, x.shape, strict=False))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*cuts))
+
+
+def token_places(x: Array) -> Places:
+    """Where activations `[B, T, D]` or `[B, T, heads, D]` lie, for kernels along their rows."""
+    sizes, names = partitioned(), named_axes()
+    cuts = Cuts(
+        rows=fitting(names.rows, sizes, x.shape[0]),
+        time=fitting(names.time, sizes, x.shape[1]),
+        heads=fitting(names.heads, sizes, x.shape[2]) if x.ndim == 4 else (),
+    )
+    return Places(cuts, frozenset(sizes))
 
 
 def sharded_momentum_delta_rule(

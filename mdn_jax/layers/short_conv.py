@@ -1,6 +1,7 @@
 """Short causal depthwise convolution with a cache."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,14 @@ class ShortConv(nnx.Module):
         )
         return y, tail
 
+    def chosen(self, x: Float[Array, "B T _"]) -> ConvolutionImplementation:
+        """What runs it, of inputs of this shape and dtype.
+
+        Raises:
+          ValueError: an implementation that does not support the call.
+        """
+        return chosen(self.implementation, x, self.kernel[...])
+
     def tail_after(
         self, x: Batch, tail: Tail, starts: Bool[Array, "B T"] | None, lengths: Array | None
     ) -> Tail:
@@ -104,7 +113,7 @@ class ShortConv(nnx.Module):
 
 def short_convolutions(
     convs: Sequence[ShortConv],
-    inputs: Sequence[Batch],
+    inputs: Sequence[Batch] | Batch,
     tails: Sequence[Tail],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -114,7 +123,7 @@ def short_convolutions(
 
     Args:
       convs: of the same size, dtype and implementation.
-      inputs: of each.
+      inputs: of each; or one array of them along the channels, which the kernel reads as it lies.
       tails: as of `ShortConv`, of each.
       segment_ids: as of `ShortConv`.
       lengths: as of `ShortConv`.
@@ -126,7 +135,13 @@ def short_convolutions(
       ValueError: an implementation that does not support the call.
     """
     dtype = convs[0].dtype
-    inputs, tails = ([x.astype(dtype) for x in arrays] for arrays in (inputs, tails))
+    tails = [tail.astype(dtype) for tail in tails]
+    joined = inputs.astype(dtype) if isinstance(inputs, jax.Array) else None
+    if joined is None:
+        inputs = [x.astype(dtype) for x in inputs]
+    else:
+        ends = accumulate(conv.kernel.shape[1] for conv in convs)
+        inputs = jnp.split(joined, list(ends)[:-1], axis=2)
     starts = None
     if segment_ids is not None:
         starts = document_starts(segment_ids, (inputs[0].shape[0], inputs[0].shape[1]))
@@ -134,10 +149,12 @@ def short_convolutions(
         Convolution(x, tail, conv.kernel[...], None if conv.bias is None else conv.bias[...])
         for conv, x, tail in zip(convs, inputs, tails, strict=True)
     ]
-    if chosen(convs[0].implementation, arguments[0]) == "xla":
+    if convs[0].chosen(inputs[0]) == "xla":
         outputs = tuple(xla_convolution(*arrays, starts) for arrays in arguments)
     else:
-        outputs = by_rows_and_channels(kernel_convolutions, arguments, starts)
+        if joined is not None:
+            arguments = [arrays._replace(x=None) for arrays in arguments]
+        outputs = by_rows_and_channels(kernel_convolutions, (joined, arguments), starts)
     return [
         (y, conv.tail_after(x, tail, starts, lengths))
         for conv, x, tail, y in zip(convs, inputs, tails, outputs, strict=True)

@@ -18,6 +18,8 @@ from mdn_jax.layers.context import (
 )
 from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.norm import GateActivation, RMSNorm
+from mdn_jax.layers.projection import joined_projection
+from mdn_jax.layers.sharding import heads_are_cut
 from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.context import of_last_device
@@ -25,6 +27,10 @@ from mdn_jax.ops.residuals import RULE_OUTPUT, without_states
 
 if TYPE_CHECKING:
     from mdn_jax.models.config import MDNConfig
+
+
+Projected = tuple[Array, Array, Array] | Float[Array, "B T _"]
+"""Of queries, keys and values: one each, or one array of them along the channels."""
 
 
 class StateCache(NamedTuple):
@@ -69,8 +75,8 @@ class StateMixer(nnx.Module):
 
     Args:
       config: sizes and options.
-      implementation: of the rule; None means the best one. With "scan" and "xla" the convolutions
-        are XLA's, too.
+      implementation: of the rule; None means the best one. With "scan" and "xla" convolutions and
+        norms are XLA's, too.
       keep_states: for the backward pass, instead of computing them again.
       context_axis: mesh axis over which the tokens of a row are cut, see `__call__`.
       dtype: of the computation; gates, states and statistics are float32 (float64 for float64).
@@ -166,6 +172,7 @@ class StateMixer(nnx.Module):
             width,
             eps=self.config.norm_eps,
             gate_activation=self.gate_activation,
+            kernels=self.implementation not in ("scan", "xla"),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             rngs=rngs,
@@ -176,7 +183,7 @@ class StateMixer(nnx.Module):
     ) -> Float[Array, "B T hidden"]:
         """The layer's output from that of the rule."""
         gate = None if self.g_proj is None else self.g_proj(x).reshape(o.shape)
-        return self.o_proj(self.o_norm(o, gate).reshape(*o.shape[:2], -1))
+        return self.o_norm.down(o, gate, self.o_proj)
 
     def _linear(
         self, inputs: int, outputs: int, *, use_bias: bool = False, rngs: nnx.Rngs
@@ -288,12 +295,20 @@ class StateMixer(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> Branches:
         """Projections, convolutions and silu."""
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.convolved(projected, segment_ids, cache, lengths)
+        return self.convolved(self.projected(x), segment_ids, cache, lengths)
+
+    def projected(self, x: Float[Array, "B T hidden"]) -> Projected:
+        """Inputs of the convolutions: of one product where their kernel reads them as they lie."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        whole = not (heads_are_cut() or inside_shard_map(self.context_axis))
+        if whole and self.q_conv1d is not None and self.q_conv1d.chosen(x) == "pallas_triton":
+            return joined_projection(x, *(y.kernel[...] for y in projections))
+        q, k, v = (projection(x) for projection in projections)
+        return q, k, v
 
     def convolved(
         self,
-        projected: tuple[Array, Array, Array],
+        projected: Projected,
         segment_ids: Int[Array, "B T"] | None,
         cache: Any,
         lengths: Int[Array, " B"] | None = None,
@@ -304,9 +319,10 @@ class StateMixer(nnx.Module):
         before = tuple(cache[1:])
         axis = self.context_axis if inside_shard_map(self.context_axis) else None
         if axis is not None:
+            assert isinstance(projected, tuple)  # not joined inside `shard_map`
             before = entering_tails(projected, before, axis, segment_ids)
-        with_inputs = zip(convs, projected, strict=True)
-        there = [differing(conv, y) for conv, y in with_inputs if conv is not None]
+        like = projected[0] if isinstance(projected, tuple) else projected
+        there = [differing(conv, like) for conv in convs if conv is not None]
         if there:  # all of them, or none
             pairs = short_convolutions(
                 there, projected, before, segment_ids=segment_ids, lengths=lengths

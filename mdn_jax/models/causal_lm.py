@@ -55,7 +55,8 @@ class Block(nnx.Module):
     Args:
       config: of the model.
       layer: index of the block; decides which mixer it has.
-      implementation: of the momentum delta rule; "scan" and "xla" of the other mixers' rules too.
+      implementation: of the momentum delta rule; "scan" and "xla" of the other mixers' rules too,
+        and with them no kernel runs.
       remat: what its derivative keeps, see `mdn_jax.models.remat`.
       context_axis: mesh axis over which the tokens of a row are cut.
       dtype: of the computation and of `h`.
@@ -78,7 +79,9 @@ class Block(nnx.Module):
         self.remat = remat
         options: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         std = config.initializer_range
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
+        kernels = implementation not in ("scan", "xla")
+        norm = partial(RMSNorm, config.hidden_size, eps=config.norm_eps, kernels=kernels, **options)
+        self.mixer_norm = norm()
         kind = config.mixer_of(layer)
         self.mixer: SoftmaxAttention | StateMixer
         if kind == "attention":
@@ -107,8 +110,14 @@ class Block(nnx.Module):
         if config.mlp_width == 0:
             self.mlp_norm, self.mlp = None, None
             return
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_width, initializer_range=std, **options)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(
+            config.hidden_size,
+            config.mlp_width,
+            initializer_range=std,
+            kernels=kernels,
+            **options,
+        )
 
     def __call__(
         self,
@@ -118,11 +127,13 @@ class Block(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
         """Applies the block; the arguments are those of its mixer."""
-        y, cache = self.mixer(self.mixer_norm(h), segment_ids, cache, lengths)
+        x, h = self.mixer_norm.with_input(h)
+        y, cache = self.mixer(x, segment_ids, cache, lengths)
         h = h + y
         if self.mlp is None or self.mlp_norm is None:
             return h, cache
-        return h + self.mlp(self.mlp_norm(h)), cache
+        x, h = self.mlp_norm.with_input(h)
+        return h + self.mlp(x), cache
 
 
 def _apply(block: Block, *inputs: Any) -> Any:
@@ -186,7 +197,12 @@ class MDNForCausalLM(nnx.Module):
                 for layer in range(config.num_hidden_layers)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **options)
+        self.norm = RMSNorm(
+            config.hidden_size,
+            eps=config.norm_eps,
+            kernels=implementation not in ("scan", "xla"),
+            **options,
+        )
         self.lm_head: nnx.Param[Array] | None
         if config.tie_word_embeddings:
             self.lm_head = None

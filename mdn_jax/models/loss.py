@@ -23,6 +23,7 @@ from mdn_jax.layers.sharding import cut, named_axes, partitioned
 from mdn_jax.ops.arguments import outside
 from mdn_jax.ops.context import varying
 from mdn_jax.ops.on_mesh import Cuts, axes_of, explicit_axes, explicit_mesh
+from mdn_jax.ops.rowwise import losses_and_gradient, on_kernels
 
 IGNORED = -100
 """A target that does not count."""
@@ -155,10 +156,7 @@ def _loss_and_gradients(
     def add(carry: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Any, Array]:
         loss, d_kernel = carry
         h, targets = part
-        losses, logits, total = _losses(h, targets, kernel, vocab)
-        hot = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[:, :, None]
-        d_logits = jnp.exp(logits - total[:, :, None]) - hot
-        d_logits = jnp.where(targets[:, :, None] == IGNORED, 0.0, d_logits).astype(h.dtype)
+        losses, d_logits = _losses_and_d_logits(h, targets, kernel, vocab)
         d_h = jnp.einsum("btv,dv->btd", d_logits, kernel)
         d_kernel += jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=wide)
         return (loss + jnp.sum(losses), d_kernel), d_h
@@ -206,6 +204,25 @@ def _losses(
     index = jnp.maximum(targets, 0)[:, :, None]
     at_target = jnp.take_along_axis(logits, index, axis=-1)[:, :, 0]
     return jnp.where(targets == IGNORED, 0.0, total - at_target), logits, total
+
+
+def _losses_and_d_logits(
+    h: Float[Array, "B t hidden"],
+    targets: Int[Array, "B t"],
+    kernel: Float[Array, "hidden aligned"],
+    vocab: int,
+) -> tuple[Float[Array, "B t"], Float[Array, "B t aligned"]]:
+    """Losses as of `_losses`, and their gradient by the logits in `h`'s dtype."""
+    if on_kernels(h):
+        logits = jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
+        return losses_and_gradient(
+            logits, targets, vocab=vocab, ignored=IGNORED, unknown=_UNKNOWN, dtype=h.dtype
+        )
+    losses, logits, total = _losses(h, targets, kernel, vocab)
+    hot = lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[:, :, None]
+    d_logits = jnp.exp(logits - total[:, :, None]) - hot
+    d_logits = jnp.where(targets[:, :, None] == IGNORED, 0.0, d_logits).astype(h.dtype)
+    return losses, d_logits
 
 
 def _parts(rows: int, length: int, vocab: int) -> int:

@@ -16,22 +16,24 @@ class Convolution(NamedTuple):
     """The arrays of one.
 
     Attributes:
-      x: inputs.
+      x: inputs; None: they are in the joined ones of several.
       tail: the last `W` inputs before `x`, of which `W - 1` are seen; x's dtype.
       taps: any float dtype; tap `W - 1` is the current step.
       bias: any float dtype; None: none.
     """
 
-    x: Float[Array, "B T channels"]
+    x: Float[Array, "B T channels"] | None
     tail: Float[Array, "B W channels"]
     taps: Float[Array, "W channels"]
     bias: Float[Array, " channels"] | None
 
 
 def chosen(
-    implementation: ConvolutionImplementation | None, convolution: Convolution
+    implementation: ConvolutionImplementation | None,
+    x: Float[Array, "B T channels"],
+    taps: Float[Array, "W channels"],
 ) -> ConvolutionImplementation:
-    """What runs a convolution.
+    """What runs a convolution of these inputs.
 
     Raises:
       ValueError: the kernel, which does not support it.
@@ -41,9 +43,9 @@ def chosen(
         return "xla"
     from pallas_kernels.short_convolution import MIN_STEPS, unsupported  # not with the library
 
-    lacking = unsupported(convolution.x, convolution.taps, capability)
+    lacking = unsupported(x, taps, capability)
     if implementation is None:
-        return "xla" if lacking or convolution.x.shape[1] < MIN_STEPS else "pallas_triton"
+        return "xla" if lacking or x.shape[1] < MIN_STEPS else "pallas_triton"
     if lacking:
         raise ValueError(
             f'implementation: "pallas_triton" expects {lacking}; use "xla", or None for the best '
@@ -53,16 +55,23 @@ def chosen(
 
 
 def kernel_convolutions(
-    convolutions: Sequence[Convolution], starts: Bool[Array, "B T"] | None
+    arguments: tuple[Float[Array, "B T _"] | None, Sequence[Convolution]],
+    starts: Bool[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T channels"], ...]:
-    """Outputs of each convolution, of equal `B`, `T` and `W`, in one launch."""
+    """Outputs of each convolution, of equal `B`, `T` and `W`, in one launch.
+
+    Args:
+      arguments: the inputs of all along the channels, or None; and the convolutions.
+      starts: first steps of documents.
+    """
     from pallas_kernels.short_convolution import Branch, short_convolution  # not with the library
 
+    joined, convolutions = arguments
     branches = [
         Branch(x, tail[:, 1:] if tail.shape[1] > 1 else None, taps, bias)
         for x, tail, taps, bias in convolutions
     ]
-    return short_convolution(tuple(branches), starts)
+    return short_convolution(tuple(branches), starts, joined=joined)
 
 
 @jax.custom_vjp

@@ -20,6 +20,7 @@ def short_convolution(
     branches: tuple[Branch, ...],
     starts: jax.Array | None,
     *,
+    joined: jax.Array | None = None,
     activation: bool = True,
     tiles: Tiles | None = None,
     interpret: bool = False,
@@ -32,6 +33,9 @@ def short_convolution(
     Args:
       branches: one or more, of equal `B`, `T`, `W` and dtype; any `T` and any widths.
       starts: `[B, T]` bool, the first step of each document but a row's first; or None.
+      joined: inputs of all branches along the channels, `[B, T, sum of C]`, as one product of
+        matrices gives them; the branches have None there. They are read where they lie, and their
+        gradient is one array.
       activation: False leaves out silu.
       tiles: None: those that ship.
       interpret: run the kernels in the interpreter, on any device.
@@ -42,15 +46,18 @@ def short_convolution(
     if starts is not None:
         starts = starts.astype(jnp.int8)
     # inside shard_map the gradient of what all devices share is summed by JAX, outside the kernels
-    axes = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((branches, starts))]
+    axes = [
+        jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves((joined, branches, starts))
+    ]
     varying = frozenset().union(*axes)
 
     def vary(x: jax.Array) -> jax.Array:
         missing = varying - jax.typeof(x).manual_axis_type.varying
         return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
-    branches, starts = jax.tree.map(vary, (branches, starts))
-    return _convolve(Options(activation, tiles or Tiles(), interpret), branches, starts)
+    joined, branches, starts = jax.tree.map(vary, (joined, branches, starts))
+    options = Options(activation, tiles or Tiles(), interpret)
+    return _convolve(options, joined, branches, starts)
 
 
 def unsupported(x: jax.Array, taps: jax.Array, capability: tuple[int, int] | None) -> str | None:
@@ -77,24 +84,30 @@ def unsupported(x: jax.Array, taps: jax.Array, capability: tuple[int, int] | Non
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(
-    options: Options, branches: tuple[Branch, ...], starts: jax.Array | None
+    options: Options,
+    joined: jax.Array | None,
+    branches: tuple[Branch, ...],
+    starts: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-    return forward(branches, starts, options)
+    return forward(joined, branches, starts, options)
+
+
+Residuals = tuple[jax.Array | None, tuple[Branch, ...], jax.Array | None]
 
 
 def _forward(
-    options: Options, branches: tuple[Branch, ...], starts: jax.Array | None
-) -> tuple[tuple[jax.Array, ...], tuple[tuple[Branch, ...], jax.Array | None]]:
-    return forward(branches, starts, options), (branches, starts)
+    options: Options,
+    joined: jax.Array | None,
+    branches: tuple[Branch, ...],
+    starts: jax.Array | None,
+) -> tuple[tuple[jax.Array, ...], Residuals]:
+    return forward(joined, branches, starts, options), (joined, branches, starts)
 
 
 def _backward(
-    options: Options,
-    residuals: tuple[tuple[Branch, ...], jax.Array | None],
-    d_y: tuple[jax.Array, ...],
-) -> tuple[tuple[Branch, ...], None]:
-    branches, starts = residuals
-    return backward(branches, starts, d_y, options), None
+    options: Options, residuals: Residuals, d_y: tuple[jax.Array, ...]
+) -> tuple[jax.Array | None, tuple[Branch, ...], None]:
+    return *backward(*residuals, d_y, options), None
 
 
 _convolve.defvjp(_forward, _backward)

@@ -7,8 +7,8 @@ Computes, with s the sum before silu:
     d_taps_w  = sum_t ds_t x_(t - W + 1 + w)            d_bias = sum_t ds_t
 
     inputs   as the forward kernel, and dy [B, T, C] of each branch
-    outputs  dx [B, T, C] and d_tail [B, W - 1, C] of each branch, in x's dtype; the gradients of
-             taps and bias, one part for each span, [B, spans, W or W + 1, blocks of channels]
+    outputs  dx as x and d_tail [B, W - 1, C] of each branch, in x's dtype; the gradients of taps
+             and bias, one part for each span, [B, spans, W or W + 1, blocks of channels]
              float32 (the bias, where there is one, is the last row)
     grid     as the forward kernel
 
@@ -46,7 +46,7 @@ class Gradients(NamedTuple):
     """What the kernel writes.
 
     Attributes:
-      x: of each branch `[B, T, C]`.
+      x: of each branch `[B, T, C]`; or one, of the joined inputs.
       tail: of each branch `[B, W - 1, C]`; None where there is no tail.
       parameters: `[B, spans, W, channels of all blocks]` float32; a row more with a bias, the last.
     """
@@ -75,13 +75,15 @@ class _Walk(NamedTuple):
 
 
 def backward(
+    joined: jax.Array | None,
     branches: tuple[Branch, ...],
     starts: jax.Array | None,
     d_y: tuple[jax.Array, ...],
     options: Options,
-) -> tuple[Branch, ...]:
-    """The gradients of each branch."""
-    plan = Plan.of(branches, options.tiles)
+) -> tuple[jax.Array | None, tuple[Branch, ...]]:
+    """The gradients of the joined inputs and of each branch."""
+    plan = Plan.of(joined, branches, options.tiles)
+    inputs = [b.x for b in branches] if joined is None else [joined]
 
     def like(x: jax.Array | None) -> jax.ShapeDtypeStruct | None:
         return None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -90,18 +92,19 @@ def backward(
     with_bias = any(branch.bias is not None for branch in branches)
     parts = (plan.batch, plan.spans, plan.taps + with_bias, channels)
     shapes = Gradients(
-        tuple(like(b.x) for b in branches),
+        tuple(map(like, inputs)),
         tuple(like(b.tail) for b in branches),
         jax.ShapeDtypeStruct(parts, jnp.float32),
     )
     gradients = kernel_call(
         partial(_backward, plan=plan, activation=options.activation),
+        joined,
         branches,
         starts,
         d_y,
         name="short_convolution_bwd",
         grid=plan.grid,
-        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), [branches, starts, d_y]),
+        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), [joined, branches, starts, d_y]),
         out_specs=jax.tree.map(lambda _: pl.BlockSpec(), shapes),
         out_shape=shapes,
         warps=plan.tiles.warps,
@@ -109,32 +112,33 @@ def backward(
         interpret=options.interpret,
     )
     parameters, first, results = gradients.parameters.sum(axis=(0, 1)), 0, []
+    own_x = gradients.x if joined is None else (None,) * len(branches)
     for branch, d_x, d_tail, blocks in zip(
-        branches, gradients.x, gradients.tail, plan.blocks, strict=True
+        branches, own_x, gradients.tail, plan.blocks, strict=True
     ):
-        own = parameters[:, first : first + branch.x.shape[2]]
+        own = parameters[:, first : first + branch.taps.shape[1]]
         d_bias = None if branch.bias is None else own[plan.taps].astype(branch.bias.dtype)
         d_taps = own[: plan.taps].astype(branch.taps.dtype)
         results.append(Branch(d_x, d_tail, d_taps, d_bias))
         first += blocks * plan.tiles.channels
-    return tuple(results)
+    return None if joined is None else gradients.x[0], tuple(results)
 
 
 def _backward(
-    branches: Any, starts: Any, d_y: Any, out: Any, *, plan: Plan, activation: bool
+    joined: Any, branches: Any, starts: Any, d_y: Any, out: Any, *, plan: Plan, activation: bool
 ) -> None:
     def walk(index: int, strips: Strips, block: jax.Array) -> None:
         size, unroll, late = plan.taps, plan.tiles.unroll, plan.taps - 1
         taps, bias = strips.taps(), strips.bias()
         zeros = jnp.zeros((plan.tiles.strips, plan.tiles.channels))
         never = strips.first < 0
+        d_x = out.x[index if joined is None else 0]
 
         def steps(i: jax.Array, walk: _Walk) -> _Walk:
             numbers = [i * unroll + j for j in range(unroll)]
             times = [strips.first + number for number in numbers]
             arrived = [
-                (strips.load(strips.branch.x, t), strips.load(d_y[index], t), strips.begins(t))
-                for t in times
+                (strips.inputs(t), strips.load(d_y[index], t), strips.begins(t)) for t in times
             ]
             finished = []
             for number, t, (x, d, begins) in zip(numbers, times, arrived, strict=True):
@@ -145,7 +149,8 @@ def _backward(
                 finished.append(done)
                 # those of the strip before are its own, too, and a round may end too late
                 owned = (number >= late) & (number < plan.tiles.steps + late)
-                strips.store(out.x[index], t - late, done, owned & (t - late < plan.length))
+                inside = owned & (t - late < plan.length)
+                strips.store(d_x, t - late, done, inside, strips.column)
                 walk = _Walk(
                     window=inputs[1:],
                     begun=(begins, *walk.begun)[: size - 2] if size > 2 else (),
@@ -175,7 +180,7 @@ def _backward(
         for i, part in enumerate(parts):
             out.parameters[strips.row, strips.span, i, columns] = jnp.sum(part, axis=0)
 
-    on_own_strips(branches, starts, plan, walk)
+    on_own_strips(joined, branches, starts, plan, walk)
 
 
 def _slope(x: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@ Computes, for every channel and step t of a document:
 
     y_t = silu(bias + sum_w taps_w x_(t - W + 1 + w))
 
-    inputs   of each branch x [B, T, C], tail [B, W - 1, C], taps [W, C], bias [C];
-             starts [B, T]
+    inputs   of each branch x [B, T, C], tail [B, W - 1, C], taps [W, C], bias [C]; or x of all
+             branches along the channels, [B, T, sum of C]; starts [B, T]
     outputs  of each branch y [B, T, C] in x's dtype
     grid     flat, blocks of channels of all branches x spans x B: some strips of time of a block
 
@@ -39,18 +39,25 @@ from pallas_kernels.short_convolution.types import Branch, Options, Plan
 
 
 def forward(
-    branches: tuple[Branch, ...], starts: jax.Array | None, options: Options
+    joined: jax.Array | None,
+    branches: tuple[Branch, ...],
+    starts: jax.Array | None,
+    options: Options,
 ) -> tuple[jax.Array, ...]:
     """Outputs `[B, T, C]` of each branch, in x's dtype."""
-    plan = Plan.of(branches, options.tiles)
-    shapes = tuple(jax.ShapeDtypeStruct(b.x.shape, b.x.dtype) for b in branches)
+    plan = Plan.of(joined, branches, options.tiles)
+    dtype = (branches[0].x if joined is None else joined).dtype
+    shapes = tuple(
+        jax.ShapeDtypeStruct((plan.batch, plan.length, width), dtype) for width in plan.widths
+    )
     outputs: tuple[jax.Array, ...] = kernel_call(
         partial(_forward, plan=plan, activation=options.activation),
+        joined,
         branches,
         starts,
         name="short_convolution_fwd",
         grid=plan.grid,
-        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), [branches, starts]),
+        in_specs=jax.tree.map(lambda _: pl.BlockSpec(), [joined, branches, starts]),
         out_specs=tuple(pl.BlockSpec() for _ in shapes),
         out_shape=shapes,
         warps=plan.tiles.warps,
@@ -60,14 +67,16 @@ def forward(
     return outputs
 
 
-def _forward(branches: Any, starts: Any, out: Any, *, plan: Plan, activation: bool) -> None:
+def _forward(
+    joined: Any, branches: Any, starts: Any, out: Any, *, plan: Plan, activation: bool
+) -> None:
     def walk(index: int, strips: Strips, _: jax.Array) -> None:
         taps, bias, unroll = strips.taps(), strips.bias(), plan.tiles.unroll
         always = strips.first >= 0
 
         def steps(i: jax.Array, window: Window) -> Window:
             times = [strips.first + i * unroll + j for j in range(unroll)]
-            arrived = [(t, strips.load(strips.branch.x, t), strips.begins(t)) for t in times]
+            arrived = [(t, strips.inputs(t), strips.begins(t)) for t in times]
             for t, x, begins in arrived:
                 inputs = (*seen(window, begins), x)
                 y = weighted(inputs, taps, bias)
@@ -79,4 +88,4 @@ def _forward(branches: Any, starts: Any, out: Any, *, plan: Plan, activation: bo
 
         lax.fori_loop(0, plan.rounds(), steps, strips.window(plan.taps - 1))
 
-    on_own_strips(branches, starts, plan, walk)
+    on_own_strips(joined, branches, starts, plan, walk)

@@ -21,6 +21,8 @@ class Strips(NamedTuple):
 
     Attributes:
       branch: references to its arrays.
+      x: to its inputs, its own or those of all branches.
+      column: of them, where the branch begins.
       starts: to the first steps of documents, `[B, T]` int8, or None.
       row: of the batch.
       span: which of the row's spans.
@@ -30,6 +32,8 @@ class Strips(NamedTuple):
     """
 
     branch: Branch
+    x: Any
+    column: int
     starts: Any | None
     row: jax.Array
     span: jax.Array
@@ -40,22 +44,39 @@ class Strips(NamedTuple):
     @property
     def length(self) -> int:
         """Steps of a row, `T`."""
-        length: int = self.branch.x.shape[1]
+        length: int = self.x.shape[1]
         return length
 
-    def load(self, reference: Any, steps: jax.Array) -> jax.Array:
-        """`[strips, channels]` of `[B, T, C]` in float32; zero where there is nothing."""
+    def inputs(self, steps: jax.Array) -> jax.Array:
+        """`[strips, channels]` of the branch's inputs, as `load` has them."""
+        return self.load(self.x, steps, self.column)
+
+    def load(self, reference: Any, steps: jax.Array, column: int = 0) -> jax.Array:
+        """`[strips, channels]` of `[B, T, C]` in float32; zero where there is nothing.
+
+        Args:
+          reference: to the array.
+          steps: to read.
+          column: of the array, where the branch begins.
+        """
         mask = self._inside(steps, reference.shape[1])
         if self.real is not None:
             mask = mask & self.real
-        place = reference.at[self.row, steps, self.channels]
+        place = reference.at[self.row, steps, self.channels + column]
         return masked_load(place, mask).astype(jnp.float32)
 
-    def store(self, reference: Any, steps: jax.Array, values: jax.Array, mask: jax.Array) -> None:
-        """Writes rows of `[B, T, C]` where `mask` `[strips, 1]` says so."""
+    def store(
+        self,
+        reference: Any,
+        steps: jax.Array,
+        values: jax.Array,
+        mask: jax.Array,
+        column: int = 0,
+    ) -> None:
+        """Writes rows of `[B, T, C]` where `mask` `[strips, 1]` says so, from a column on."""
         if self.real is not None:
             mask = mask & self.real
-        place = reference.at[self.row, steps, self.channels]
+        place = reference.at[self.row, steps, self.channels + column]
         masked_store(place, values.astype(reference.dtype), mask)
 
     def begins(self, steps: jax.Array) -> jax.Array:
@@ -90,7 +111,7 @@ class Strips(NamedTuple):
         inputs: Window = (jnp.zeros((self.first.shape[0], self.channels.shape[1])),) * size
         for distance in range(size, 0, -1):
             steps = self.first - distance
-            x = self.load(self.branch.x, steps)
+            x = self.inputs(steps)
             if self.branch.tail is not None:
                 x = jnp.where(steps < 0, self.load(self.branch.tail, steps + size), x)
             inputs = (*seen(inputs, self.begins(steps))[1:], x)
@@ -120,6 +141,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
 
 
 def on_own_strips(
+    joined: Any | None,
     branches: tuple[Branch, ...],
     starts: Any | None,
     plan: Plan,
@@ -136,7 +158,9 @@ def on_own_strips(
         channels = (block - before) * tiles.channels + lane
         width = plan.widths[index]
         real = None if width % tiles.channels == 0 else channels < width
-        body(index, Strips(branches[index], starts, row, span, first, channels, real), block)
+        branch, column = branches[index], plan.columns[index]
+        x = branch.x if joined is None else joined
+        body(index, Strips(branch, x, column, starts, row, span, first, channels, real), block)
 
     before = 0
     for index, blocks in enumerate(plan.blocks):

@@ -15,7 +15,7 @@ class Branch(NamedTuple):
     """One convolution; in specifications and kernel bodies, what stands for its arrays there.
 
     Attributes:
-      x: inputs `[B, T, C]`, bfloat16, float16 or float32.
+      x: inputs `[B, T, C]`, bfloat16, float16 or float32; None: they are in the joined ones.
       tail: the `W - 1` inputs before `x`, `[B, W - 1, C]` of x's dtype, oldest first; None: zeros.
       taps: `[W, C]`, any float dtype; tap `W - 1` is the current step.
       bias: `[C]`, any float dtype; None: none.
@@ -71,6 +71,7 @@ class Plan(NamedTuple):
       length: steps, `T`.
       taps: `W`.
       widths: channels of each branch.
+      columns: of the inputs, where each branch begins.
       tiles: of the kernels.
     """
 
@@ -78,14 +79,18 @@ class Plan(NamedTuple):
     length: int
     taps: int
     widths: tuple[int, ...]
+    columns: tuple[int, ...]
     tiles: Tiles
 
     @classmethod
-    def of(cls, branches: tuple[Branch, ...], tiles: Tiles) -> "Plan":
-        """For these branches, all `[B, T]` by their widths."""
-        batch, length, _ = branches[0].x.shape
-        widths = tuple(branch.x.shape[2] for branch in branches)
-        return cls(batch, length, branches[0].taps.shape[0], widths, tiles)
+    def of(cls, joined: Any | None, branches: tuple[Branch, ...], tiles: Tiles) -> "Plan":
+        """For these branches, all `[B, T]` by their widths, and their inputs if they are joined."""
+        batch, length, _ = (branches[0].x if joined is None else joined).shape
+        widths = tuple(branch.taps.shape[1] for branch in branches)
+        columns = (0,) * len(widths)
+        if joined is not None:
+            columns = tuple(sum(widths[:index]) for index in range(len(widths)))
+        return cls(batch, length, branches[0].taps.shape[0], widths, columns, tiles)
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ def test_every_pass_is_timed(tmp_path, capsys):
     assert "| 1,9,3        | forward | xla " in out
     results = json.loads(output.read_text())["results"]
     assert [(x["passes"], x["name"].split()[0]) for x in results] == [
-        (passes, name) for name in ("xla", "kernels") for passes in ("both", "forward")
+        (passes, name) for name in ("xla", "kernels", "joined") for passes in ("both", "forward")
     ]
     assert [x["cost"][1] for x in results[:2]] == [5 * 9 * 3 * 4, 2 * 9 * 3 * 4]
     assert all(x["timing"]["median"] > 0 and x["error"] < 1e-5 for x in results)

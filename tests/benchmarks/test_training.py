@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from benchmarks.training import TrainingConfig, training
+from benchmarks.costs import Cost
+from benchmarks.part_costs import part_costs
+from benchmarks.training import TrainingConfig, _parts_table, training
 from configs import CONFIGS
 from mdn_jax import MDNConfig
 from mdn_jax.models import AttentionConfig
@@ -51,6 +53,24 @@ def test_step_and_parts(tmp_path, monkeypatch, capsys):
     }
     assert all(seconds > 0 for seconds in parts.values())
     assert any((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_floors_of_the_parts():
+    """Of a product, of bytes, and of what only a hybrid has, which has none."""
+    costs = part_costs(MODEL, 1000, rows=4, length=32, dtype="bfloat16", accumulation=2)
+    entries = 3 * 16 * MODEL.mlp_width
+    assert costs["MLP"].flops == 2 * 2 * 3 * (2 * 128 * entries)  # micro-batches, layers, passes
+    # q, k, v, gate and output of the one layer that has a state; keys of 16, values of 32
+    assert costs["projections"].flops == 2 * 3 * (2 * 128 * 16 * (2 * 16 + 3 * 32))
+    assert costs["convolutions"] == Cost(0, 2 * 5 * 128 * (2 * 16 + 32) * 2)
+    assert costs["optimizer"].bytes == 28_000
+    assert "attention" not in costs
+    floors = {"MLP": 2e-3, "norms": 1e-3}
+    table = _parts_table({"MLP": 4e-3, "norms": 1e-3, "attention": 1e-3}, 1e-2, floors)
+    rows = {line.split("|")[1].strip(): line.split("|")[4:6] for line in table.splitlines()}
+    assert [cell.strip() for cell in rows["MLP"]] == ["2.00", "2.00"]
+    assert [cell.strip() for cell in rows["attention"]] == ["-", "-"]
+    assert [cell.strip() for cell in rows["sum of the parts"]] == ["-", "-"]
 
 
 @pytest.mark.parametrize(

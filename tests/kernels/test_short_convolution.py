@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from mdn_jax import MDNConfig
+from mdn_jax.layers.momentum_deltanet import MomentumDeltaNet
 from mdn_jax.layers.sharding import by_rows_and_channels
 from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops import api
@@ -19,6 +21,7 @@ from pallas_kernels import offline_compile
 from pallas_kernels.short_convolution import MIN_STEPS, Branch, Tiles, short_convolution
 from pallas_kernels.target import target_gpu
 from tests.kernels.addresses import offsets
+from tests.tiny import TINY_MODEL
 
 TILES = Tiles(strips=2, steps=8, channels=8, unroll=1)
 """Several spans, strips and blocks at small sizes."""
@@ -116,6 +119,26 @@ def test_numbers_of_taps(length, taps, options, x64):
 def test_16_bits(dtype, limit):
     """Sums are float32: the errors are of one rounding."""
     check(branches((8,), 16, 2, dtype=dtype), first_steps(2, 16, (3,), ()), limit)
+
+
+def test_joined_inputs_are_read_where_they_lie():
+    """One array of the inputs of all, and one of their gradients: the same bits."""
+    starts = first_steps(2, 18, (5, 8), ())
+    given = branches((5, 11), 18, 2, bias=False, tail=False)
+    d_y = tuple(jnp.cos(b.x) for b in given)
+    y, apart = both_passes(given, starts, d_y)
+
+    @jax.jit
+    def joined(x, given):
+        run = partial(short_convolution, starts=starts, tiles=TILES, interpret=True)
+        y, pull = jax.vjp(lambda given, x: run(given, joined=x), given, x)
+        return y, *pull(d_y)
+
+    none = tuple(b._replace(x=None) for b in given)
+    actual, d, d_x = joined(jnp.concatenate([b.x for b in given], axis=2), none)
+    expected = y, tuple(b._replace(x=None) for b in apart)
+    jax.tree.map(np.testing.assert_array_equal, (actual, d), expected)
+    np.testing.assert_array_equal(d_x, np.concatenate([b.x for b in apart], axis=2))
 
 
 def test_what_is_not_finite_stays_in_its_document():
@@ -227,6 +250,33 @@ def test_the_layer_on_the_kernel(monkeypatch):
         results.append(jax.jit(gradients)(params, x, tail))
     errors = relative_errors(*jax.tree.map(np.asarray, results))
     assert max(errors.values()) <= 3e-6, errors
+
+
+def test_a_mixer_projects_once(monkeypatch):
+    """Queries, keys and values of one product: as of three, gradients of every parameter too."""
+    config = MDNConfig(**TINY_MODEL | {"num_heads": 2, "num_v_heads": 4, "conv_bias": True})
+    mixer = MomentumDeltaNet(config, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(mixer)
+    x = jax.random.normal(jax.random.key(0), (2, 19, config.hidden_size))
+    ids = jnp.asarray([[0] * 7 + [1] * 12, [2] * 19])
+
+    def both(params, x):
+        def run(params, x):
+            mixer = nnx.merge(graph, params)
+            return mixer.qkv(x, ids, mixer.init_cache(2))
+
+        y, pull = jax.vjp(run, params, x)
+        return y, pull(jax.tree.map(jnp.sin, y))
+
+    apart = jax.jit(both)(params, x)
+    interpreted = partial(short_convolution, tiles=TILES, interpret=True)
+    monkeypatch.setattr("pallas_kernels.short_convolution.short_convolution", interpreted)
+    monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+    joined = jax.jit(lambda *given: both(*given))
+    text = str(joined.trace(params, x).jaxpr)
+    assert text.count("dot_general") == 3  # forward, and for either gradient
+    errors = relative_errors(joined(params, x), apart)
+    assert max(errors.values()) <= 1e-5, errors
 
 
 @pytest.mark.slow
