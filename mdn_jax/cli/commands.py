@@ -1,8 +1,10 @@
 """Where the commands begin: a signal ends them in one line, from the first import on."""
 
+import contextlib
+import gc
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mdn_jax._version import __version__
 from mdn_jax.cli.interrupt import CommandSignals, reader_left, status_of
@@ -51,7 +53,8 @@ def command(
         return 0
     signals = CommandSignals(program)
     try:
-        main = importlib.import_module(module).main
+        with _lasting():
+            main = importlib.import_module(module).main
     except KeyboardInterrupt as interrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         status = status_of(interrupt)
@@ -76,3 +79,14 @@ def command(
             status = status_of(interrupt)
     signals.said = True  # what is left of the process can be cut short
     return status
+
+
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    """What is made inside stays to the end of the process: no search for garbage walks over it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

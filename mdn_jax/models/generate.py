@@ -144,17 +144,15 @@ def prefill(
         _check_state(model, state)
     had = None if state is None else np.asarray(state.position).tolist()
     tokens = check_prompts(prompts, model.config.vocab_size, had)
-    if state is None:
-        state = initial_state(model, len(prompts))
     longest = max(map(len, tokens))
-    if not longest:
+    if state is not None and not longest:
         return state
     padded = np.zeros((len(tokens), _bucket(longest)), np.int32)
     for row, new in zip(padded, tokens, strict=True):
         row[: len(new)] = new
     graph, weights = nnx.split(model)
-    lengths = jnp.asarray([len(new) for new in tokens], jnp.int32)
-    return _prefill(graph, weights, state, jnp.asarray(padded), lengths)
+    lengths = np.asarray([len(new) for new in tokens], np.int32)
+    return _prefill(graph, weights, state, padded, lengths)
 
 
 def stream(
@@ -188,7 +186,7 @@ def stream(
     require("max_length", max_length, "an int >= 1 or None", fits)
     fits = sampling is None or isinstance(sampling, Sampling)
     require("sampling", sampling, "a Sampling or None", fits)
-    seeds = jnp.asarray(row_seeds(seed, rows), jnp.uint32)
+    seeds = np.asarray(row_seeds(seed, rows), np.uint32)
     stop = np.zeros((model.config.vocab_size,), bool)
     stop[check_stop_tokens(stop_tokens, model.config.vocab_size)] = True
     state = _with_room(model, state, max_new_tokens, max_length)
@@ -209,9 +207,10 @@ def stream(
             # a single row leaves the loop when it ends, and needs no mask
             masked=rows > 1 and bool(stop.any()),
         )
-        counts = np.asarray(carry.state.position - state.position)
+        before, after = np.asarray(state.position), np.asarray(carry.state.position)
+        counts = after - before
         new = np.asarray(carry.tokens)
-        _check_drawn(new, counts, np.asarray(state.position))
+        _check_drawn(new, counts, before)
         state, ended = carry.state, carry.ended
         made += int(carry.step)
         limit = min(block, max_new_tokens - made)
@@ -223,11 +222,13 @@ def stream(
 def _prefill(
     graph: Any,
     weights: Any,
-    state: GenerationState,
+    state: GenerationState | None,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
 ) -> GenerationState:
     model = nnx.merge(graph, weights)
+    if state is None:
+        state = initial_state(model, tokens.shape[0])
     h, cache = model.hidden(tokens, cache=_growing(model, state.cache), lengths=lengths)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(h, last, axis=1)[:, 0])

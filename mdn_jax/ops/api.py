@@ -237,7 +237,7 @@ def _portable(
         p=None if p is None else grouped(p, heads, compute),
         starts=document_starts(segment_ids, (batch, q.shape[1])),
     )
-    if definition:
+    if definition or q.shape[1] == 1:  # one step is no chunk
         o, state = scan_rule(inputs, state, scale=scale, chunk_size=chunk_size)
     else:
         precision = product_precision(v)

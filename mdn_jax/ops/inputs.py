@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 L2_EPSILON = 1e-6
-_LONG = 16  # exponent of the largest element
+_LONG = 2.0**16  # the largest element of a row that stays as it is
 _FULL_PRECISION = ("highest", "float32")
 
 
@@ -36,8 +36,9 @@ def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     nor, in gradients, the third power of a norm leave the range.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    _, exponent = jnp.frexp(largest)
-    by = jnp.ldexp(jnp.ones_like(largest), -jnp.maximum(exponent - _LONG, 0))
+    # the power of two nearest to the part of the length that is taken away; its reciprocal is exact
+    bits = jnp.finfo(x.dtype).nexp
+    by = 1 / jnp.maximum(jax.lax.reduce_precision(largest / _LONG, bits, 0), 1)
     x = x * by
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPSILON * by * by)
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from mdn_jax.interop.folder import model_from_folder, read_folder
 from mdn_jax.models import MDNForCausalLM
 from mdn_jax.ops.api import Implementation
 from mdn_jax.saved.model import DIRECTORY, Saved, find_checkpoint, load_model
@@ -28,6 +27,8 @@ def find_model(directory: Path, step: int | None = None, *, ema: bool = False) -
         raise ValueError(f"step: expected None for a folder of one model, got {step}")
     if ema:
         raise ValueError("ema: expected False for a folder of one model, got True")
+    from mdn_jax.interop.folder import read_folder  # a checkpoint needs none of interop
+
     return Saved(directory, 0, read_folder(directory).config, None, folder=True)
 
 
@@ -47,4 +48,6 @@ def load_found(
     """
     if not saved.folder:
         return load_model(saved, dtype=dtype, implementation=implementation)
+    from mdn_jax.interop.folder import model_from_folder
+
     return model_from_folder(saved.path, dtype=dtype, implementation=implementation)

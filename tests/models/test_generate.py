@@ -61,6 +61,23 @@ def test_a_prompt_in_a_batch_is_the_prompt_alone(name):
         assert_close(rows(together.state, row), alone.state)
 
 
+def test_a_start_compiles_three_programs_at_most():
+    config = dataclasses.replace(CONFIGS["mdn"], vocab_size=41)  # of no other test
+    model = MDNForCausalLM(config, implementation="scan", rngs=nnx.Rngs(0))
+    programs: list[str] = []
+
+    def count(event, seconds, **names):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(names.get("fun_name", "?"))
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        generate(model, [[1, 2, 3, 4, 5]] * 7, max_new_tokens=9, block=8)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert len(programs) <= 3, programs
+
+
 def test_pieces_and_continued_states_are_one_run():
     model = MODELS["windowed"]
     state = prefill(model, PROMPTS)

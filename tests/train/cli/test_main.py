@@ -1,5 +1,6 @@
 """`python -m train` and `python -m benchmarks` find their commands, and say what is missing."""
 
+import gc
 import signal
 import sys
 
@@ -18,6 +19,7 @@ def _signals_as_before():
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
     sys.unraisablehook = hook
+    gc.unfreeze()
 
 
 def run(monkeypatch, *arguments):
@@ -45,6 +47,16 @@ def test_a_command_has_its_own_arguments(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "plot", str(tmp_path)) == 1
     error = capsys.readouterr().err
     assert error.startswith("python -m train plot: error: runs: expected a directory with")
+
+
+def test_what_a_command_imports_is_never_searched_for_garbage(monkeypatch, tmp_path):
+    source = "import gc\nsearched = gc.isenabled()\nlasting = [[] for _ in range(1000)]\n"
+    (tmp_path / "command_of_this_test.py").write_text(
+        f"{source}def main(arguments): return 40 + 2 * gc.isenabled() + searched\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command("it", "command_of_this_test", []) == 42
+    assert gc.get_freeze_count() > 1000
 
 
 @pytest.mark.parametrize(
