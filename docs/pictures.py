@@ -390,10 +390,30 @@ def block_scales() -> None:
     save(figure, "block_scales")
 
 
+def remat() -> None:
+    """Memory against speed over the choices of rematerialisation."""
+    (report,) = read("remat")
+    figure, axes = plt.subplots(figsize=(6.4, 3.4))
+    memory = [run["peak_gb"] for run in report["runs"]]
+    speed = [run["tokens_per_second"] / 1e3 for run in report["runs"]]
+    axes.plot(memory, speed, marker="o", color=FORWARD)
+    for run, x, y in zip(report["runs"], memory, speed, strict=True):
+        axes.annotate(run["remat"], (x, y), (-6, 5), textcoords="offset points", ha="right", size=9)
+    axes.set_xlim(0, max(memory) * 1.08)
+    axes.set_ylim(0, max(speed) * 1.12)
+    axes.set_xlabel("peak memory, GB", size=9)
+    axes.set_ylabel("thousand tokens/s", size=9)
+    axes.grid(alpha=0.3)
+    note = f"{report['device']}, commit {report['commit']}"
+    axes.set_title(f"400M, 8 rows of 4,096, by --remat: {note}", size=9.5)
+    figure.tight_layout()
+    save(figure, "remat")
+
+
 def main() -> None:
     """Draws all of them."""
     OUTPUT.mkdir(exist_ok=True)
-    for draw in (data_flow, chunk_grid, roofline, chunk_halves, block_scales):
+    for draw in (data_flow, chunk_grid, roofline, remat, chunk_halves, block_scales):
         draw()
 
 
