@@ -141,8 +141,8 @@ def _of_shape(
         for x in tiles
     }
     joined = _joined(branches)
-    runs = {name: (function, branches) for name, function in kernels.items()}
-    runs = {"xla": (xla_convolutions, branches)} | runs
+    runs: dict[str, tuple[Any, Any]] = {"xla": (xla_convolutions, branches)}
+    runs |= {name: (function, branches) for name, function in kernels.items()}
     runs["joined inputs"] = partial(_of_joined, interpret=config.interpret), joined
     rows: list[Row] = []
     for name, (function, own) in runs.items():

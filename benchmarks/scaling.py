@@ -78,8 +78,8 @@ def activation_bytes(config: MDNConfig, remat: str) -> float:
     # h and its norm, twice; q, k, v before and after the convolution, k in float16; errors,
     # outputs and their gate; gate and up of the MLP
     wide = 4 * hidden + 2 * (2 * keys + values) + keys + 3 * values + 2 * config.mlp_width
-    # two matrices and the factors of a chunk; projections of the gates and gates, in every head
-    per_head = 2 * 2 * CHUNK + 4 * FACTORS + 4 * 8
+    # two matrices and the factors of a chunk; the gates and what their derivatives need, every head
+    per_head = 2 * 2 * CHUNK + 4 * FACTORS + 4 * 20
     if remat == "none":  # and two states a chunk
         per_head += 2 * 2 * config.head_dim * config.head_v_dim // CHUNK
     return 2.0 * wide + config.value_heads * per_head

@@ -138,10 +138,7 @@ class MomentumGates(nnx.Module):
         if self.m_proj is not None:
             kernels.append(self.m_proj[...])
         projected = wide_projection(x, jnp.concatenate(kernels, axis=1))  # x is read once
-        return jax.checkpoint(self._of_projections)(projected)  # keeps its input
-
-    def _of_projections(self, projected: Float[Array, "B T _"]) -> Gates:
-        a, b, e, *m = jnp.split(projected, 3 if self.m_proj is None else 4, axis=-1)  # [B, T, HV]
+        a, b, e, *m = jnp.split(projected, len(kernels), axis=-1)  # [B, T, HV]
         log_mu = self._log_mu(m[0] if m else a)
         eta = 1.0 + jnp.tanh(e / self.tau)
         log_alpha = -self._decay(a)

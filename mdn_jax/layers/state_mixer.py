@@ -18,7 +18,7 @@ from mdn_jax.layers.context import (
 )
 from mdn_jax.layers.explicit import tokens_and_cache, under_explicit_meshes
 from mdn_jax.layers.norm import GateActivation, RMSNorm
-from mdn_jax.layers.projection import joined_projection
+from mdn_jax.layers.projection import for_two, joined_projection
 from mdn_jax.layers.sharding import heads_are_cut
 from mdn_jax.layers.short_conv import ShortConv, short_convolutions
 from mdn_jax.ops.api import Implementation
@@ -263,7 +263,10 @@ class StateMixer(nnx.Module):
             cache = self.init_cache(batch)
         self._check_cache(cache, batch)
         x = without_padding(x.astype(self.dtype), lengths)
-        qkv = self.qkv(x, segment_ids, cache, lengths)
+        inputs = x
+        if self._joins(x):
+            inputs, x = for_two(x)
+        qkv = self.qkv(inputs, segment_ids, cache, lengths)
         own = None if lengths is None else counted(lengths, length)[:, :, None]
         o, state = self._mix(x, qkv, cache.state, segment_ids, own)
         o = checkpoint_name(o, RULE_OUTPUT)
@@ -300,11 +303,16 @@ class StateMixer(nnx.Module):
     def projected(self, x: Float[Array, "B T hidden"]) -> Projected:
         """Inputs of the convolutions: of one product where their kernel reads them as they lie."""
         projections = self.q_proj, self.k_proj, self.v_proj
-        whole = not (heads_are_cut() or inside_shard_map(self.context_axis))
-        if whole and self.q_conv1d is not None and self.q_conv1d.chosen(x) == "pallas_triton":
+        if self._joins(x):
             return joined_projection(x, *(y.kernel[...] for y in projections))
         q, k, v = (projection(x) for projection in projections)
         return q, k, v
+
+    def _joins(self, x: Float[Array, "B T hidden"]) -> bool:
+        """Whether the inputs of the convolutions are of one product."""
+        if self.q_conv1d is None or heads_are_cut() or inside_shard_map(self.context_axis):
+            return False
+        return self.q_conv1d.chosen(x) == "pallas_triton"
 
     def convolved(
         self,
