@@ -9,12 +9,27 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 _SUFFIX = "-cache"  # of the files that hold programs
 _DAYS = 14
+
+
+@contextlib.contextmanager
+def no_folder() -> Iterator[None]:
+    """As a user has it: jax is told of no folder, and commands have their own."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 class CompiledPrograms:

@@ -32,8 +32,8 @@ settings.load_profile("project")
 
 def pytest_collection_finish() -> None:
     """What was imported stays: collecting garbage has no use in walking it again and again."""
+    gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_sessionfinish() -> None:
