@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -22,14 +22,19 @@ _DAYS = 14
 @contextlib.contextmanager
 def no_folder() -> Iterator[None]:
     """As a user has it: jax is told of no folder, and commands have their own."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    options = {"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True}
+    before = {name: getattr(jax.config, name) for name in options}
+    _configure(options)
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
+        _configure(before)
+
+
+def _configure(options: Mapping[str, object]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 class CompiledPrograms:
