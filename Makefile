@@ -91,4 +91,4 @@ bench: $(READY)  ## the operator's implementations side by side
 	@$(BIN)/python -m benchmarks kernels $(ARGS)
 
 clean:  ## remove what the targets made (never runs/)
-	rm -rf $(VENV) $(NEWEST) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) .compiled docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """`python -m benchmarks generation`: speed and memory of decoding, early and late in a text."""
 
+import gc
 import json
 import statistics
 import threading
@@ -163,6 +164,7 @@ def _read(
 @contextmanager
 def _most_bytes_in_use() -> Iterator[list[int]]:
     """A list of bytes in use, which grows while the context lasts."""
+    gc.collect()  # what nobody uses any more is not in use
     seen = [_bytes_in_use()]
     done = threading.Event()
 

@@ -66,10 +66,11 @@ def _of_the_user() -> Path:
     """One for each kind of processor: home directories are shared, and code for one ends others."""
     from platformdirs import user_cache_path
 
-    return user_cache_path("mdn-jax") / f"compiled-{_processor()}"
+    return user_cache_path("mdn-jax") / f"compiled-{processor()}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """A digest of this kind of processor and its features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,25 +1,80 @@
-"""A cache of compiled programs for the tests of a package, which its conftest imports."""
+"""What XLA compiles for the tests is kept for the next run of them, which only reads it.
 
-from collections.abc import Iterator
+Compiling is most of their time. A program is kept under a digest of all that it was compiled from:
+its operations, XLA's flags and the versions of jax and XLA. Another program is compiled.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import jax
-import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+_SUFFIX = "-cache"  # of the files that hold programs
+_DAYS = 14
 
-@pytest.fixture(scope="package", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every run of these tests compiles the same few programs."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
+
+@contextlib.contextmanager
+def no_folder() -> Iterator[None]:
+    """As a user has it: jax is told of no folder, and commands have their own."""
+    options = {"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True}
     before = {name: getattr(jax.config, name) for name in options}
+    _configure(options)
+    try:
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(options: Mapping[str, object]) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+
+
+class CompiledPrograms:
+    """The programs of one process and its children, in a folder of its own until they are kept.
+
+    Several processes test at the same time, and jax may read what another one has half written.
+
+    Args:
+      kept: folder for the programs of all runs, on this kind of processor.
+    """
+
+    def __init__(self, kept: Path) -> None:
+        self._kept = kept
+        self._folder = tempfile.TemporaryDirectory(prefix="compiled-")
+        self._own = Path(self._folder.name)
+        for program in kept.glob(f"*{_SUFFIX}"):
+            (self._own / program.name).symlink_to(program)
+
+    def use(self) -> None:
+        """Tells jax of the folder, here and in every child."""
+        for name, value in (
+            ("jax_compilation_cache_dir", str(self._own)),
+            ("jax_persistent_cache_min_compile_time_secs", 0.0),
+            ("jax_persistent_cache_min_entry_size_bytes", -1),
+        ):
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)
+
+    def keep(self) -> None:
+        """Keeps what is new, each file whole or not at all; removes what has become old."""
+        with contextlib.suppress(OSError):  # a tree that cannot be written, a full disk
+            self._kept.mkdir(parents=True, exist_ok=True)
+            for program in self._own.glob(f"*{_SUFFIX}"):
+                # a child that was killed may leave an empty file
+                if not program.is_symlink() and program.stat().st_size:
+                    part = self._kept / f"{program.name}.{os.getpid()}"
+                    shutil.copyfile(program, part)
+                    part.replace(self._kept / program.name)
+            for file in self._kept.iterdir():
+                used = max(file.stat().st_atime, file.stat().st_mtime)
+                if time.time() - used > _DAYS * 86_400:
+                    file.unlink(missing_ok=True)
+        self._folder.cleanup()

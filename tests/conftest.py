@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import tempfile
@@ -18,9 +19,25 @@ import jax
 import pytest
 from hypothesis import settings
 
+from mdn_jax.compiled import processor
+from tests.compile_cache import CompiledPrograms
+
+compiled = CompiledPrograms(Path(__file__).parents[1] / ".compiled" / processor())
+compiled.use()
+
 # compilation makes the first example slow, and timing is not what these tests are about
 settings.register_profile("project", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("project")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collecting garbage has no use in walking it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    compiled.keep()
 
 
 @pytest.fixture(scope="module", autouse=True)

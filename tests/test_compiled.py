@@ -4,24 +4,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from mdn_jax import compiled
 from mdn_jax.cli.common import run
 from mdn_jax.compiled import compiled_once
+from tests.compile_cache import no_folder
 
 
 @pytest.fixture(autouse=True)
 def as_a_user_has_it(monkeypatch, tmp_path):
     """No directory of jax's, and everything takes long enough to be kept."""
-    kept = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
     monkeypatch.setattr(compiled, "_SECONDS", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", kept)
-    compilation_cache.reset_cache()
+    with no_folder():
+        yield
 
 
 def place():

@@ -220,7 +220,7 @@ def _unit_lower_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tu
     return inverse, -_exact_einsum("...ij,...jk->...ik", inverse, change)
 
 
-def _unit_lower_inverse(lower: Array, base: int = 16) -> Array:
+def _unit_lower_inverse(lower: Array, base: int = 8) -> Array:
     """Halves are inverted together and joined, `[[X1, 0], [-X2 L21 X1, X2]]`."""
     size = lower.shape[-1]
     if size <= base:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import throughput as command
 from benchmarks.throughput import Row, ThroughputConfig, table, throughput
+from tests.compile_cache import no_folder
 
 
 @pytest.mark.slow
@@ -34,7 +35,8 @@ def test_smoke(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_compile_only(tmp_path, capsys):
     options = {"models": ("mamba2_400m",), "output": tmp_path, "smoke": True}
-    throughput(ThroughputConfig(**options, compile_only=True))
+    with no_folder():
+        throughput(ThroughputConfig(**options, compile_only=True))
     assert "mamba2_400m, 16: compiled in" in capsys.readouterr().out
     assert (tmp_path / "results.jsonl").read_text() == ""
     assert any((tmp_path / "compiled").iterdir())

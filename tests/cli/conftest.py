@@ -5,7 +5,6 @@ from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.saved.model import save_model
-from tests.compile_cache import compile_once as compile_once
 from tests.tiny import TINY_MODEL
 from train.step import split_model
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from tests.layers.helpers import TINY, assert_close, call, normal, vjp
 
 T = 9
 GROUPED = dataclasses.replace(TINY, num_v_heads=4, conv_bias=True)
-LAYER = MomentumDeltaNet(GROUPED, rngs=nnx.Rngs(0))
+# "scan" compiles faster; `test_implementations_agree` holds the default to it
+make = partial(MomentumDeltaNet, implementation="scan")
+LAYER = make(GROUPED, rngs=nnx.Rngs(0))
 X = normal(1, 2, T, TINY.hidden_size)
 
 
@@ -152,8 +155,8 @@ def test_grouped_heads_are_repeated_heads(correction, p_times_alpha):
     config = dataclasses.replace(
         GROUPED, use_output_correction=correction, use_p_times_alpha=p_times_alpha
     )
-    grouped = MomentumDeltaNet(config, rngs=nnx.Rngs(0))
-    full = MomentumDeltaNet(dataclasses.replace(config, num_heads=4), rngs=nnx.Rngs(1))
+    grouped = make(config, rngs=nnx.Rngs(0))
+    full = make(dataclasses.replace(config, num_heads=4), rngs=nnx.Rngs(1))
 
     def repeat(path, target, source):
         if path[0].key[0] in "qk" and target.shape != source.shape:
@@ -184,7 +187,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_splits_and_packs(option):
     config = dataclasses.replace(TINY, **OPTIONS[option])
-    layer = MomentumDeltaNet(config, rngs=nnx.Rngs(0))
+    layer = make(config, rngs=nnx.Rngs(0))
     x, empty = normal(1, 2, 10, TINY.hidden_size), layer.init_cache(2)
     y, cache = call(layer, x)
     # halves, so that one program serves all three
@@ -198,10 +201,10 @@ def test_every_option_splits_and_packs(option):
 
 
 def test_options_change_the_output():
-    outputs = {"default": call(MomentumDeltaNet(TINY, rngs=nnx.Rngs(0)), X)[0]}
+    outputs = {"default": call(make(TINY, rngs=nnx.Rngs(0)), X)[0]}
     for option in ("no gate", "plain", "stable"):
         config = dataclasses.replace(TINY, **OPTIONS[option])
-        outputs[option] = call(MomentumDeltaNet(config, rngs=nnx.Rngs(0)), X)[0]
+        outputs[option] = call(make(config, rngs=nnx.Rngs(0)), X)[0]
     names = list(outputs)
     for i, name in enumerate(names):
         for other in names[:i]:
@@ -209,8 +212,21 @@ def test_options_change_the_output():
 
 
 def test_implementations_agree():
-    scan = MomentumDeltaNet(GROUPED, rngs=nnx.Rngs(0), implementation="scan")
-    assert_close(call(scan, X), call(LAYER, X))
+    """Outputs, caches and gradients of packed rows that go on."""
+    default = MomentumDeltaNet(GROUPED, rngs=nnx.Rngs(0))
+    ids = segments([[3, 5], [7]])
+    _, before = call(LAYER, normal(2, *X.shape))
+
+    @nnx.jit
+    def everything(layer, x, cache):
+        def loss(layer, x, cache):
+            y, after = layer(x, ids, cache)
+            return (y * jnp.cos(X)).sum() + (after.state.s * after.state.m).sum(), (y, after)
+
+        return nnx.grad(loss, argnums=(0, 1, 2), has_aux=True)(layer, x, cache)
+
+    gradients, outputs = everything(default, X, before)
+    assert_close((gradients, outputs), everything(LAYER, X, before))
     with pytest.raises(ValueError, match="implementation"):
         MomentumDeltaNet(GROUPED, rngs=nnx.Rngs(0), implementation="cuda")(X)
 

@@ -1,1 +1,0 @@
-from tests.compile_cache import compile_once as compile_once
