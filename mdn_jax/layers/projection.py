@@ -1,5 +1,7 @@
 """Projection of low-precision activations to float32 outputs."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -32,3 +34,17 @@ def _wide_projection_jvp(
     y = wide_projection(x, kernel)
     dy = dx @ kernel.astype(x.dtype) + x @ dkernel.astype(x.dtype)
     return y, dy.astype(y.dtype)
+
+
+def wide_projections(
+    x: Float[Array, "*B I"], kernels: Sequence[Float[Array, "I O"]]
+) -> list[Float[Array, "*B O"]]:
+    """`wide_projection` of each kernel, in one product that reads `x` once.
+
+    Columns of the kernels alternate, so that one device's columns of each, where heads are cut over
+    devices, are its columns of the product.
+    """
+    joined = jnp.stack(kernels, axis=-1)  # [I, O, kernels]
+    y = wide_projection(x, joined.reshape(joined.shape[0], -1))
+    y = y.reshape(*x.shape[:-1], *joined.shape[1:])
+    return [y[..., i] for i in range(len(kernels))]

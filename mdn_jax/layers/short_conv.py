@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.sharding import by_rows_and_channels
+from mdn_jax.ops.context import varying
 from mdn_jax.ops.inputs import document_starts
 from mdn_jax.ops.short_convolution import (
     Convolution,
@@ -126,7 +127,8 @@ def short_convolutions(
       ValueError: an implementation that does not support the call.
     """
     dtype = convs[0].dtype
-    inputs, tails = ([x.astype(dtype) for x in arrays] for arrays in (inputs, tails))
+    # a cache that was made here is the same on all devices of a shard_map
+    inputs, tails = varying([[x.astype(dtype) for x in arrays] for arrays in (inputs, tails)])
     starts = None
     if segment_ids is not None:
         starts = document_starts(segment_ids, (inputs[0].shape[0], inputs[0].shape[1]))
