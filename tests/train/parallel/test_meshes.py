@@ -64,20 +64,18 @@ def test_a_step_that_is_not_finite_is_refused_by_every_device(report, mesh):
     assert report["refused"][mesh]
 
 
-@pytest.mark.parametrize("mesh", ["8x1x1x1", "1x1x2x1", "2x1x4x1"])
+@pytest.mark.parametrize("mesh", ["8x1x1x1", "1x1x2x1", "2x1x4x1", "1x2x2x2"])
 def test_gradients_are_added_up_once_a_step(report, mesh):
     found = report["collectives"][mesh]
     assert found["outside"]["sum of arrays"] == 1  # all of them, and the loss, together
-    assert not {"sum of arrays", "sum of scalars"} & found["loop"].keys()
+    if mesh != "1x2x2x2":  # there parameters and heads are cut too
+        assert not {"sum of arrays", "sum of scalars"} & found["loop"].keys()
     if mesh == "8x1x1x1":  # micro-batches know nothing of each other
         assert found["loop"] == {}
 
 
-@pytest.mark.parametrize("mesh", ["1x8x1x1", "1x2x2x2"])
-def test_where_parameters_are_cut_the_sums_of_a_micro_batch_are_few(report, mesh):
-    """Those of the parts of gradients together; with `tensor` those of activations besides."""
-    found = report["collectives"][mesh]
-    assert found["loop"]["sum of arrays"] == 1 if mesh == "1x8x1x1" else 4
+def test_where_parameters_are_cut_a_micro_batch_adds_up_once(report):
+    assert report["collectives"]["1x8x1x1"]["loop"]["sum of arrays"] == 1
 
 
 @pytest.mark.parametrize("mesh", MESHES)
