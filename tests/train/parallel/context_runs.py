@@ -30,6 +30,7 @@ from train.metrics.log import read_metrics
 # two layers of a stack, keys that are gathered, another rule
 HYBRID = {"num_hidden_layers": 4, "num_heads": 2, "mixer": "gdn", "other_mixer": "mdn"}
 HYBRID |= {"other_layers": (0, 1), "attn": AttentionConfig(layers=(2,), num_heads=2)}
+HYBRID |= {"intermediate_size": 0}
 CONTEXT = ["--mesh.data", "1", "--mesh.context", "2"]
 
 
@@ -61,7 +62,7 @@ def main(corpus: str, output: str) -> None:
     compile_once(f"{output}/compiled")
     where = Path(output)
     config = configuration(Path(corpus), where / "one")
-    train(config, devices=jax.devices()[:1])
+    train(dataclasses.replace(config, sample_tokens=0), devices=jax.devices()[:1])
     file = where / "hybrid.json"
     file.write_text(json.dumps(to_dict(config)))
     two = [str(file), *CONTEXT, "--output-dir", str(where / "two")]
