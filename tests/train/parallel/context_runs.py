@@ -18,14 +18,17 @@ import jax
 
 from mdn_jax import MDNConfig
 from mdn_jax.models.attention_config import AttentionConfig
+from mdn_jax.ops import TRITON_CALL
+from pallas_kernels.target import target_gpu
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import tiny_config
 from tests.train.parallel.processes import compile_once
 from train.cli.train import main as command
 from train.config import to_dict
-from train.config_sections import GuardConfig, OptimizerConfig
+from train.config_sections import GuardConfig, MeshConfig, OptimizerConfig
 from train.loop import train
 from train.metrics.log import read_metrics
+from train.model_and_step import ModelAndStep
 
 # two layers of a stack, keys that are gathered, another rule
 HYBRID = {"num_hidden_layers": 4, "num_heads": 2, "mixer": "gdn", "other_mixer": "mdn"}
@@ -58,6 +61,20 @@ def measured(output: Path) -> dict:
     }
 
 
+def lowered_for_gpus(config) -> str:
+    """The step with the kernels, as it would go to XLA on two H100s."""
+    sizes = {"num_heads": 1, "head_dim": 64, "expand_v": 1.0}
+    model = MDNConfig(**TINY_MODEL | sizes)
+    config = dataclasses.replace(config, model=model, implementation=None, sequence_length=256)
+    made = ModelAndStep(dataclasses.replace(config, mesh=MeshConfig(data=1, context=2)).resolved())
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), "int32")
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.like)
+    with target_gpu((9, 0), dict(made.mesh.shape)):
+        step = jax.jit(made.step.__wrapped__)
+        traced = step.trace(state, dict.fromkeys(("tokens", "segment_ids", "targets"), tokens))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def main(corpus: str, output: str) -> None:
     compile_once(f"{output}/compiled")
     where = Path(output)
@@ -70,7 +87,10 @@ def main(corpus: str, output: str) -> None:
     assert (where / "two" / "sample.txt").exists()
     tuned = [str(file), *CONTEXT, "--output-dir", str(where / "tuned")]
     assert command([*tuned, "--init-from", str(where / "two")]) == 0
-    print(json.dumps({name: measured(where / name) for name in ("one", "two", "tuned")}))
+    report = {name: measured(where / name) for name in ("one", "two", "tuned")}
+    text = lowered_for_gpus(config)
+    counted = TRITON_CALL, "stablehlo.all_gather", "stablehlo.collective_permute"
+    print(json.dumps(report | {"lowered": {name: text.count(name) for name in counted}}))
 
 
 if __name__ == "__main__":

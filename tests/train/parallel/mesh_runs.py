@@ -47,12 +47,14 @@ MOVES = (
 )
 # rows for eight devices in two micro-batches, two heads for the axis `tensor`
 SHAPE = {"batch_size": 16, "accumulation": 2, "steps": STEPS}
+AT_ONCE = "1x1x2x1"  # its batch is one micro-batch
 
 
 def on_mesh(mesh: str, corpus: Path, output: Path) -> TrainConfig:
     sizes = MeshConfig(**dict(zip(AXES, map(int, mesh.split("x")), strict=True)))
     model = MDNConfig(**TINY_MODEL | {"num_heads": 2})
-    config = tiny_config(corpus, output, mesh=sizes, **SHAPE)
+    shape = SHAPE | ({"accumulation": 1} if mesh == AT_ONCE else {})
+    config = tiny_config(corpus, output, mesh=sizes, **shape)
     return dataclasses.replace(config, model=model)
 
 

@@ -51,6 +51,12 @@ def test_fine_tuning_begins_where_the_run_ended(report):
     assert report["tuned"]["others"]["held_out_loss"] < report["two"]["others"]["held_out_loss"]
 
 
+@pytest.mark.slow
+def test_the_step_is_lowered_for_gpus_with_the_kernels(report):
+    """The rule for the map of a stretch, and the rule; its backward pass twice; convolutions."""
+    assert all(report["lowered"].values()), report["lowered"]
+
+
 @pytest.mark.parametrize(
     ("parts", "changes", "words"),
     [
