@@ -29,9 +29,10 @@ NODE = 8
 
 @cache
 def models() -> dict[str, MDNConfig]:
-    """The published 1.3B model, and one of 7B with heads of the same size."""
+    """The published models, and one of 7B with heads of the same size."""
     large = CONFIGS["mdn_1_3b"]().model
     return {
+        "400M": CONFIGS["mdn_400m"]().model,
         "1.3B": large,
         "7B": MDNConfig(
             **large.to_dict() | {"hidden_size": 4096, "num_hidden_layers": 28, "num_heads": 12}
@@ -97,6 +98,8 @@ class Plan:
       rows: of a batch.
       micro: rows of a micro-batch on a device (on `tensor` devices together).
       remat: see `mdn_jax.models.remat`.
+      context: devices that share the tokens of the same rows.
+      length: tokens of a row.
     """
 
     model: str
@@ -106,11 +109,23 @@ class Plan:
     rows: int
     micro: int
     remat: str = "states"
+    context: int = 1
+    length: int = LENGTH
 
     @property
     def devices(self) -> int:
         """All of them."""
-        return self.data * self.fsdp * self.tensor
+        return self.data * self.fsdp * self.context * self.tensor
+
+    @property
+    def sums_once(self) -> bool:
+        """Whether gradients are added up over `data` and `context` once a step."""
+        return self.tensor == 1 or self.context > 1
+
+    @property
+    def tokens(self) -> float:
+        """Of a micro-batch on a device."""
+        return self.micro * self.length / self.context
 
     @property
     def accumulation(self) -> int:
@@ -141,7 +156,7 @@ class Plan:
         config = models()[self.model]
         stream = 2 * 4 * config.hidden_size
         block = stream + (activation_bytes(config, self.remat) - stream) / self.tensor
-        return self.micro * LENGTH * config.num_hidden_layers * block + 1.5 * 2**30
+        return self.tokens * config.num_hidden_layers * block + 1.5 * 2**30
 
     def memory(self) -> float:
         """Bytes on a device."""
@@ -150,30 +165,46 @@ class Plan:
     def traffic(self) -> dict[str, float]:
         """Bytes that a device sends in a step, by axis; ring algorithms.
 
-        `fsdp`: rounded matrices gathered once, their gradients scattered for every micro-batch.
-        `data`: the gradients of a device's part added up for every micro-batch. `tensor`:
-        activations `[tokens, hidden]` added up twice a block, forward and backward. The gradient of
-        the output projection, which every device has, is added up over all axes in float32.
+        `fsdp`: rounded matrices gathered once, their gradients scattered for every micro-batch; so
+        is the gradient of the output projection, which every device has, in float32. `data`: the
+        gradients of a device's part added up, over `context` too, once a step; with `tensor` and
+        without `context` for every micro-batch. `tensor`: activations `[tokens, hidden]` added up
+        twice a block, forward and backward. `context`: the maps of stretches gathered in every
+        block, forward and backward, and the last inputs of its convolutions.
         """
         n, config = size(self.model), models()[self.model]
-        f, t, d = self.fsdp, self.tensor, self.data
-        matrices, tokens = 2 * n.matrices / t, self.micro * LENGTH
-        sums = 4 * 2 * 2 * tokens * config.hidden_size * config.num_hidden_layers
-        head = self.accumulation * 2 * 4 * n.table
-        of_fsdp, of_data = (f - 1) / f, (d - 1) / d
+        f, t, d, c = self.fsdp, self.tensor, self.data, self.context
+        a, matrices = self.accumulation, 2 * n.matrices / t
+        sums = 4 * 2 * 2 * self.tokens * config.hidden_size * config.num_hidden_layers
+        head = a * 2 * 4 * n.table
+        if self.sums_once:  # of many micro-batches in float32
+            each = 4 * n.total if a > 1 else 2 * n.matrices + 4 * (n.total - n.matrices)
+            added, over = 2 * each / (f * t), d * c
+        else:
+            added, over = (2 * a * matrices + head) / f, d
+        keys, values = config.head_dim, config.head_v_dim
+        maps = config.value_heads * 8 * keys * (2 * keys + values)
+        tails = 2 * config.conv_size * (2 * config.key_dim + config.value_dim)
+        exchanged = 2 * a * self.micro * config.num_hidden_layers / t
         return {
-            "fsdp": (matrices * (1 + self.accumulation) + head) * of_fsdp,
-            "data": (2 * self.accumulation * matrices + head) / f * of_data,
-            "tensor": self.accumulation * sums * (t - 1) / t,
+            "fsdp": (matrices * (1 + a) + head) * (f - 1) / f,
+            "data": added * (over - 1) / over,
+            "context": exchanged * ((c - 1) * maps + (c > 1) * tails),
+            "tensor": a * sums * (t - 1) / t,
         }
 
     def link_seconds(self, axis: str, sent: float) -> float:
-        """The least time of a device's bytes; tensor lies innermost, then fsdp, then data.
+        """The least time of a device's bytes; tensor lies innermost, then context, fsdp, data.
 
         Of a ring over several nodes only one in so many as it has members in a node leaves it.
         """
-        inner = {"tensor": 1, "fsdp": self.tensor, "data": self.tensor * self.fsdp}[axis]
-        length = {"tensor": self.tensor, "fsdp": self.fsdp, "data": self.data}[axis]
+        t, c, f, d = self.tensor, self.context, self.fsdp, self.data
+        inner, length = {
+            "tensor": (1, t),
+            "context": (t, c),
+            "fsdp": (t * c, f),
+            "data": (t * f, c * d) if self.sums_once else (t * c * f, d),
+        }[axis]
         if inner * length <= NODE:
             return sent / NVLINK
         return max(sent / NVLINK, sent / max(1, NODE // inner) / NETWORK)
@@ -181,14 +212,20 @@ class Plan:
     def seconds(self, mfu: float, links: float) -> tuple[float, float]:
         """Of computation and of communication in a step.
 
+        Over `context` each device goes through its stretch twice: forward first for its map, with
+        `2 K` more columns in every head, and backward first for the gradient of its states.
+
         Args:
           mfu: share of the peak that one GPU reaches by itself.
           links: share of their bandwidth that collectives reach.
         """
         n, config = size(self.model), models()[self.model]
-        states = 12 * config.value_heads * config.head_dim * config.head_v_dim
-        per_token = 3 * (2 * (n.matrices + n.table) + states * config.num_hidden_layers)
-        compute = self.rows * LENGTH * per_token / (self.devices * H100_FLOPS * mfu)
+        keys, values = config.head_dim, config.head_v_dim
+        column = 12 * config.value_heads * keys * config.num_hidden_layers
+        per_token = 3 * (2 * (n.matrices + n.table) + column * values)
+        if self.context > 1:
+            per_token += column * (2 * values + 2 * keys)
+        compute = self.rows * self.length * per_token / (self.devices * H100_FLOPS * mfu)
         sent = sum(self.link_seconds(axis, x) for axis, x in self.traffic().items()) / links
         return compute, sent
 
@@ -209,6 +246,12 @@ PLANS = (
 )
 
 
+LONG_PLANS = tuple(
+    Plan("400M", 1, 1, 1, rows=8, micro=1, context=context, length=131_072)
+    for context in (1, 2, 4, 8)
+)
+
+
 @dataclass(frozen=True)
 class ScalingConfig:
     """What the times are worked out with."""
@@ -225,43 +268,48 @@ def scaling(config: Annotated[ScalingConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def tables(config: ScalingConfig) -> list[str]:
-    """Memory, traffic and time of every plan, in Markdown."""
-    memory = [
-        [
-            *_name(plan),
-            plan.accumulation,
-            f"{plan.state_bytes() / GB:.1f}",
-            f"{plan.gathered_bytes() / GB:.1f}",
-            f"{plan.activations() / GB:.1f}",
-            f"{plan.memory() / GB:.1f}",
-        ]
-        for plan in PLANS
-    ]
-    times = []
-    for plan in PLANS:
-        compute, sent = plan.seconds(config.mfu, config.links)
-        traffic = [f"{x / GB:.1f}" for x in plan.traffic().values()]
-        speed = plan.rows * LENGTH / (compute + sent)
-        worst, best = compute / (compute + sent), compute / max(compute, sent)
-        times.append(
-            [
-                *_name(plan),
-                *traffic,
-                f"{compute:.2f}",
-                f"{sent:.2f}",
-                f"{worst:.0%} to {best:.0%}",
-                f"{speed:,.0f}",
-            ]
-        )
+    """Memory, traffic and time of every plan, and of long rows, in Markdown."""
     names = ["model", "GPUs", "data x fsdp x tensor"]
     parts = ["micro-batches", "state", "gathered", "activations", "GB a GPU"]
     links = ["fsdp GB", "data GB", "tensor GB", "compute s", "links s", "efficiency", "tokens/s"]
+    memory, times = [], []
+    for plan in PLANS:
+        memory.append([*_name(plan), plan.accumulation, *_memory(plan)])
+        traffic = [f"{plan.traffic()[axis] / GB:.1f}" for axis in ("fsdp", "data", "tensor")]
+        times.append([*_name(plan), *traffic, *_times(plan, config)])
+    long = [
+        [
+            plan.context,
+            *_memory(plan),
+            f"{plan.traffic()['context'] / GB:.2f}",
+            f"{plan.traffic()['data'] / GB:.1f}",
+            *_times(plan, config),
+        ]
+        for plan in LONG_PLANS
+    ]
+    heads = ["context", *parts[1:], "context GB", "sums GB", *links[3:]]
     return [
-        tabulate(memory, headers=[*names, *parts], tablefmt="github", disable_numparse=True),
-        tabulate(times, headers=[*names, *links], tablefmt="github", disable_numparse=True),
+        tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+        for rows, headers in (
+            (memory, [*names, *parts]),
+            (times, [*names, *links]),
+            (long, heads),
+        )
     ]
 
 
 def _name(plan: Plan) -> list[str]:
     mesh = f"{plan.data} x {plan.fsdp} x {plan.tensor}"
     return [plan.model, f"{plan.devices:,}", mesh]
+
+
+def _memory(plan: Plan) -> list[str]:
+    held = plan.state_bytes(), plan.gathered_bytes(), plan.activations(), plan.memory()
+    return [f"{x / GB:.1f}" for x in held]
+
+
+def _times(plan: Plan, config: ScalingConfig) -> list[str]:
+    compute, sent = plan.seconds(config.mfu, config.links)
+    speed = plan.rows * plan.length / (compute + sent)
+    worst, best = compute / (compute + sent), compute / max(compute, sent)
+    return [f"{compute:.2f}", f"{sent:.2f}", f"{worst:.0%} to {best:.0%}", f"{speed:,.0f}"]

@@ -1,5 +1,6 @@
 """The parts of a training run's configuration; every field is a flag."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -278,12 +279,16 @@ class MeshConfig:
     fsdp: int = option(1, resume="may change")
     """Devices that share parameters, gradients and moments, and take rows of the batch."""
 
+    context: int = option(1, resume="may change")
+    """Devices that share the tokens of the same rows, each an equal stretch of every row."""
+
     tensor: int = option(1, resume="may change")
     """Devices that share the heads and the MLP of the same rows."""
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
-        for name, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
+        named = dataclasses.asdict(self)
+        sizes = tuple(named.values())
+        for name, size in named.items():
             check(f"mesh.{name}", size, "an int >= 1 or -1", size >= 1 or size == -1)
         check("mesh", sizes, "-1 in one axis at most", sizes.count(-1) <= 1)
 

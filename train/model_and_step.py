@@ -9,13 +9,20 @@ from jax.sharding import Mesh
 
 from mdn_jax import MDNForCausalLM
 from mdn_jax.errors import RunError
-from mdn_jax.layers.sharding import FSDP, TENSOR
+from mdn_jax.layers.sharding import CONTEXT, FSDP, TENSOR
 from mdn_jax.models.sizes import check_fits
 from train.config import TrainConfig
 from train.freezing import frozen_mask, without_frozen
 from train.initialize import abstract_state, initial_params, place_state
 from train.optimizer import Params, make_optimizer, make_schedule, with_average
-from train.parallel.sharding import batch_sharding, check_divisible, make_mesh, replicated
+from train.parallel.own_tokens import OwnTokens
+from train.parallel.sharding import (
+    batch_sharding,
+    check_context,
+    check_divisible,
+    make_mesh,
+    replicated,
+)
 from train.stacking import by_layer, equal_layers, stacked
 from train.step import TrainState, make_train_step, split_model
 
@@ -32,7 +39,7 @@ class ModelAndStep:
       schedule: of the learning rate.
       optimizer: update rule.
       model: shapes, without arrays.
-      loss: of parameters by layer and a batch, summed over targets.
+      loss: of parameters by layer and a batch, summed over targets; the mesh has to be ambient.
       frozen: which parameters of the state stay as they are; None: none.
       like: shapes and shardings of the training state, equal layers stacked.
       like_params: those of the parameters by layer.
@@ -53,17 +60,21 @@ class ModelAndStep:
         self.config = config
         self.schedule = make_schedule(config.optimizer, config.decay_steps)
         self.mesh = make_mesh(config.mesh, devices)
+        check_context(config, self.mesh)
         _check_size(config, self.mesh)
         self.model = nnx.eval_shape(
             lambda: MDNForCausalLM(
                 config.model,
                 implementation=config.implementation,
                 remat=config.remat,
+                context_axis=CONTEXT if self.mesh.shape[CONTEXT] > 1 else None,
                 dtype=jnp.dtype(config.dtype),
                 rngs=nnx.Rngs(0),
             )
         )
-        self.loss, params = split_model(self.model)
+        of_tokens, params = split_model(self.model)
+        tokens = OwnTokens(self.mesh)
+        self.loss = tokens.on_each(lambda *inputs: tokens.together(of_tokens(*inputs)))
         frozen = frozen_mask(params, config.optimizer.frozen)
         groups = equal_layers(params, frozen)
         self.frozen = stacked(frozen, groups, join=lambda marks: marks[0])
@@ -74,13 +85,14 @@ class ModelAndStep:
         self.like = abstract_state(params, groups, self.optimizer, self.mesh)
         self.like_params = by_layer(self.like.params)
         self.step = make_train_step(
-            self.loss,
+            of_tokens,
             self.optimizer,
             self.schedule,
             guard=config.guard,
             frozen=self.frozen,
             accumulation=config.accumulation,
             dtype=jnp.dtype(config.dtype),
+            tokens=tokens,
             state_sharding=jax.tree.map(lambda x: x.sharding, self.like),
             batch_sharding=batch_sharding(self.mesh),
             metrics_sharding=replicated(self.mesh),

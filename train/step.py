@@ -17,6 +17,7 @@ from train.data.packing import Batch
 from train.freezing import held, kept
 from train.guard import Guard, init_guard, judge
 from train.optimizer import Params, group_norms, is_projection
+from train.parallel.own_tokens import OwnTokens
 from train.stacking import unstacked
 
 # (parameters by layer, batch) -> loss summed over the batch's targets, nats
@@ -150,6 +151,7 @@ def make_train_step(
     frozen: Params | None = None,
     accumulation: int = 1,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    tokens: OwnTokens | None = None,
     state_sharding: Any = None,
     batch_sharding: Any = None,
     metrics_sharding: Any = None,
@@ -170,6 +172,9 @@ def make_train_step(
         the others.
       accumulation: micro-batches to cut the batch into, along its rows.
       dtype: of the model's computation; the matrices are rounded to it once a step.
+      tokens: of the mesh: the gradient is added up over its axes `data` and `context` once, after
+        the last micro-batch, or with a single one layer by layer; None: one device, or the
+        partitioner's.
       state_sharding: where the state lies before and after; None: as it comes.
       batch_sharding: where every array of a batch lies.
       metrics_sharding: where the metrics go.
@@ -177,31 +182,42 @@ def make_train_step(
     Returns:
       Function `(state, batch) -> (state, metrics)`; the buffers of `state` are reused.
     """
+    tokens = tokens or OwnTokens()
 
     def loss_and_gradient(params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
+        def of_own(whole: tuple[Params, Array], batch: Batch) -> tuple[Array, Params]:
+            low, count = whole
+
+            def loss(low: Params, micro: Batch, one: bool = False) -> Float[Array, ""]:
+                layers = unstacked(held(low, frozen))
+                # a single gradient is added up layer by layer, beside the layers that are left
+                layers = tokens.summed_gradient(layers) if one else layers
+                return summed_loss(layers, micro) / count
+
+            gradient = jax.value_and_grad(loss)
+            if accumulation == 1:
+                value, gradients = gradient(low, batch, one=True)
+                return tokens.together(value), gradients
+
+            def add(carry: Any, micro: Batch) -> tuple[Any, None]:
+                return jax.tree.map(
+                    lambda x, y: x + y.astype(x.dtype), carry, gradient(low, micro)
+                ), None
+
+            # every device's rows go into every micro-batch
+            micros = jax.tree.map(
+                lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch
+            )
+            zeros = jax.tree.map(lambda x, like: jnp.zeros_like(x, like.dtype), low, params)
+            return tokens.together(lax.scan(add, (jnp.zeros(()), zeros), micros)[0])
+
         count = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
-        gradient = jax.value_and_grad(
-            lambda params, micro: summed_loss(unstacked(held(params, frozen)), micro) / count
-        )
-        low = rounded(params, dtype)
+        value, gradients = tokens.on_each(of_own)((rounded(params, dtype), count), batch)
         if accumulation == 1:
-            loss, gradients = gradient(low, batch)
             # a stack's gradient is joined once: joined where it is used, moments are not updated in
             # place
             gradients = lax.optimization_barrier(gradients)
-            return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, params)
-
-        def add(carry: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(
-                lambda x, y: x + y.astype(x.dtype), carry, gradient(low, micro)
-            ), None
-
-        # every device's rows go into every micro-batch
-        micros = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch
-        )
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        return lax.scan(add, zeros, micros)[0]
+        return value, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, params)
 
     update = make_update(optimizer, schedule, guard or GuardConfig(), frozen)
 

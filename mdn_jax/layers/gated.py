@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.initializers import log_uniform, rate_bias, scale_by_depth
 from mdn_jax.layers.norm import GateActivation
-from mdn_jax.layers.projection import wide_projection
+from mdn_jax.layers.projection import wide_projection, wide_projections
 from mdn_jax.layers.sharding import sharded_rule
 from mdn_jax.layers.state_mixer import Branches, StateMixer, zero_padding
 from mdn_jax.ops.gated import (
@@ -55,8 +55,7 @@ class GatedDeltaNet(StateMixer):
         own: Bool[Array, "B T 1"] | None,
     ) -> tuple[Float[Array, "B T HV V"], State]:
         q, p = self._query_and_erase_key(qkv.q, qkv.k)
-        kernel = jnp.concatenate([self.a_proj[...], self.b_proj[...]], axis=1)  # x is read once
-        a, b = jnp.split(wide_projection(x, kernel), 2, axis=-1)  # [B, T, HV]
+        a, b = wide_projections(x, [self.a_proj[...], self.b_proj[...]])  # [B, T, HV]
         rule = partial(sharded_rule, gated_delta_rule, **self._rule_options)
         return self._kept(rule)(
             q=q,

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mdn_jax.layers.initializers import log_uniform, rate_bias
-from mdn_jax.layers.projection import wide_projection
+from mdn_jax.layers.projection import wide_projections
 from mdn_jax.layers.stable_gates import (
     LEAST_DECAY,
     largest_beta,
@@ -137,8 +137,7 @@ class MomentumGates(nnx.Module):
         kernels = [self.a_proj[...], self.b_proj[...], self.e_proj[...]]
         if self.m_proj is not None:
             kernels.append(self.m_proj[...])
-        projected = wide_projection(x, jnp.concatenate(kernels, axis=1))  # x is read once
-        a, b, e, *m = jnp.split(projected, len(kernels), axis=-1)  # [B, T, HV]
+        a, b, e, *m = wide_projections(x, kernels)  # [B, T, HV]
         log_mu = self._log_mu(m[0] if m else a)
         eta = 1.0 + jnp.tanh(e / self.tau)
         log_alpha = -self._decay(a)
@@ -214,9 +213,8 @@ class TitansGates(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T hidden"]) -> Gates:
         """The gates of every step of `x`."""
-        kernels = [self.a_proj[...], self.m_proj[...], self.e_proj[...]]  # x is read once
-        projected = wide_projection(x.astype(self.dtype), jnp.concatenate(kernels, axis=1))
-        a, m, e = jnp.split(projected, 3, axis=-1)  # [B, T, HV]
+        kernels = [self.a_proj[...], self.m_proj[...], self.e_proj[...]]
+        a, m, e = wide_projections(x.astype(self.dtype), kernels)  # [B, T, HV]
 
         def decay(x: Array, rate: nnx.Param[Array], bias: nnx.Param[Array]) -> Array:
             return -jnp.exp(_like(rate, x)) * jax.nn.softplus(x + _like(bias, x))

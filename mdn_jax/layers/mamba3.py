@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.initializers import rate_bias, scale_by_depth
-from mdn_jax.layers.projection import wide_projection
+from mdn_jax.layers.projection import wide_projection, wide_projections
 from mdn_jax.layers.sharding import sharded_rule
 from mdn_jax.layers.state_mixer import Branches, Projected, StateMixer, zero_padding
 from mdn_jax.ops.gated import TrapezoidalState, trapezoidal_linear_attention
@@ -93,8 +93,7 @@ class Mamba3(StateMixer):
         segment_ids: Int[Array, "B T"] | None,
         own: Bool[Array, "B T 1"] | None,
     ) -> tuple[Float[Array, "B T HV V"], TrapezoidalState]:
-        kernels = [self.dt_proj[...], self.a_proj[...], self.lam_proj[...]]  # x is read once
-        dt, a, lam = jnp.split(wide_projection(x, jnp.concatenate(kernels, axis=1)), 3, axis=-1)
+        dt, a, lam = wide_projections(x, [self.dt_proj[...], self.a_proj[...], self.lam_proj[...]])
         dt = zero_padding(jax.nn.softplus(dt + self.dt_bias[...].astype(dt.dtype)), own)
         angles = jnp.tanh(wide_projection(x, self.angle_proj[...]))[:, :, None]
         rule = partial(

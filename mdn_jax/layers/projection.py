@@ -1,5 +1,7 @@
 """Projections: with float32 outputs of low-precision activations; several in one product."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -69,3 +71,17 @@ def _for_two_backward(_: None, gradients: tuple[Array, Array]) -> tuple[Array]:
 
 
 for_two.defvjp(_for_two_forward, _for_two_backward)
+
+
+def wide_projections(
+    x: Float[Array, "*B I"], kernels: Sequence[Float[Array, "I O"]]
+) -> list[Float[Array, "*B O"]]:
+    """`wide_projection` of each kernel, in one product that reads `x` once.
+
+    Columns of the kernels alternate, so that one device's columns of each, where heads are cut over
+    devices, are its columns of the product.
+    """
+    joined = jnp.stack(kernels, axis=-1)  # [I, O, kernels]
+    y = wide_projection(x, joined.reshape(joined.shape[0], -1))
+    y = y.reshape(*x.shape[:-1], *joined.shape[1:])
+    return [y[..., i] for i in range(len(kernels))]

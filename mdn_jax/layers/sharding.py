@@ -18,13 +18,12 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from mdn_jax.ops.api import momentum_delta_rule
-from mdn_jax.ops.on_mesh import Cuts, fitting, head_counts, on_devices
+from mdn_jax.ops.on_mesh import Cuts, fitting, head_counts, on_devices, types_are_checked
 from mdn_jax.ops.rowwise import Places
 from mdn_jax.ops.state import MDNState
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+DATA, FSDP, CONTEXT, TENSOR = "data", "fsdp", "context", "tensor"
 ROWS, HEADS = (DATA, FSDP), (TENSOR,)
-CONTEXT = "context"
 
 _NAMES = Cuts(ROWS, (CONTEXT,), HEADS)
 
@@ -75,19 +74,6 @@ def cut(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
 def heads_are_cut() -> bool:
     """Whether the partitioner has more than one device on an axis of heads."""
     return any(partitioned().get(name, 1) > 1 for name in named_axes().heads)
-
-
-def constrain(x: Array, *dimensions: tuple[str, ...]) -> Array:
-    """`x` with its first dimensions cut over these axes and no other dimension cut.
-
-    Args:
-      x: any array, at least as many dimensions as named; as it is outside of a mesh.
-      *dimensions: `ROWS`, `HEADS` or `()` for each dimension from the first.
-    """
-    if math.prod(partitioned().get(name, 1) for name in AXES) == 1:
-        return x
-    cuts = (cut(axes, size) for axes, size in zip(dimensions, x.shape, strict=False))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*cuts))
 
 
 def token_places(x: Array) -> Places:
@@ -193,4 +179,5 @@ def by_rows_and_channels[Arguments](
         in_specs=(jax.tree.map(lambda x: by_rank[x.ndim], arguments), PartitionSpec(rows)),
         out_specs=by_rank[3],
         axis_names=frozenset(partitioned()),
+        check_vma=types_are_checked(arguments),
     )(arguments, starts)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.layers.sharding import by_rows_and_channels
+from mdn_jax.ops.context import varying
 from mdn_jax.ops.inputs import document_starts
 from mdn_jax.ops.short_convolution import (
     Convolution,
@@ -135,11 +136,10 @@ def short_convolutions(
       ValueError: an implementation that does not support the call.
     """
     dtype = convs[0].dtype
-    tails = [tail.astype(dtype) for tail in tails]
-    joined = inputs.astype(dtype) if isinstance(inputs, jax.Array) else None
-    if joined is None:
-        inputs = [x.astype(dtype) for x in inputs]
-    else:
+    # a cache that was made here is the same on all devices of a shard_map
+    inputs, tails = varying(jax.tree.map(lambda x: x.astype(dtype), (inputs, list(tails))))
+    joined = inputs if isinstance(inputs, jax.Array) else None
+    if joined is not None:
         ends = accumulate(conv.kernel.shape[1] for conv in convs)
         inputs = jnp.split(joined, list(ends)[:-1], axis=2)
     starts = None

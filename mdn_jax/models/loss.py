@@ -22,7 +22,7 @@ from mdn_jax.layers.explicit import automatically
 from mdn_jax.layers.sharding import cut, named_axes, partitioned
 from mdn_jax.ops.arguments import outside
 from mdn_jax.ops.context import varying
-from mdn_jax.ops.on_mesh import Cuts, axes_of, explicit_axes, explicit_mesh
+from mdn_jax.ops.on_mesh import Cuts, axes_of, explicit_axes, explicit_mesh, types_are_checked
 from mdn_jax.ops.rowwise import losses_and_gradient, on_kernels
 
 IGNORED = -100
@@ -141,6 +141,7 @@ def _on_devices(local: Any, gradients: bool, h: Array, kernel: Array, targets: A
         in_specs=(tokens, whole, tokens),
         out_specs=(whole, tokens, whole) if gradients else whole,
         axis_names=frozenset(partitioned()),
+        check_vma=types_are_checked(h),
     )(h, kernel, targets)
 
 

@@ -75,11 +75,22 @@ def on_devices(
         in_specs=(specs,),
         out_specs=(PartitionSpec(rows, time, heads), per_state),
         axis_names=frozenset(axes),
+        check_vma=types_are_checked(arrays),
     )(arrays)
 
 
 def _placed(mesh: Mesh | AbstractMesh, x: Array, spec: PartitionSpec) -> Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def types_are_checked(arrays: Any) -> bool:
+    """Whether types say over which axes of surrounding `jax.shard_map`s the arrays differ.
+
+    They do not where one has `check_vma=False`, and then one inside it must have that too.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return True
+    return any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays))
 
 
 def fitting(axes: Axes, sizes: dict[str, int], *dimensions: int) -> Axes:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from mdn_jax.ops import api
 from mdn_jax.ops.context import varying
-from mdn_jax.ops.on_mesh import Cuts
+from mdn_jax.ops.on_mesh import Cuts, types_are_checked
 
 MIN_STEPS = 16
 """Shorter calls, such as steps of decoding, are left to XLA."""
@@ -275,6 +275,7 @@ def _on_devices(
         in_specs=(jax.tree.map(spec, tokens), PartitionSpec()),
         out_specs=(spec(like), PartitionSpec()),
         axis_names=places.axes,
+        check_vma=types_are_checked(tokens),
     )(tokens, whole)
 
 

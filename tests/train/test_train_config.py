@@ -130,7 +130,7 @@ CHANGEABLE = {
     *("guard.action", "guard.loss_deviations", "guard.grad_norm_factor"),
     *("guard.window", "guard.patience"),
     *("report.tensorboard", "report.wandb", "report.wandb_project"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"),
     *("distributed.enabled", "distributed.coordinator"),
     *("distributed.processes", "distributed.index"),
     *("data.files", "data.tokenizer", "data.prefetch", "data.verify"),

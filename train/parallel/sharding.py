@@ -11,10 +11,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mdn_jax.errors import RunError
-from mdn_jax.layers.sharding import AXES, DATA, FSDP, ROWS, TENSOR
+from mdn_jax.layers.sharding import CONTEXT, DATA, FSDP, ROWS, TENSOR
+from mdn_jax.models.causal_lm import STATE_MIXERS
 from train.config import TrainConfig
 from train.config_sections import MeshConfig
 from train.stacking import LAYERS, is_stacked
+
+AXES = (DATA, FSDP, CONTEXT, TENSOR)
+"""Of a mesh, from the outermost: what is sent most goes over the nearest devices."""
 
 _REPLICATED, _PER_HEAD = PartitionSpec(), PartitionSpec(TENSOR)
 _TO_HEADS, _FROM_HEADS = PartitionSpec(FSDP, TENSOR), PartitionSpec(TENSOR, FSDP)
@@ -75,7 +79,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       RunError: sizes that do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, name) for name in AXES]
     known = math.prod(size for size in sizes if size != -1)
     wanted = " * ".join(f"mesh.{name}" for name in AXES)
     got = " x ".join(map(str, sizes))
@@ -123,6 +127,30 @@ def check_divisible(config: TrainConfig, mesh: Mesh, params: Any) -> None:
             _check_divisor(mesh, names, f"{size}, a dimension of {where} {list(x.shape)}", size)
 
 
+def check_context(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises unless the rows can be cut over the mesh's axis `context`.
+
+    Args:
+      config: of the run.
+      mesh: its mesh.
+
+    Raises:
+      RunError: names what does not fit.
+    """
+    parts, length, model = mesh.shape[CONTEXT], config.sequence_length, config.model
+    if parts == 1:
+        return
+    for kind in model.mixers:
+        if kind != "attention" and not STATE_MIXERS[kind].in_context:
+            raise RunError(f"mesh.{CONTEXT}: expected 1 with the mixer {kind}, got {parts}")
+    _check_divisor(mesh, (CONTEXT,), f"sequence_length = {length}", length)
+    if model.use_short_conv and length // parts < model.conv_size:
+        raise RunError(
+            f"mesh.{CONTEXT}: expected stretches of at least {model.conv_size} tokens "
+            f"(model.conv_size), got {length // parts}: sequence_length = {length} over {parts}"
+        )
+
+
 def _check_divisor(mesh: Mesh, axes: Sequence[str], what: str, size: int) -> None:
     parts = math.prod(mesh.shape[name] for name in axes)
     if size % parts:
@@ -157,8 +185,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    """Rows over `data` and `fsdp`, the tokens of a row over `context`."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, CONTEXT))
 
 
 class Share(NamedTuple):
@@ -167,7 +195,7 @@ class Share(NamedTuple):
     Attributes:
       part: its index.
       parts: number of equal parts that the rows are cut into. Below the number of processes where
-        `tensor` spans several of them: these bring the same rows.
+        `context` or `tensor` spans several of them: these bring the same rows, whole.
     """
 
     part: int
@@ -198,16 +226,24 @@ def process_share(mesh: Mesh, process: int | None = None) -> Share:
 
 
 def from_local[T](mesh: Mesh, batch: T) -> T:
-    """A global batch from each process's own rows, `[rows of its share, ...]`."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    """A global batch from each process's own rows, `[rows of its share, T]`, whole rows."""
+    share = process_share(mesh)
+    return jax.tree.map(
+        lambda x: _placed(mesh, x, share.part * len(x), share.parts * len(x)), batch
+    )
 
 
 def from_global[T](mesh: Mesh, batch: T) -> T:
     """A global batch from all of its rows, which every process has."""
-    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: _placed(mesh, np.asarray(x), 0, len(x)), batch)
 
-    def place(x: NDArray[Any]) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(lambda x: place(np.asarray(x)), batch)
+def _placed(mesh: Mesh, rows: NDArray[Any], first: int, count: int) -> jax.Array:
+    """A global array of so many rows, of which these, from `first` on, are this process's."""
+
+    def piece(index: Any) -> NDArray[Any]:
+        start, stop, _ = index[0].indices(count)
+        return rows[(slice(start - first, stop - first), *index[1:])]
+
+    shape = (count, *rows.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), piece)

@@ -2,13 +2,16 @@
 
 A program of its own, for the number of devices is fixed when JAX starts:
 
-    python -m tests.train.mesh_runs CORPUS OUTPUT              eight simulated devices
-    python -m tests.train.mesh_runs CORPUS OUTPUT PORT INDEX   one of two processes, a device each
+    python -m tests.train.parallel.mesh_runs CORPUS OUTPUT              eight simulated devices
+    python -m tests.train.parallel.mesh_runs CORPUS OUTPUT PORT INDEX   one of two processes
+
+Meshes are written data x fsdp x context x tensor.
 """
 
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,21 +31,30 @@ from train.checkpointing.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.config_sections import DistributedConfig, MeshConfig
 from train.parallel.distributed import several
-from train.parallel.sharding import from_local
+from train.parallel.sharding import AXES, from_local
 from train.run import Run
 
 STEPS, HALF = 20, 10
-MESHES = {"1x1x1": 1, "8x1x1": 8, "1x8x1": 8, "2x2x2": 8, "1x1x2": 2}
-MOVES = ("8x1x1", "2x2x2"), ("2x2x2", "1x1x2"), ("1x1x2", "1x8x1"), ("1x8x1", "1x1x1")
+ONE = "1x1x1x1"
+MESHES = {
+    **{ONE: 1, "8x1x1x1": 8, "1x8x1x1": 8, "2x2x1x2": 8},
+    **{"1x1x2x1": 2, "2x1x4x1": 8, "1x2x2x2": 8},
+}
+MOVES = (
+    *(("8x1x1x1", "2x2x1x2"), ("2x2x1x2", "1x8x1x1"), ("1x8x1x1", ONE), (ONE, "1x1x2x1")),
+    *(("1x1x2x1", "2x1x4x1"), ("2x1x4x1", "1x2x2x2"), ("1x2x2x2", ONE)),
+    ("1x1x2x1", "1x1x2x1"),
+)
 # rows for eight devices in two micro-batches, two heads for the axis `tensor`
 SHAPE = {"batch_size": 16, "accumulation": 2, "steps": STEPS}
+AT_ONCE = "1x1x2x1"  # its batch is one micro-batch
 
 
 def on_mesh(mesh: str, corpus: Path, output: Path) -> TrainConfig:
-    data, fsdp, tensor = map(int, mesh.split("x"))
+    sizes = MeshConfig(**dict(zip(AXES, map(int, mesh.split("x")), strict=True)))
     model = MDNConfig(**TINY_MODEL | {"num_heads": 2})
-    sizes = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    config = tiny_config(corpus, output, mesh=sizes, **SHAPE)
+    shape = SHAPE | ({"accumulation": 1} if mesh == AT_ONCE else {})
+    config = tiny_config(corpus, output, mesh=sizes, **shape)
     return dataclasses.replace(config, model=model)
 
 
@@ -80,10 +92,37 @@ def refused_everywhere(trainer, state):
     return same and counts == {1} and not np.isfinite(metrics.loss)
 
 
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?[(]"
+)
+
+
+def collectives(text):
+    """Of a compiled program: how many there are of each kind, in its loops and outside of them.
+
+    Sums of gradients, which are arrays, are counted apart from those of scalars.
+    """
+    counts = {"loop": {}, "outside": {}}
+    where = ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            where = "outside" if line.startswith("ENTRY") else "loop"
+        if found := COLLECTIVE.search(line):
+            results, kind = line[: found.start()], found[1]
+            if kind == "all-reduce":
+                kind = "sum of arrays" if re.search(r"\[\d", results) else "sum of scalars"
+            counts[where][kind] = counts[where].get(kind, 0) + 1
+    counts["branches"] = text.count(" conditional(")
+    return counts
+
+
 def half_and_half(config, devices=None):
     """A trainer, its losses and whether it refuses; leaves a checkpoint after half of the steps."""
     trainer = Run(config, devices=devices)
-    state, first = take_steps(trainer, trainer.initial_state(), range(HALF))
+    state = trainer.initial_state()
+    with jax.set_mesh(trainer.mesh):
+        trainer.train_step = trainer.step.lower(state, batch(trainer, 0)).compile()
+    state, first = take_steps(trainer, state, range(HALF))
     with Checkpoints(config) as checkpoints:
         checkpoints.save(state, data={"step": HALF}, corpus="", held_out_loss=None)
     state, second = take_steps(trainer, state, range(HALF, STEPS))
@@ -100,13 +139,14 @@ def second_half(trainer, saved):
 
 
 def on_meshes(corpus: Path, output: Path) -> dict:
-    report = {"losses": {}, "moved": {}, "refused": {}}
+    report = {"losses": {}, "moved": {}, "refused": {}, "collectives": {}}
     trainers = {}
     for mesh, count in MESHES.items():
         config = on_mesh(mesh, corpus, output / mesh)
         devices = jax.devices()[:count]
         trainers[mesh], losses, report["refused"][mesh] = half_and_half(config, devices)
         report["losses"][mesh] = losses
+        report["collectives"][mesh] = collectives(trainers[mesh].train_step.as_text())
     for old, new in MOVES:
         losses = second_half(trainers[new], trainers[old].config)
         report["moved"][f"{old} to {new}"] = losses
@@ -114,11 +154,15 @@ def on_meshes(corpus: Path, output: Path) -> dict:
 
 
 def in_processes(corpus: Path, output: Path, port: str, index: str) -> dict:
+    """Rows in two processes, from a checkpoint of many devices; then the tokens of rows."""
     address = f"localhost:{port}"
     with several(DistributedConfig(coordinator=address, processes=2, index=int(index))):
-        trainer, losses, refused = half_and_half(on_mesh("2x1x1", corpus, output / "processes"))
-        moved = second_half(trainer, on_mesh("8x1x1", corpus, output / "8x1x1"))
-    return {"losses": losses, "moved": moved, "refused": refused}
+        trainer, losses, refused = half_and_half(on_mesh("2x1x1x1", corpus, output / "processes"))
+        moved = second_half(trainer, on_mesh("8x1x1x1", corpus, output / "8x1x1x1"))
+        stretches = Run(on_mesh("1x1x2x1", corpus, output / "stretches"))
+        assert stretches.share == (0, 1)  # both bring whole rows
+        across = second_half(stretches, trainer.config)
+    return {"losses": losses, "moved": moved, "refused": refused, "across": across}
 
 
 def main(corpus: str, output: str, *process: str) -> None:

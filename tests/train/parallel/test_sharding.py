@@ -17,9 +17,9 @@ from train.run import Run
     [
         (
             {"data": 3},
-            "expected the number of devices, 1, got 3 x 1 x 1 = 3",
+            "expected the number of devices, 1, got 3 x 1 x 1 x 1 = 3",
         ),
-        ({"fsdp": 2}, "expected a divisor of the 1 devices beside -1, got -1 x 2 x 1"),
+        ({"fsdp": 2}, "expected a divisor of the 1 devices beside -1, got -1 x 2 x 1 x 1"),
     ],
 )
 def test_a_wrong_number_of_devices_is_named(corpus, tmp_path, sizes, words):
@@ -31,7 +31,7 @@ def test_a_wrong_number_of_devices_is_named(corpus, tmp_path, sizes, words):
 
 def test_the_rest_of_the_devices(corpus):
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
 
 def test_rows_of_a_share():
