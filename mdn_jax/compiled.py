@@ -40,14 +40,15 @@ def compiled_once(directory: Path | None = None) -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": _SECONDS,
     }
     before = {name: getattr(jax.config, name) for name in options}
-    _configure(options)
+    configure(options)
     try:
         yield
     finally:
-        _configure(before)
+        configure(before)
 
 
-def _configure(options: Mapping[str, Any]) -> None:
+def configure(options: Mapping[str, Any]) -> None:
+    """Sets options of jax's cache of programs, also where something was compiled before."""
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # what was chosen before the first compilation stays otherwise

@@ -9,11 +9,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
+
+from mdn_jax.compiled import configure
 
 _SUFFIX = "-cache"  # of the files that hold programs
 _DAYS = 14
@@ -24,17 +25,11 @@ def no_folder() -> Iterator[None]:
     """As a user has it: jax is told of no folder, and commands have their own."""
     options = {"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True}
     before = {name: getattr(jax.config, name) for name in options}
-    _configure(options)
+    configure(options)
     try:
         yield
     finally:
-        _configure(before)
-
-
-def _configure(options: Mapping[str, object]) -> None:
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+        configure(before)
 
 
 class CompiledPrograms:

@@ -72,8 +72,9 @@ def momentum_delta_rule(
     (MDN, arXiv 2605.05838, section 3.) `mu = 0, eta = 1` is the gated delta rule. Differentiable in
     every array argument and through the returned state; works under `jit`, `vmap`, `grad`,
     `jax.checkpoint` and `shard_map`; forward mode (`jax.jvp`) with `implementation="scan"` alone.
-    The length of the input never changes the arithmetic. For 16-bit inputs the kernels keep what
-    passes between them in 16 bits; under `jax.default_matmul_precision("highest")` (or "float32")
+    Lengths change results by rounding alone: a single step, and on the kernels a long row of few
+    heads, are summed in another order. For 16-bit inputs the kernels keep what passes between
+    them in 16 bits; under `jax.default_matmul_precision("highest")` (or "float32")
     every implementation computes them as float32.
 
     Args:

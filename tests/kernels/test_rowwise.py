@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from mdn_jax.testing import relative_errors
+from pallas_kernels.offline_compile import lowered
 from pallas_kernels.rowwise import Norm, cross_entropy_fwd, rms_norm_bwd, swiglu_bwd
+from tests.kernels.addresses import offsets
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -89,3 +91,29 @@ def test_swiglu(x64):
     expected = *pull(d_y.astype(jnp.float64)), y
     errors = relative_errors(swiglu_bwd(both, d_y, interpret=True), expected)
     assert max(errors.values()) <= 1e-6, errors
+
+
+def like(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+WIDE = like(2**22, 6, 256)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (swiglu_bwd, (like(2**20, 2 * 2816), like(2**20, 2816))),
+        (partial(rms_norm_bwd, Norm(1e-5)), (WIDE, like(256), None, WIDE, WIDE)),
+        (partial(rms_norm_bwd, Norm(1e-5, "silu", again=True)), (WIDE, like(256), WIDE, WIDE)),
+        (
+            partial(cross_entropy_fwd, vocab=50257, ignored=-100, unknown=-1, dtype=jnp.bfloat16),
+            (like(60_000, 50_304, dtype=jnp.float32), like(60_000, dtype=jnp.int32)),
+        ),
+    ],
+    ids=["swiglu", "norm", "gated_norm", "cross_entropy"],
+)
+def test_no_index_overflows(function, arguments):
+    """Arrays of more than 2^31 elements, as they lower for a GPU."""
+    (kernel,) = lowered(function, (9, 0), *arguments)
+    assert max(int(offset.max()) for offset in offsets(kernel)) >= 2**31
