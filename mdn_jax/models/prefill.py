@@ -69,7 +69,7 @@ def prefill(
     longest = int(lengths.max())
     if state is not None and not longest:
         return state
-    width = _shape(max(piece // len(rows), min(piece, _LEAST)))
+    width = piece_width(piece, len(rows))
     padded = np.zeros((len(rows), longest), np.int32)
     for row, new in zip(padded, rows, strict=True):
         row[: len(new)] = new
@@ -125,6 +125,7 @@ def _bucket(length: int) -> int:
     return 1 << (length - 1).bit_length() if length <= 512 else -(-length // 512) * 512
 
 
-def _shape(length: int) -> int:
-    """The largest length of `_bucket` that is not above this one."""
+def piece_width(piece: int, rows: int) -> int:
+    """Tokens of each row in a piece: a length of `_bucket` not above its share."""
+    length = max(piece // rows, min(piece, _LEAST))
     return 1 << (length.bit_length() - 1) if length <= 512 else length // 512 * 512
