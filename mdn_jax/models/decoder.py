@@ -1,5 +1,9 @@
 """A model taken apart once for many calls of compiled programs."""
 
+import contextlib
+from collections.abc import Callable
+from typing import Concatenate
+
 import jax
 import numpy as np
 from flax import nnx
@@ -12,6 +16,7 @@ from mdn_jax.models.blocks import Block, decode_block, decode_block_in_place
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.fields import require
 from mdn_jax.models.generation_state import GenerationState, check_state
+from mdn_jax.models.on_mesh import mesh_of
 from mdn_jax.models.sampling import SamplingArrays
 from mdn_jax.models.structure import Structure
 
@@ -38,6 +43,18 @@ class Decoder:
         graph, weights = nnx.split(model)
         self.arrays, tree = jax.tree.flatten(weights)
         self.structure = Structure(graph, tree)
+        self._mesh = mesh_of(self.arrays)
+
+    def call[**P, R](
+        self,
+        program: Callable[Concatenate[Structure, list[Array], P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Calls a compiled program, under the mesh over which the parameters lie."""
+        mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        with mesh:
+            return program(self.structure, self.arrays, *args, **kwargs)
 
     def block(
         self,
@@ -81,9 +98,7 @@ class Decoder:
         fits = logprobs is None or (is_whole(logprobs, 0) and logprobs <= vocab)
         require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
         run = decode_block_in_place if donate else decode_block
-        return run(
-            self.structure, self.arrays, state, limits, sampling, stop, size=size, logprobs=logprobs
-        )
+        return self.call(run, state, limits, sampling, stop, size=size, logprobs=logprobs)
 
 
 def as_decoder(model: MDNForCausalLM | Decoder) -> Decoder:
