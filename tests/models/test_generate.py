@@ -10,7 +10,7 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM, Sampling, generate
 from mdn_jax.models import initial_state, prefill, stream
-from mdn_jax.models.generate import _decode
+from mdn_jax.models.blocks import decode_block
 from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
 
 FULL_ATTENTION = dataclasses.replace(TINY_ATTENTION, window_size=None)
@@ -207,6 +207,14 @@ def test_attention_to_everything_has_a_limit():
         ({"max_length": 0}, ["max_length", ">= 1", "0"]),
         ({"sampling": 0.7}, ["sampling", "a Sampling", "0.7"]),
         ({"state": 1}, ["state", "a GenerationState", "int"]),
+        ({"max_new_tokens": [1, 2]}, ["max_new_tokens", "1 of them (rows)", "got 2"]),
+        ({"max_new_tokens": [0]}, ["max_new_tokens", ">= 1", "0"]),
+        ({"max_new_tokens": [1.5]}, ["max_new_tokens", ">= 1", "float64"]),
+        ({"stop_tokens": [[1], [2]]}, ["stop_tokens", "1 lists of them (rows)", "2 lists"]),
+        ({"stop_tokens": [[99]]}, ["stop_tokens", "from 0 to 30", "99"]),
+        ({"stop_tokens": [[1], 2]}, ["stop_tokens", "a list"]),
+        ({"logprobs": -1}, ["logprobs", "from 0 to 31", "-1"]),
+        ({"logprobs": 32}, ["logprobs", "from 0 to 31", "32"]),
     ],
 )
 def test_bad_arguments(options, words):
@@ -254,7 +262,7 @@ def test_the_loop_is_compiled_once():
     graph, weights = nnx.split(MODELS["mdn"])
     model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
     state = prefill(model, [PROMPTS[0]])
-    before = _decode._cache_size()
+    before = decode_block._cache_size()
     for _ in stream(model, state, max_new_tokens=20, block=6):
         pass
-    assert _decode._cache_size() == before + 1
+    assert decode_block._cache_size() == before + 1

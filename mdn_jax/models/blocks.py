@@ -1,0 +1,145 @@
+"""The compiled loop of single tokens: a block of them for every row of a batch."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import NDArray
+
+from mdn_jax.models.generation_state import GenerationState
+from mdn_jax.models.sampling import SamplingArrays, draw, needed
+from mdn_jax.models.structure import Structure
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities (nats) of the model's own distribution; a pytree.
+
+    That is the log-softmax of the logits in float32 (float64 for float64) over the whole
+    vocabulary, before limit, bias, penalty, temperature and filters.
+
+    Attributes:
+      drawn: of the tokens drawn.
+      likeliest: the `n` likeliest tokens, the likeliest first, ties in the order of the ids.
+      of_likeliest: theirs.
+    """
+
+    drawn: Float[Array, "B N"]
+    likeliest: Int[Array, "B N n"]
+    of_likeliest: Float[Array, "B N n"]
+
+
+class Block(NamedTuple):
+    """Some more tokens of every row; a pytree.
+
+    Attributes:
+      tokens: the first `counts` of a row are its new ones; -1, the last, where the logits had nan
+        or inf and nothing could be drawn.
+      counts: how many tokens each row got.
+      ended: rows whose last token is a stop token, or -1.
+      state: after these tokens; of a row that got none it is as before.
+      logprobs: of the tokens; None where not asked for.
+    """
+
+    tokens: Int[Array, "B N"]
+    counts: Int[Array, " B"]
+    ended: Bool[Array, " B"]
+    state: GenerationState
+    logprobs: Logprobs | None
+
+
+def stop_array(stop_tokens: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    """Stop tokens of every row as an array `[B, S]`, behind them -1; `S` is 8, 16, 32, ..."""
+    longest = max(map(len, stop_tokens), default=0)
+    array = np.full((len(stop_tokens), max(8, 1 << (longest - 1).bit_length())), -1, np.int32)
+    for row, tokens in zip(array, stop_tokens, strict=True):
+        row[: len(tokens)] = tokens
+    return array
+
+
+class _Carry(NamedTuple):
+    block: Block
+    step: Int[Array, ""]
+
+
+def _block(
+    structure: Structure,
+    arrays: list[Array],
+    state: GenerationState,
+    limits: Int[Array, " B"],
+    sampling: SamplingArrays,
+    stop: Int[Array, "B S"],
+    *,
+    size: int,
+    logprobs: int | None,
+) -> Block:
+    model = structure.model(arrays)
+    batch = limits.shape[0]
+    rows = jnp.arange(batch)
+    need = needed(sampling, limits > 0)
+
+    def active(carry: _Carry) -> Array:
+        return ~carry.block.ended & (carry.step < limits)
+
+    def step(carry: _Carry) -> _Carry:
+        block, own = carry.block, active(carry)
+        before = block.state
+        drawn = draw(before.logits, before.seen, before.position, sampling, need)
+        token = jnp.maximum(drawn, 0)
+        logits, cache = model(
+            token[:, None],
+            cache=before.cache,
+            # a single row leaves the loop when it ends, and needs no mask
+            lengths=own.astype(jnp.int32) if batch > 1 else None,
+        )
+        after = GenerationState(
+            cache=cache,
+            logits=jnp.where(own[:, None], logits[:, 0], before.logits),
+            seen=before.seen.at[rows, token].max(own),
+            position=before.position + own,
+        )
+        stopped = jnp.any(token[:, None] == stop, axis=-1) | (drawn < 0)
+        now = None if block.logprobs is None else _logprobs(before.logits, token, logprobs or 0)
+        block = Block(
+            tokens=block.tokens.at[:, carry.step].set(drawn),
+            counts=block.counts + own,
+            ended=block.ended | (own & stopped),
+            state=after,
+            logprobs=jax.tree.map(lambda x, y: x.at[:, carry.step].set(y), block.logprobs, now),
+        )
+        return _Carry(block, carry.step + 1)
+
+    numbers = jnp.zeros((batch, size, 1 + (logprobs or 0)), state.logits.dtype)
+    ids = jnp.zeros(numbers.shape, jnp.int32)
+    start = Block(
+        tokens=ids[:, :, 0],
+        counts=jnp.zeros((batch,), jnp.int32),
+        ended=jnp.zeros((batch,), bool),
+        state=state,
+        logprobs=None
+        if logprobs is None
+        else Logprobs(numbers[:, :, 0], ids[:, :, 1:], numbers[:, :, 1:]),
+    )
+
+    def goes_on(carry: _Carry) -> Array:
+        return (carry.step < size) & jnp.any(active(carry))
+
+    return lax.while_loop(goes_on, step, _Carry(start, jnp.zeros((), jnp.int32))).block
+
+
+decode_block = partial(jax.jit, static_argnums=0, static_argnames=("size", "logprobs"))(_block)
+decode_block_in_place = partial(
+    jax.jit, static_argnums=0, static_argnames=("size", "logprobs"), donate_argnames="state"
+)(_block)
+
+
+def _logprobs(logits: Float[Array, "B vocab"], token: Int[Array, " B"], n: int) -> Logprobs:
+    """Of one step."""
+    wide = jax.nn.log_softmax(logits, axis=-1)
+    drawn = jnp.take_along_axis(wide, token[:, None], axis=-1)[:, 0]
+    values, ids = lax.top_k(wide, n) if n else (wide[:, :0], jnp.zeros(wide[:, :0].shape, int))
+    return Logprobs(drawn, ids.astype(jnp.int32), values)
