@@ -96,7 +96,7 @@ class Device:
         )
         self._max_length = max_length
         self._stops = MOST_STOP_TOKENS + end_tokens
-        self._short = max(1, piece // 8)
+        self._sizes = sorted({max(1, piece // 16), max(1, piece // 4), piece})
         self._graph, self._weights = nnx.split(model)
         self._decoder = Decoder(model)
         self.empty = self._initial(1)
@@ -105,7 +105,7 @@ class Device:
 
     def warm(self) -> None:
         """Compiles everything, and leaves no row active."""
-        for count in (self._short, self.piece):
+        for count in self._sizes:
             state = self.read(self.empty, [0] * count)
         self.score(self.empty, [0] * self.piece, [0] * self.piece)
         self.put(0, state, left=1, sampling=Sampling(), seed=0, stop_tokens=())
@@ -198,8 +198,8 @@ class Device:
     def _padded(
         self, tokens: Sequence[int], size: int | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The tokens in one of two lengths, and how many they are."""
-        size = size or (self._short if len(tokens) <= self._short else self.piece)
+        """The tokens in one of few lengths, and how many they are."""
+        size = size or next(size for size in self._sizes if size >= len(tokens))
         padded = np.zeros((1, size), np.int32)
         padded[0, : len(tokens)] = tokens
         return padded, np.full((1,), len(tokens), np.int32)

@@ -5,22 +5,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
-from mdn_jax.models import Block, GenerationState, Logprobs
+from mdn_jax.models import Block, GenerationState
 from mdn_jax.serving.device import Device
-from mdn_jax.serving.jobs import End, Event, Job, Scores
+from mdn_jax.serving.jobs import End, Event, Job
 from mdn_jax.serving.limits import Limits
 from mdn_jax.serving.metrics import Metrics
 from mdn_jax.serving.prefixes import PrefixCache
+from mdn_jax.serving.scores import NOT_FINITE, block_scores, with_prompt
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +27,6 @@ Status = Literal["starting", "ready", "draining", "ended", "failed"]
 
 _QUICK = 4
 """Most tokens of a row in a block while prompts are waiting to be read."""
-
-
-_NOT_FINITE = "expected finite logits of the model, got nan or inf"
 
 
 class QueueFullError(Exception):
@@ -95,6 +91,7 @@ class Engine:
         self._limits, self._prefixes, self._prefix_dir = limits, prefixes, prefix_dir
         self._mesh = jax.sharding.get_mesh()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._launcher = ThreadPoolExecutor(1, "launcher", jax.set_mesh, (self._mesh,))
         # of both threads, under the lock
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -158,7 +155,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with jax.set_mesh(self._mesh) if not self._mesh.empty else nullcontext():
+            with jax.set_mesh(self._mesh):
                 self._begin()
                 flight: _Flight | None = None
                 while self._wait(flight):
@@ -169,6 +166,8 @@ class Engine:
         except Exception as error:  # of the device: whoever waits has to hear of it
             log.exception("the engine has failed")
             self._end("failed", "error", f"the engine has failed: {error}")
+        finally:
+            self._launcher.shutdown()
 
     def _begin(self) -> None:
         began = time.monotonic()
@@ -189,22 +188,24 @@ class Engine:
             return not self._closing
 
     def _turn(self, flight: _Flight | None) -> _Flight | None:
-        """Sends the next block off, reads a piece of prompts, hands out what `flight` brings."""
+        """Sends the next block off, hands out what `flight` brings, reads a piece of prompts.
+
+        A loop whose end the device decides may hold up who starts it until it ends. So it is
+        started in a thread of its own.
+        """
         self._expire()
-        owners = [
-            (slot, job)
-            for slot, job in enumerate(self._slots)
-            if job is not None and (self._reading is None or self._reading.job is not job)
-        ]
-        following = None
+        owners = [(slot, job) for slot, job in enumerate(self._slots) if job is not None]
+        started = None
         if owners:
-            quick = self._reading is not None or (self._waiting and None in self._slots)
+            quick = bool(self._waiting) and None in self._slots
             scored = any(job.logprobs is not None for _, job in owners)
-            count = min(_QUICK, self.device.block) if quick else self.device.block
-            following = _Flight(self.device.decode(count, logprobs=scored), owners)
-        self._read()
+            count = _QUICK if quick or self._reading is not None else self.device.block
+            started = self._launcher.submit(self.device.decode, count, logprobs=scored)
         if flight is not None:
             self._land(flight)
+        self._hand_out()
+        following = None if started is None else _Flight(started.result(), owners)
+        self._read()
         self._hand_out()
         self._measure()
         return following
@@ -284,7 +285,7 @@ class Engine:
         self._last_piece = None
         job = reading.job
         if not job.max_tokens:
-            self._finish(job, _with_prompt(job, Event(end="length")))
+            self._finish(job, with_prompt(job, Event(end="length")))
             return
         self.device.put(
             reading.slot,
@@ -313,15 +314,15 @@ class Engine:
             end: End | None = None
             message = ""
             if new[-1] < 0:
-                end, new, message = "error", new[:-1], _NOT_FINITE
+                end, new, message = "error", new[:-1], NOT_FINITE
             elif ended[slot]:
                 end = "stop"
             elif job.made >= job.max_tokens:
                 end = "length"
             scores = None
             if job.logprobs is not None:
-                scores = _scores(logprobs, slot, len(new), job)
-            event = _with_prompt(job, Event(new, scores, None, end, message))
+                scores = block_scores(logprobs, slot, len(new), job)
+            event = with_prompt(job, Event(new, scores, None, end, message))
             if event.end is None:
                 self._events.append((job, event))
             else:
@@ -365,33 +366,3 @@ class Engine:
 def _give(events: Sequence[tuple[Job, Event]]) -> None:
     for job, event in events:
         job.receive(event)
-
-
-def _scores(logprobs: Logprobs, slot: int, count: int, job: Job) -> Scores:
-    """Those of the first tokens of a row of a block."""
-    n = job.logprobs or 0
-    drawn, ids, values = (np.asarray(x[slot, :count]) for x in logprobs)
-    return Scores(drawn.tolist(), _pairs(ids[:, :n], values[:, :n]))
-
-
-def _with_prompt(job: Job, event: Event) -> Event:
-    """An event with the scores of the prompt's tokens, if they are still to be told."""
-    if not job.scored:
-        return event
-    drawn: list[float | None] = [None]  # nothing predicts the first
-    likeliest: list[list[tuple[int, float]]] = [[]]
-    n = job.logprobs or 0
-    for count, scores in jax.device_get(job.scored):
-        if not np.isfinite(scores.target[:count]).all():
-            return Event(end="error", message=_NOT_FINITE)
-        drawn += scores.target[:count].tolist()
-        likeliest += _pairs(scores.likeliest[:count, :n], scores.of_likeliest[:count, :n])
-    job.scored = []
-    size = len(job.prompt)  # what follows its last token is another text's
-    return event._replace(prompt=Scores(drawn[:size], likeliest[:size]))
-
-
-def _pairs(ids: NDArray[np.int32], values: NDArray[np.floating]) -> list[list[tuple[int, float]]]:
-    """For each step the likeliest tokens with theirs."""
-    steps = zip(ids.tolist(), values.tolist(), strict=True)
-    return [list(zip(*step, strict=True)) for step in steps]

@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import override
@@ -16,6 +18,9 @@ from starlette.types import ASGIApp
 from mdn_jax.serving.engine import Engine
 
 log = logging.getLogger(__name__)
+
+_SWITCH_SECONDS = 0.0005
+"""Python's threads take turns this often: the engine's must not wait for the server's."""
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -106,6 +111,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run_server(server: Server, engine: Engine, sock: socket.socket) -> int:
     """Serves on a socket; returns the exit status: 0, 130 after Ctrl-C, 1 after a failure."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     engine.start()
     try:
         server.run([sock])
@@ -115,6 +121,34 @@ def run_server(server: Server, engine: Engine, sock: socket.socket) -> int:
         print("the engine has failed", file=sys.stderr)
         return 1
     return 128 + signal.SIGINT if server.signal == signal.SIGINT else 0
+
+
+@contextmanager
+def in_background(app: ASGIApp, engine: Engine, host: str = "127.0.0.1") -> Iterator[int]:
+    """Serves in a thread of this process, on a free port, until the context is left.
+
+    Yields:
+      The port, when the engine is ready.
+
+    Raises:
+      RuntimeError: the engine has failed.
+    """
+    with listen(host, 0) as sock:
+        server = Server(app, engine, drain_seconds=0)
+        thread = threading.Thread(target=server.run, args=([sock],), name="server")
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        engine.start()
+        thread.start()
+        try:
+            while not server.started or engine.status == "starting":
+                time.sleep(0.01)
+            if engine.status == "failed":
+                raise RuntimeError("the engine has failed")
+            yield sock.getsockname()[1]
+        finally:
+            engine.close()
+            server.should_exit = True
+            thread.join()
 
 
 def is_private(host: str) -> bool:

@@ -1,6 +1,5 @@
 """A server in a thread of the tests' process, and what asks it."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from mdn_jax.serving.device import Device
 from mdn_jax.serving.engine import Engine
 from mdn_jax.serving.limits import Limits
 from mdn_jax.serving.prefixes import PrefixCache
-from mdn_jax.serving.server import Server, listen
+from mdn_jax.serving.server import in_background
 from mdn_jax.serving.texts import Texts
 from mdn_jax.text.chat import ChatTemplate
 from mdn_jax.text.text import ByteText
@@ -38,32 +37,13 @@ class Running:
     """A server that runs.
 
     Attributes:
-      url: of it.
       engine: that makes its texts.
+      port: of it.
+      url: of it.
     """
 
-    def __init__(self, engine: Engine, service: Service, limits: Limits) -> None:
-        self.engine = engine
-        self._socket = listen("127.0.0.1", 0)
-        self.port = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._server = Server(service.app(), engine, drain_seconds=limits.drain_seconds)
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
-
-    def __enter__(self) -> "Running":
-        self.engine.start()
-        self._thread.start()
-        while not (self._server.started and self.engine.status != "starting"):
-            time.sleep(0.01)
-        assert self.engine.status == "ready"
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-        self.engine.close()
-        self._socket.close()
-        assert self.engine.status == "ended"
+    def __init__(self, engine: Engine, port: int) -> None:
+        self.engine, self.port, self.url = engine, port, f"http://127.0.0.1:{port}"
 
     def client(self, **options: Any) -> openai.OpenAI:
         """A client of OpenAI's package."""
@@ -100,7 +80,7 @@ def server(
     limits = limits or Limits(slots=4)
     made = make_engine(model, limits, **(engine or {}))
     texts = Texts(ByteText(), ChatTemplate(TEMPLATE))
-    with Running(
-        made, Service(made, texts, name=NAME, limits=limits, **options), limits
-    ) as running:
-        yield running
+    service = Service(made, texts, name=NAME, limits=limits, **options)
+    with in_background(service.app(), made) as port:
+        yield Running(made, port)
+    assert made.status == "ended"
