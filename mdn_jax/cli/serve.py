@@ -3,15 +3,19 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
+from jax.sharding import AxisType, Mesh
 
 from mdn_jax.cli.common import CheckpointConfig, parse, run
 from mdn_jax.errors import RunError
+from mdn_jax.models import shard_model
 from mdn_jax.saved.anywhere import find_model, load_found
 from mdn_jax.saved.tokens import load_text, tokenizer_beside
 from mdn_jax.serving.app import Service
@@ -66,12 +70,18 @@ class ServeConfig(CheckpointConfig):
     max_length: int = 4096
     """Most tokens of a text with its prompt, for models with attention without a window."""
 
+    data: int = 1
+    """Devices that share the slots: each has a part of the texts."""
+
+    tensor: int = 1
+    """Devices that share the heads and the MLP of the same texts."""
+
     open_prompts: bool = False
     """Prompts that come as token ids get the tokens that open a document, unless they begin with
     them: as lm-evaluation-harness leaves them out."""
 
     def __post_init__(self) -> None:
-        for name in ("block", "piece", "max_length"):
+        for name in ("block", "piece", "max_length", "data", "tensor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {getattr(self, name)!r}")
         if not 0 <= self.port < 65536:
@@ -99,9 +109,7 @@ def serve(config: ServeConfig) -> int:
     Raises:
       RunError, ValueError, OSError: something that the user can put right.
     """
-    logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s", stream=sys.stderr)
-    logging.getLogger("mdn_jax.serving").setLevel(logging.INFO)
-    with listen(config.host, config.port) as sock:
+    with _shown_log(), listen(config.host, config.port) as sock:
         port = sock.getsockname()[1]
         engine, service = build(config)
         address = f"[{config.host}]" if ":" in config.host else config.host
@@ -124,6 +132,8 @@ def build(config: ServeConfig) -> tuple[Engine, Service]:
     saved = find_model(config.checkpoint, config.step, ema=config.ema)
     text = load_text(config.tokenizer, config.checkpoint, saved)
     model = load_found(saved, dtype=config.dtype, implementation=config.implementation)
+    if config.data * config.tensor > 1:
+        model = shard_model(model, _mesh(config))
     template = _template(config, saved_tokenizer=tokenizer_beside(config.checkpoint, saved))
     device = Device(
         model,
@@ -148,6 +158,18 @@ def build(config: ServeConfig) -> tuple[Engine, Service]:
     return engine, service
 
 
+def _mesh(config: ServeConfig) -> Mesh:
+    there, needed = jax.devices(), config.data * config.tensor
+    if len(there) < needed or config.limits.slots % config.data:
+        raise ValueError(
+            f"data, tensor: expected at most {len(there)} devices, and data to divide "
+            f"{config.limits.slots} slots, got {config.data} x {config.tensor}"
+        )
+    auto = (AxisType.Auto,) * 2
+    shape = (config.data, config.tensor)
+    return jax.make_mesh(shape, ("data", "tensor"), axis_types=auto, devices=there[:needed])
+
+
 def _key(config: ServeConfig) -> str | None:
     return config.api_key if config.api_key is not None else os.environ.get(KEY)
 
@@ -166,6 +188,22 @@ def _template(config: ServeConfig, *, saved_tokenizer: Path | None) -> ChatTempl
             raise
         _say(f"no chats: {str(error).removeprefix('data.')}")
         return None
+
+
+@contextmanager
+def _shown_log() -> Iterator[None]:
+    """What the server's own modules say goes to standard error, without what else logs."""
+    log, handler = logging.getLogger("mdn_jax.serving"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
+    level, log.propagate = log.level, False
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = True
 
 
 def _say(text: str) -> None:

@@ -280,8 +280,8 @@ class Service:
         ends, opening = text.end_tokens, text.encode("")
         return _json(
             {
-                "eos_token": self._texts.name_of(ends[0]) if ends else None,
-                "bos_token": self._texts.name_of(opening[0]) if opening else None,
+                "eos_token": text.spelled(ends[0]) if ends else None,
+                "bos_token": text.spelled(opening[0]) if opening else None,
                 "vocab_size": text.vocab_size,
             }
         )

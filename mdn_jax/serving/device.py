@@ -5,16 +5,17 @@ Every program here has fixed shapes, so that what `warm` compiles is all that ru
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
+from mdn_jax.layers import sharding
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
 from mdn_jax.models import (
     Block,
@@ -26,6 +27,7 @@ from mdn_jax.models import (
     initial_state,
     sampling_arrays,
 )
+from mdn_jax.models.structure import Structure
 from mdn_jax.serving.jobs import MOST_STOP_TOKENS
 
 
@@ -97,9 +99,8 @@ class Device:
         self._max_length = max_length
         self._stops = MOST_STOP_TOKENS + end_tokens
         self._sizes = sorted({max(1, piece // 16), max(1, piece // 4), piece})
-        self._graph, self._weights = nnx.split(model)
         self._decoder = Decoder(model)
-        self.empty = self._initial(1)
+        self.empty = self._decoder.call(_initial, 1, max_length)
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.empty.cache))
         self._rows = self._no_rows()
 
@@ -116,7 +117,7 @@ class Device:
     def read(self, state: GenerationState, tokens: Sequence[int]) -> GenerationState:
         """The state of one row after at most `piece` more tokens."""
         padded, lengths = self._padded(tokens)
-        after, _ = _read(self._graph, self._weights, state, padded, lengths, None, top=0)
+        after, _ = self._decoder.call(_read, state, padded, lengths, None, top=0)
         return after
 
     def score(
@@ -125,9 +126,7 @@ class Device:
         """As `read`, with the log-probabilities of the token that follows each."""
         padded, lengths = self._padded(tokens, self.piece)
         targets, _ = self._padded(following, self.piece)
-        after, scores = _read(
-            self._graph, self._weights, state, padded, lengths, targets, top=self.top
-        )
+        after, scores = self._decoder.call(_read, state, padded, lengths, targets, top=self.top)
         assert scores is not None
         return after, scores
 
@@ -154,7 +153,7 @@ class Device:
         stop = np.full((1, self._stops), -1, np.int32)
         stop[0, : len(stop_tokens)] = stop_tokens
         row = Rows(state, np.full((1,), left, np.int32), self._sampling(sampling, [seed]), stop)
-        self._rows = _put(self._rows, row, np.int32(slot))
+        self._rows = self._decoder.call(_put, self._rows, row, np.int32(slot))
 
     def stop(self, slot: int) -> None:
         """Takes a row out: it gets no more tokens."""
@@ -176,14 +175,11 @@ class Device:
         self._rows = rows._replace(state=block.state, left=left)
         return block
 
-    def _initial(self, rows: int) -> GenerationState:
-        cache = self.model.init_cache(rows, self._max_length)
-        return initial_state(self.model, rows)._replace(cache=cache)
-
     def _no_rows(self) -> Rows:
         sampling = self._sampling(Sampling(), [0] * self.slots)
         stop = jnp.full((self.slots, self._stops), -1, jnp.int32)
-        return Rows(self._initial(self.slots), jnp.zeros((self.slots,), jnp.int32), sampling, stop)
+        state = self._decoder.call(_initial, self.slots, self._max_length)
+        return Rows(state, jnp.zeros((self.slots,), jnp.int32), sampling, stop)
 
     def _sampling(self, sampling: Sampling, seeds: list[int]) -> SamplingArrays:
         return sampling_arrays(
@@ -205,10 +201,27 @@ class Device:
         return padded, np.full((1,), len(tokens), np.int32)
 
 
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _initial(
+    structure: Structure, arrays: list[Array], rows: int, max_length: int
+) -> GenerationState:
+    model = structure.model(arrays)
+    state = initial_state(model, rows)._replace(cache=model.init_cache(rows, max_length))
+    return _over_rows(state, rows)
+
+
+def _over_rows[T](rows: T, count: int) -> T:
+    """The same, cut over the axes of the ambient mesh for the rows of a batch."""
+    cut = PartitionSpec(sharding.cut(sharding.named_axes().rows, count))
+    if cut == PartitionSpec(None):
+        return rows
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cut), rows)
+
+
 @partial(jax.jit, static_argnums=0, static_argnames="top")
 def _read(
-    graph: Any,
-    weights: Any,
+    structure: Structure,
+    arrays: list[Array],
     state: GenerationState,
     tokens: Int[Array, "1 T"],
     lengths: Int[Array, "1"],
@@ -216,7 +229,7 @@ def _read(
     *,
     top: int,
 ) -> tuple[GenerationState, TokenScores | None]:
-    model = nnx.merge(graph, weights)
+    model = structure.model(arrays)
     h, cache = model.hidden(tokens, cache=state.cache, lengths=lengths)
     own = jnp.arange(tokens.shape[1]) < lengths[:, None]
     scores = None
@@ -238,15 +251,14 @@ def _read(
     return after, scores
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put(rows: Rows, row: Rows, slot: Int[Array, ""]) -> Rows:
-    return jax.tree.map(
-        lambda all_rows, one: lax.dynamic_update_slice_in_dim(
-            all_rows, one.astype(all_rows.dtype), slot, 0
-        ),
-        rows,
-        row,
-    )
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _put(
+    structure: Structure, arrays: list[Array], rows: Rows, row: Rows, slot: Int[Array, ""]
+) -> Rows:
+    def put(all_rows: Array, one: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(all_rows, one.astype(all_rows.dtype), slot, 0)
+
+    return _over_rows(jax.tree.map(put, rows, row), rows.stop.shape[0])
 
 
 @jax.jit

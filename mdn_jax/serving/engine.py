@@ -89,9 +89,8 @@ class Engine:
         self.metrics.slots.set(device.slots)
         self.metrics.state.set(device.state_bytes)
         self._limits, self._prefixes, self._prefix_dir = limits, prefixes, prefix_dir
-        self._mesh = jax.sharding.get_mesh()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._launcher = ThreadPoolExecutor(1, "launcher", jax.set_mesh, (self._mesh,))
+        self._launcher = ThreadPoolExecutor(1, "launcher")
         # of both threads, under the lock
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -155,14 +154,13 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with jax.set_mesh(self._mesh):
-                self._begin()
-                flight: _Flight | None = None
-                while self._wait(flight):
-                    flight = self._turn(flight)
-                self._end("ended", "cancelled", "the server is ending")
-                if self._prefix_dir is not None:
-                    self._prefixes.save(self._prefix_dir, self.device.model)
+            self._begin()
+            flight: _Flight | None = None
+            while self._wait(flight):
+                flight = self._turn(flight)
+            self._end("ended", "cancelled", "the server is ending")
+            if self._prefix_dir is not None:
+                self._prefixes.save(self._prefix_dir, self.device.model)
         except Exception as error:  # of the device: whoever waits has to hear of it
             log.exception("the engine has failed")
             self._end("failed", "error", f"the engine has failed: {error}")

@@ -97,6 +97,9 @@ class Texts:
 
     def _name_of(self, token: int) -> str:
         """A token as text of its own; `token_id:N` where it has none, or a part of a character."""
+        special = self.text.spelled(token)
+        if special is not None:
+            return special
         decoder = self.text.decoder()
         name = decoder.add([token]) + decoder.finish()
         return f"token_id:{token}" if not name or "\ufffd" in name else name
