@@ -1,8 +1,7 @@
 """A model taken apart once for many calls of compiled programs."""
 
 import contextlib
-from collections.abc import Callable
-from typing import Concatenate
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +34,7 @@ class Decoder:
       config: its configuration.
       structure: what is static of it.
       arrays: the rest.
+      mesh: over which the parameters lie (`shard_model`); None: over none.
     """
 
     def __init__(self, model: MDNForCausalLM) -> None:
@@ -43,18 +43,11 @@ class Decoder:
         graph, weights = nnx.split(model)
         self.arrays, tree = jax.tree.flatten(weights)
         self.structure = Structure(graph, tree)
-        self._mesh = mesh_of(self.arrays)
+        self.mesh = mesh_of(self.arrays)
 
-    def call[**P, R](
-        self,
-        program: Callable[Concatenate[Structure, list[Array], P], R],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> R:
-        """Calls a compiled program, under the mesh over which the parameters lie."""
-        mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-        with mesh:
-            return program(self.structure, self.arrays, *args, **kwargs)
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, the mesh over which the parameters lie is the ambient one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def block(
         self,
@@ -98,7 +91,11 @@ class Decoder:
         fits = logprobs is None or (is_whole(logprobs, 0) and logprobs <= vocab)
         require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
         run = decode_block_in_place if donate else decode_block
-        return self.call(run, state, limits, sampling, stop, size=size, logprobs=logprobs)
+        structure, arrays = self.structure, self.arrays
+        with self.on_mesh():
+            return run(
+                structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs
+            )
 
 
 def as_decoder(model: MDNForCausalLM | Decoder) -> Decoder:

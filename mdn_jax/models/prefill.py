@@ -76,15 +76,17 @@ def prefill(
     padded = np.zeros((len(rows), longest), np.int32)
     for row, new in zip(padded, rows, strict=True):
         row[: len(new)] = new
-    if state is None:
-        state = decoder.call(_initial, len(rows))
-    if longest > width:
-        state = _with_room(decoder.model, state, longest, width)
-    for start in range(0, longest, width):
-        part = padded[:, start : start + width]
-        part = np.pad(part, ((0, 0), (0, _bucket(part.shape[1]) - part.shape[1])))
-        counts = np.clip(lengths - start, 0, width)
-        state = decoder.call(_prefill, state, part, counts)
+    structure, arrays = decoder.structure, decoder.arrays
+    with decoder.on_mesh():
+        if state is None:
+            state = _initial(structure, arrays, len(rows))
+        if longest > width:
+            state = _with_room(decoder.model, state, longest, width)
+        for start in range(0, longest, width):
+            part = padded[:, start : start + width]
+            part = np.pad(part, ((0, 0), (0, _bucket(part.shape[1]) - part.shape[1])))
+            counts = np.clip(lengths - start, 0, width)
+            state = _prefill(structure, arrays, state, part, counts)
     return growing(decoder.model, state)
 
 
