@@ -3,9 +3,9 @@
 Every program here has fixed shapes, so that what `warm` compiles is all that runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ class Device:
         self._stops = MOST_STOP_TOKENS + end_tokens
         self._sizes = sorted({max(1, piece // 16), max(1, piece // 4), piece})
         self._decoder = Decoder(model)
-        self.empty = self._decoder.call(_initial, 1, max_length)
+        self.empty = self._call(_initial, 1, max_length)
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.empty.cache))
         self._rows = self._no_rows()
 
@@ -117,7 +117,7 @@ class Device:
     def read(self, state: GenerationState, tokens: Sequence[int]) -> GenerationState:
         """The state of one row after at most `piece` more tokens."""
         padded, lengths = self._padded(tokens)
-        after, _ = self._decoder.call(_read, state, padded, lengths, None, top=0)
+        after, _ = self._call(_read, state, padded, lengths, None, top=0)
         return after
 
     def score(
@@ -126,7 +126,7 @@ class Device:
         """As `read`, with the log-probabilities of the token that follows each."""
         padded, lengths = self._padded(tokens, self.piece)
         targets, _ = self._padded(following, self.piece)
-        after, scores = self._decoder.call(_read, state, padded, lengths, targets, top=self.top)
+        after, scores = self._call(_read, state, padded, lengths, targets, top=self.top)
         assert scores is not None
         return after, scores
 
@@ -153,7 +153,7 @@ class Device:
         stop = np.full((1, self._stops), -1, np.int32)
         stop[0, : len(stop_tokens)] = stop_tokens
         row = Rows(state, np.full((1,), left, np.int32), self._sampling(sampling, [seed]), stop)
-        self._rows = self._decoder.call(_put, self._rows, row, np.int32(slot))
+        self._rows = self._call(_put, self._rows, row, np.int32(slot))
 
     def stop(self, slot: int) -> None:
         """Takes a row out: it gets no more tokens."""
@@ -175,10 +175,21 @@ class Device:
         self._rows = rows._replace(state=block.state, left=left)
         return block
 
+    def _call[**P, R](
+        self,
+        program: Callable[Concatenate[Structure, list[Array], P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Calls a program with the model, under the mesh over which its parameters lie."""
+        decoder = self._decoder
+        with decoder.on_mesh():
+            return program(decoder.structure, decoder.arrays, *args, **kwargs)
+
     def _no_rows(self) -> Rows:
         sampling = self._sampling(Sampling(), [0] * self.slots)
         stop = jnp.full((self.slots, self._stops), -1, jnp.int32)
-        state = self._decoder.call(_initial, self.slots, self._max_length)
+        state = self._call(_initial, self.slots, self._max_length)
         return Rows(state, jnp.zeros((self.slots,), jnp.int32), sampling, stop)
 
     def _sampling(self, sampling: Sampling, seeds: list[int]) -> SamplingArrays:
