@@ -24,11 +24,12 @@ from flax import nnx
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
-from mdn_jax.models import Decoder, Sampling, prefill, sampling_arrays, stop_array
+from mdn_jax.models import Decoder, Sampling, prefill, sampling_arrays
 from mdn_jax.ops.api import Implementation
 from mdn_jax.serving.app import Service
 from mdn_jax.serving.device import Device
 from mdn_jax.serving.engine import Engine
+from mdn_jax.serving.jobs import MOST_STOP_TOKENS
 from mdn_jax.serving.limits import Limits
 from mdn_jax.serving.prefixes import PrefixCache
 from mdn_jax.serving.server import in_background
@@ -117,7 +118,8 @@ def bare_loop(config: ServingConfig, model: MDNForCausalLM) -> float:
     sampling = sampling_arrays(
         _sampling(), rows, vocab_size=model.config.vocab_size, dtype=state.logits.dtype, bias=True
     )
-    stop, limits = stop_array([[]] * rows), np.full((rows,), config.block, np.int32)
+    stop = np.full((rows, MOST_STOP_TOKENS), -1, np.int32)  # the server's program
+    limits = np.full((rows,), config.block, np.int32)
     times = []
     for _ in range(max(8, config.tokens // config.block)):
         began = time.perf_counter()

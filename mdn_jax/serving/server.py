@@ -75,6 +75,11 @@ class Server(uvicorn.Server):
             for number in numbers:
                 loop.remove_signal_handler(number)
 
+    @override
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is to end: an engine that has failed makes no more texts."""
+        return await super().on_tick(counter) or self._engine.status == "failed"
+
     def _on_signal(self, number: int) -> None:
         if self.signal is not None:
             os._exit(128 + number)

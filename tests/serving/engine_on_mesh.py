@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 
 from tests.mesh_program import prepare
 
@@ -54,7 +55,7 @@ def made(model):
     engine.device.warm = lambda: None  # of what it compiles half is not needed
     engine.start()
     while engine.status == "starting":
-        pass
+        time.sleep(0.005)
     engine.submit(jobs)
     for _, ended in done:
         ended.wait()

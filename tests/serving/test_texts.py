@@ -6,7 +6,9 @@ import pytest
 
 from mdn_jax.serving.errors import RequestError
 from mdn_jax.serving.texts import Answer, Texts
-from mdn_jax.text.text import ByteText
+from mdn_jax.text.chat import ChatTemplate
+from mdn_jax.text.text import ByteText, FileText
+from tests.text.helpers import write_bpe
 
 TEXTS = Texts(ByteText())
 
@@ -55,6 +57,41 @@ def test_steps_have_the_places_of_their_text():
 
 def test_names_of_tokens():
     assert [TEXTS.name_of(x) for x in (97, 195, 256)] == ["a", "token_id:195", "token_id:256"]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A BPE of a few texts, with an end token."""
+    return FileText(write_bpe(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_stop_strings_of_merged_tokens(pieces):
+    tokens = pieces.continuation("3: word7 word11 é word23")
+    assert len(tokens) < 18  # some are longer than a character
+    growing = Answer(pieces.decoder([]), ("11 é",), detailed=True)
+    shown = "".join(growing.add([token], [-1.0], [[]]) for token in tokens)
+    assert (shown + growing.finish(), growing.stopped) == ("3: word7 word", True)
+    assert growing.tokens < len(tokens)
+    assert all(step.offset < len(shown) for step in growing.steps)
+
+
+def test_special_tokens_have_their_names_and_chats_may_spell_them(pieces):
+    (end,) = pieces.end_tokens
+    texts = Texts(pieces, ChatTemplate("{{ messages[0].content }}<|endoftext|>"))
+    assert texts.name_of(end) == "<|endoftext|>"
+    assert texts.prompt("word1<|endoftext|>")[-1] == end
+    assert texts.chat([{"role": "user", "content": "word1"}])[-1] == end
+    shown, steps = texts.steps(pieces.continuation("word1 word2"))
+    assert shown == "word1 word2"
+    assert "".join(texts.name_of(step.token) for step in steps) == shown
+    with pytest.raises(RequestError, match="prompt: expected text with at least one token"):
+        texts.prompt("")
+
+
+def test_a_template_that_refuses(pieces):
+    texts = Texts(pieces, ChatTemplate("{{ raise_exception('no system message') }}"))
+    with pytest.raises(RequestError, match="messages: expected messages that the template takes"):
+        texts.chat([{"role": "system", "content": "x"}])
 
 
 def test_a_chat_without_a_template_is_refused():
