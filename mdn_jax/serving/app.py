@@ -50,6 +50,7 @@ class Service:
       texts: of its tokens.
       name: of the model.
       limits: of the server.
+      max_length: most tokens of a text with its prompt; None: any.
       api_key: that requests under `/v1` and for tokens have to have; None: none.
       open_prompts: whether a prompt of token ids that does not begin with the tokens which open a
         document gets them; answers show it as it came.
@@ -254,19 +255,21 @@ class Service:
                 field="prompt",
                 code="context_length_exceeded",
             )
-        room = self._max_length
-        if room is not None and len(prompt) + asked.max_tokens > room:
+        most = self._limits.max_tokens
+        room = most if self._max_length is None else self._max_length - len(prompt)
+        wanted = max(1, min(most, room)) if asked.max_tokens is None else asked.max_tokens
+        if wanted > room:
             raise RequestError(
                 400,
-                f"max_tokens: expected at most {max(0, room - len(prompt))} (this model attends to "
-                f"{room} tokens, and the prompt has {len(prompt)}), got {asked.max_tokens}",
+                f"max_tokens: expected at most {max(0, room)} (this model attends to "
+                f"{self._max_length} tokens, and the prompt has {len(prompt)}), got {wanted}",
                 field="max_tokens",
                 code="context_length_exceeded",
             )
         ends = () if asked.ignore_end else self._texts.text.end_tokens
         return Job(
             prompt=prompt,
-            max_tokens=asked.max_tokens,
+            max_tokens=wanted,
             sampling=replace(asked.sampling, vocab_limit=self._texts.text.vocab_limit),
             seed=(asked.seed + index) % 2**32,
             stop_tokens=(*asked.stop_tokens, *ends),

@@ -39,7 +39,7 @@ class Request:
     Attributes:
       prompts: of a completion, text or token ids each.
       messages: of a chat, in place of prompts.
-      max_tokens: most tokens of each answer.
+      max_tokens: most tokens of each answer; None: as many as there may be.
       sampling: how tokens are drawn.
       seed: of the first answer; the next have the next seeds.
       n: answers to each prompt.
@@ -55,7 +55,7 @@ class Request:
 
     prompts: tuple[Prompt, ...] = ()
     messages: tuple[dict[str, Any], ...] = ()
-    max_tokens: int = _TOKENS
+    max_tokens: int | None = _TOKENS
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     n: int = 1
@@ -117,7 +117,7 @@ class Protocol:
         )
         if found.get("best_of", request.n) != request.n:
             raise unfit("best_of", f"n ({request.n}), as no answers are chosen", found["best_of"])
-        if not request.max_tokens and not request.echo:
+        if request.max_tokens == 0 and not request.echo:
             raise unfit("max_tokens", "an int >= 1 (0 with echo only)", 0)
         if request.echo and request.stream:
             raise unfit("echo", "false with stream", True)
@@ -135,11 +135,10 @@ class Protocol:
         wanted, top = found.get("logprobs", False), found.get("top_logprobs", 0)
         if top and not wanted:
             raise unfit("top_logprobs", "0 without logprobs", top)
-        most = self._limits.max_tokens
         return self._request(
             found,
             messages=found["messages"],
-            max_tokens=found.get("max_completion_tokens", found.get("max_tokens", most)),
+            max_tokens=found.get("max_completion_tokens", found.get("max_tokens")),
             logprobs=top if wanted else None,
         )
 

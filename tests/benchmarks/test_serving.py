@@ -14,10 +14,12 @@ def test_the_figures(capsys, tmp_path):
     assert report == json.loads(output.read_text())
     assert (report["different"], report["compared"]) == ([], 3)
     assert report["server_tokens_per_second"] > 0 < report["of_bare"]
+    assert report["with_arrivals_tokens_per_second"] > 0
     for when in ("all_at_once", "while_others_run"):
         assert 0 < report["first_token_ms"][when]["p50"] <= report["first_token_ms"][when]["p99"]
 
 
+@pytest.mark.slow
 def test_load_by_the_openai_package(capsys):
     serving(ServingConfig(streams=64, tokens=24, prompt=40, block=4, seconds=6))
     report = json.loads(capsys.readouterr().out)

@@ -11,8 +11,11 @@ import openai
 import pytest
 from flax import nnx
 
+from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.serving.limits import Limits
 from tests.serving.running import NAME, server
+from tests.serving.test_completions import expected
+from tests.tiny import TINY_MODEL
 
 KEY = "a secret"
 LIMITS = Limits(
@@ -228,3 +231,23 @@ def test_a_request_that_takes_too_long(model):
             client.completions.create(prompt="x", **GREEDY)
         assert caught.value.status_code == 503
         assert ask(running, "GET", "/health")[0] == 503
+
+
+def test_a_model_that_attends_to_all_has_room_for_so_many_tokens():
+    config = MDNConfig(
+        **TINY_MODEL | {"num_hidden_layers": 2, "other_mixer": "attention", "other_layers": (1,)}
+    )
+    model = MDNForCausalLM(config, implementation="xla", rngs=nnx.Rngs(0))
+    chat = [{"role": "user", "content": "a"}]
+    with server(model, max_length=40) as running, running.client() as client:
+        assert running.engine.device.limited
+        for count, prompt in ((32, "12345678"), (1, "a" * 40)):
+            with pytest.raises(openai.BadRequestError, match=r"max_tokens: expected at most \d+"):
+                client.completions.create(
+                    prompt=[256, *prompt.encode()], max_tokens=count, **GREEDY
+                )
+        answer = client.completions.create(prompt="12345678", max_tokens=31 - 1, **GREEDY)
+        wanted = expected(model, "12345678", 30, temperature=0.0)
+        assert answer.choices[0].text == wanted
+        filled = client.chat.completions.create(messages=chat, **GREEDY)
+        assert filled.usage.total_tokens == 40

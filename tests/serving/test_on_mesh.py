@@ -1,6 +1,10 @@
 """A server over a mesh makes the texts of one device."""
 
+import pytest
+
 from tests.mesh_program import report
+
+pytestmark = pytest.mark.slow
 
 
 def test_texts_over_four_devices_are_those_of_one():
