@@ -25,6 +25,7 @@ from benchmarks.tasks.command import tasks
 from benchmarks.throughput import throughput
 from benchmarks.tracking.command import tracking
 from benchmarks.training import training
+from benchmarks.two_devices import two_devices
 from mdn_jax.cli.common import parse_command
 
 PROGRAM = "python -m benchmarks"
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "throughput": throughput,
     "tracking": tracking,
     "training": training,
+    "two_devices": two_devices,
 }
 
 

@@ -207,12 +207,12 @@ class _Run:
 
         plan = compiled.memory_analysis()
         planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes if plan else 0
-        state, metrics, times = _time_steps(compiled, state, batch, steps=self.config.steps)
+        state, metrics, times = time_steps(compiled, state, batch, steps=self.config.steps)
         low, _, high = statistics.quantiles(times, n=4)
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if self.config.trace:
             with jax.profiler.trace(str(self.config.trace)):
-                state, metrics, traced = _time_steps(
+                state, metrics, traced = time_steps(
                     compiled, state, batch, steps=TRACED_STEPS, warm_up=0
                 )
             speed = base.tokens_per_step / statistics.mean(traced)
@@ -243,7 +243,7 @@ class _Run:
             )(state, jnp.ones(()), wide(gradient, state.params)),
             donate_argnums=0,
         )
-        _, _, times = _time_steps(update, state, gradient, steps=self.config.steps)
+        _, _, times = time_steps(update, state, gradient, steps=self.config.steps)
         return whole, statistics.mean(times)
 
     def floors(self, device_kind: str, parameters: int) -> dict[str, float]:
@@ -273,7 +273,7 @@ class _Run:
         return {name: base.accumulation * x for name, x in seconds.items()}
 
 
-def _time_steps(
+def time_steps(
     run: Callable[[Any, Any], tuple[Any, Any]],
     state: Any,
     other: Any,
