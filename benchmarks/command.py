@@ -13,6 +13,7 @@ from benchmarks.guard import guard
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.language.command import language
+from benchmarks.length import length
 from benchmarks.mixers import mixers
 from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "inspect": inspect,
     "kernels": kernels,
     "language": language,
+    "length": length,
     "mixers": mixers,
     "mqar": mqar,
     "numerics": numerics,
