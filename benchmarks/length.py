@@ -7,22 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import tyro
 from jaxtyping import Array
 from tabulate import tabulate
 
-from benchmarks.reference import inputs_of
+from benchmarks.reference import repeated_inputs_of
 from benchmarks.timing import Compiled, Timing, compile_for, how_timed, measure_compiled
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops.api import Implementation
 from mdn_jax.testing import LIMITS, Inputs, outputs_and_gradients, relative_error
-
-_DRAWN = 16_384
-"""Tokens that are drawn; a longer batch has them again and again."""
 
 Pass = Literal["forward", "both"]
 
@@ -87,7 +83,7 @@ def length(config: Annotated[LengthConfig, tyro.conf.arg(name="")]) -> None:
         Case(name, part, n)
         for name in inputs
         for n in sorted(config.lengths)
-        for part in ("forward", "both")
+        for part in get_args(Pass)
         if name == "rule" or n <= config.attention_to
     ]
 
@@ -122,15 +118,8 @@ def length(config: Annotated[LengthConfig, tyro.conf.arg(name="")]) -> None:
 
 def _rule_inputs(config: LengthConfig) -> tuple[Inputs, Array]:
     """Of one row of all tokens, and the gradient of its outputs."""
-    drawn = min(_DRAWN, config.tokens)
-    sizes = (1, drawn, config.heads, config.key_dim, config.value_dim)
-    x = inputs_of(sizes, dtype=config.dtype, initial_state=False)
-    again = -(-config.tokens // drawn)
-
-    def repeated(y: Array) -> Array:
-        return jnp.tile(y, (1, again, *(1,) * (y.ndim - 2)))[:, : config.tokens]
-
-    x = jax.tree.map(repeated, x)
+    shape = (1, config.tokens, config.heads, config.key_dim, config.value_dim)
+    x = repeated_inputs_of(shape, dtype=config.dtype, initial_state=False)
     d_o: Any = x["v"]
     return x, d_o
 
@@ -194,7 +183,8 @@ def _check(config: LengthConfig, case: Case, o: Array, first: dict[str, Array]) 
 
 def _table(config: LengthConfig, timings: dict[Case, Timing]) -> str:
     """Nanoseconds a token, a row a length."""
-    columns = [(name, part) for name in ("rule", "attention") for part in ("forward", "both")]
+    parts: tuple[Pass, ...] = get_args(Pass)
+    columns = [(name, part) for name in ("rule", "attention") for part in parts]
     shortest = min(config.lengths)
     rows = []
     for n in sorted(config.lengths):

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import os
-import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -24,9 +23,8 @@ from mdn_jax.compiled import compiled_once
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 
-AXES = ("data", "fsdp", "tensor", "context")
-LONG = "long"
-"""The name of a row so long that `context` is for, in `--only`."""
+Part = Literal["data", "fsdp", "tensor", "context", "long"]
+AXES: tuple[Part, ...] = ("data", "fsdp", "tensor", "context")
 SAME_LOSS = 0.01
 """Most that losses of the same batch differ, relative: of bfloat16 summed in another order."""
 
@@ -43,7 +41,7 @@ class TwoDevicesConfig:
     """Name of a configuration, as for `python -m train`; None: mdn_400m, on a CPU smoke."""
     devices: int = 2
     """Of a mesh; 1 tries the command out."""
-    only: tuple[Literal["data", "fsdp", "tensor", "context", "long"], ...] = (*AXES, "long")
+    only: tuple[Part, ...] = get_args(Part)
     """Axes of the mesh, and "long": one device and `context` with rows of `long_row` tokens."""
     rows: int | None = None
     """Rows of a micro-batch on the one device; None: the configuration's."""
@@ -112,8 +110,8 @@ class Measured(NamedTuple):
 
     Attributes:
       tokens: in a step.
-      seconds: of a step, the mean of those timed; None where it did not fit into the memory.
-      spread: seconds between the first and third quartile.
+      seconds: of a step, those of all that were timed together; None where it did not fit into the
+        memory.
       planned: bytes of arguments and temporaries on a device, as the compiler plans them.
       peak: most bytes in use on the first device so far in the process, if it counts.
       loss: of the first step, nats.
@@ -123,7 +121,6 @@ class Measured(NamedTuple):
 
     tokens: int
     seconds: float | None
-    spread: float
     planned: int
     peak: int | None
     loss: float
@@ -185,7 +182,7 @@ def _cases(config: TwoDevicesConfig) -> list[Case]:
     axes = [axis for axis in AXES if axis in config.only]
     cases = [Case(None, False)] if axes else []
     cases += [Case(axis, False, options) for axis in axes for options in variants]
-    if LONG in config.only:
+    if "long" in config.only:
         cases += [Case("context", True, options) for options in variants]
         cases.append(Case(None, True))
     return cases
@@ -266,18 +263,27 @@ def _timed(
         )
         placed, metrics = compiled(placed, step.batch)
         loss = float(metrics.loss)
-        placed, _, times = time_steps(compiled, placed, step.batch, steps=config.steps)
+        placed, mean = _mean_seconds(compiled, placed, step.batch, config.steps)
         if config.trace:
             with jax.profiler.trace(str(config.trace / case.name.replace(" ", "-"))):
                 time_steps(compiled, placed, step.batch, steps=TRACED_STEPS, warm_up=0)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Measured(tokens, None, 0.0, planned, None, float("nan"), seconds, sent)
-    low, _, high = statistics.quantiles(times, n=4)
+        return Measured(tokens, None, planned, None, float("nan"), seconds, sent)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    mean = statistics.mean(times)
-    return Measured(tokens, mean, high - low, planned, peak, loss, seconds, sent)
+    return Measured(tokens, mean, planned, peak, loss, seconds, sent)
+
+
+def _mean_seconds(compiled: Any, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
+    """From when nothing is left to do to when nothing is left again, each dispatched in the last.
+
+    The single steps would not do: the host sees their ends late by as much as it is late itself.
+    """
+    state, *_ = time_steps(compiled, state, batch, steps=1)  # ends when all is done
+    began = time.perf_counter()
+    state, *_ = time_steps(compiled, state, batch, steps=steps, warm_up=0)
+    return state, (time.perf_counter() - began) / steps
 
 
 def _ratio(results: Mapping[Case, Measured], case: Case) -> float | None:
@@ -299,7 +305,7 @@ def _line(case: Case, x: Measured, ratio: float | None) -> list[str]:
     waited = sum(of["waited for"] for of in x.collectives.values())
     return [
         case.name,
-        f"{x.seconds * 1e3:.1f} ± {x.spread * 5e2:.1f}" if x.seconds else "out of memory",
+        f"{x.seconds * 1e3:.1f}" if x.seconds else "out of memory",
         f"{x.tokens / x.seconds:,.0f}" if x.seconds else "-",
         f"{ratio:.3f}" if ratio else "-",
         f"{x.planned / 1e9:.2f}",

@@ -320,7 +320,7 @@ def kernels_lack(
     q: Array,
     v: Array,
     p: Array | None,
-    scale: float | Array,
+    scale: float | Array | None,
     chunk_size: int | None,
 ) -> str | None:
     """What the GPU kernels would need that this call lacks; None if they can run it."""

@@ -43,8 +43,8 @@ class Ends(NamedTuple):
         stretch: of all P.
     """
 
-    v_new: Values | None
-    states: States | None
+    v_new: Leaf
+    states: Leaf
     u: Leaf
     phi: Leaf | None
 
@@ -78,8 +78,8 @@ class Starts(NamedTuple):
         behind. Of the last launch: before the pieces but the last. Of a stretch: before all P.
     """
 
-    d_v: Values | None
-    d_states: States | None
+    d_v: Leaf
+    d_states: Leaf
     d: Leaf
 
 
@@ -135,13 +135,15 @@ def ends(
     block = tiles.state_fwd_block_v
     specs = PieceSpecs(z, block, count, first=0, maps=every or count > 2, every=every)
     tokens, token_specs = _tokens_forward(x, intra, specs)
+    out_specs: Any
+    out_shape: Any
     out_specs, out_shape = _outputs(z, specs, block, storage)
     slots, maps = (count, count) if every else (count - 1, count - 2)
     if every:
         out_specs, out_shape = (None, None), (None, None)
     u = _states_of_pieces(z, slots, z.value_dim)
     phi = _states_of_pieces(z, maps, 2 * z.key_dim) if maps > 0 else None
-    places = Ends(*out_specs, specs.ends(), specs.phi())
+    places = Ends(*out_specs, u=specs.ends(), phi=specs.phi())
     at = len(jax.tree.leaves(tokens)) + len(jax.tree.leaves(memory))
     result: Ends = kernel_call(
         partial(
@@ -162,7 +164,7 @@ def ends(
             None if done is None else places,
         ],
         out_specs=places,
-        out_shape=Ends(*out_shape, u, phi),
+        out_shape=Ends(*out_shape, u=u, phi=phi),
         aliases={at + i: i for i in range(len(jax.tree.leaves(done)))},
         warps=tiles.state_fwd_warps,
         stages=tiles.state_fwd_stages if done is None else 1,
@@ -309,6 +311,8 @@ def walks_back(
     scales = local.d_o_scale, local.d_v_new.scale
     tokens = (x.q, *intra.walk_keys(x), d_o, scales, local.d_v_new.data)
     token_specs = (keys, keys, p, values, tuple(map(specs.scales_of, scales)), values)
+    out_specs: Any
+    out_shape: Any
     out_specs, out_shape = _outputs(z, specs, block, storage)
     after = len(jax.tree.leaves(tokens))
     written = written_specs = None
@@ -342,8 +346,8 @@ def walks_back(
             written_specs,
             (specs.matrix(), specs.factors()),
         ],
-        out_specs=Starts(*out_specs, specs.ends()),
-        out_shape=Starts(*out_shape, jax.ShapeDtypeStruct(d.shape, d.dtype)),
+        out_specs=Starts(*out_specs, d=specs.ends()),
+        out_shape=Starts(*out_shape, d=jax.ShapeDtypeStruct(d.shape, d.dtype)),
         aliases=aliases,
         warps=tiles.state_bwd_warps,
         stages=tiles.state_bwd_stages,

@@ -73,7 +73,6 @@ def state_bwd_in_pieces(
     # behind the row d_final, behind the pieces before nothing yet
     d = before_nothing(states_of(d_final), count - 1)
     starts = walks_back(x, intra, d_o, local, d, None, options, count)
-    assert starts.d_v is not None
     d = starts.d
     kept = kept_by(intra.factors, range(1, count - 1), count)
     for j in reversed(range(1, count - 1)):

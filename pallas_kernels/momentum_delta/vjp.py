@@ -105,6 +105,7 @@ def _backward(
     if options.exchange is None:
         passed = state_bwd_in_pieces(x, intra, d_o, local, d_final, phi, options)
     else:
+        assert phi is not None
         passed = state_bwd_of_stretch(x, intra, d_o, local, d_final, phi, seams, options)
     d_v, d_states, d_memory = passed
     values = (Values(d_o, local.d_o_scale), d_v, v_new)
