@@ -143,7 +143,7 @@ def ends(
         out_specs, out_shape = (None, None), (None, None)
     u = _states_of_pieces(z, slots, z.value_dim)
     phi = _states_of_pieces(z, maps, 2 * z.key_dim) if maps > 0 else None
-    places = Ends(*out_specs, u=specs.ends(), phi=specs.phi())
+    places = Ends(out_specs[0], out_specs[1], specs.ends(), specs.phi())
     at = len(jax.tree.leaves(tokens)) + len(jax.tree.leaves(memory))
     result: Ends = kernel_call(
         partial(
@@ -164,7 +164,7 @@ def ends(
             None if done is None else places,
         ],
         out_specs=places,
-        out_shape=Ends(*out_shape, u=u, phi=phi),
+        out_shape=Ends(out_shape[0], out_shape[1], u, phi),
         aliases={at + i: i for i in range(len(jax.tree.leaves(done)))},
         warps=tiles.state_fwd_warps,
         stages=tiles.state_fwd_stages if done is None else 1,
@@ -346,8 +346,8 @@ def walks_back(
             written_specs,
             (specs.matrix(), specs.factors()),
         ],
-        out_specs=Starts(*out_specs, d=specs.ends()),
-        out_shape=Starts(*out_shape, d=jax.ShapeDtypeStruct(d.shape, d.dtype)),
+        out_specs=Starts(out_specs[0], out_specs[1], specs.ends()),
+        out_shape=Starts(out_shape[0], out_shape[1], jax.ShapeDtypeStruct(d.shape, d.dtype)),
         aliases=aliases,
         warps=tiles.state_bwd_warps,
         stages=tiles.state_bwd_stages,
