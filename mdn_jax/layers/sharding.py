@@ -109,6 +109,20 @@ def all_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return _between(False, x) if heads_are_cut() else x
 
 
+def embedded_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Rows of a table whose width is cut, as activations of the residual stream.
+
+    In two exchanges, one over the axes of rows and one over those of heads; for both at once the
+    partitioner would gather all of them.
+    """
+    if not heads_are_cut():
+        return x
+    names, sizes = named_axes(), partitioned()
+    rows, width = cut(names.rows, x.shape[0]), cut(names.heads, x.shape[2])
+    time = fitting(names.time, sizes, x.shape[1]) or None
+    return shared_tokens(jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time, width)))
+
+
 def all_ids(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Ids of tokens or documents, the same on devices that share heads, before they are used."""
     if not heads_are_cut():

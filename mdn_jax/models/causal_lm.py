@@ -24,7 +24,7 @@ from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
-from mdn_jax.layers.sharding import all_ids, all_tokens, named_axes, shared_tokens
+from mdn_jax.layers.sharding import all_ids, all_tokens, embedded_tokens, named_axes, shared_tokens
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
 from mdn_jax.models.config import MDNConfig, Mixer
 from mdn_jax.models.remat import Remat, check_remat, with_remat
@@ -279,6 +279,7 @@ class MDNForCausalLM(nnx.Module):
         if segment_ids is not None:
             documents = all_ids(numbered_documents(all_ids(segment_ids), axis))
         h, unknown = self.embed(tokens, lengths)
+        h = embedded_tokens(h)
         caches = []
         for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             h, after = _apply(layer, h, documents, before, lengths)
