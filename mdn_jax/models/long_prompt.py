@@ -38,6 +38,7 @@ def prefill_over(
     Raises:
       ValueError: an argument that does not fit, by name.
     """
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # of Auto axes
     if axis not in mesh.shape:
         raise ValueError(f"axis: expected one of {', '.join(mesh.axis_names)}, got {axis!r}")
     for mixer in (layer.mixer for layer in model.layers):
