@@ -31,6 +31,8 @@ class LengthConfig:
     """Tokens in a row."""
     tokens: int = 524_288
     """In a call, a multiple of every length: of shorter rows there are more."""
+    rows: int | None = None
+    """In a call at every length, in place of `tokens`; None: as many as `tokens` take."""
     heads: int = 6
     """Of the rule."""
     key_dim: int = 128
@@ -55,11 +57,22 @@ class LengthConfig:
     """Where to write the results as JSON."""
 
     def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows: expected an int >= 1 or None, got {self.rows}")
         for length in self.lengths:
-            if length < 1 or self.tokens % length:
+            if length < 1 or (self.rows is None and self.tokens % length):
                 raise ValueError(
                     f"lengths: expected divisors of tokens = {self.tokens:,}, got {length}"
                 )
+
+    @property
+    def most(self) -> int:
+        """Tokens of the largest call."""
+        return self.tokens if self.rows is None else self.rows * max(self.lengths)
+
+    def rows_of(self, length: int) -> int:
+        """Rows of this length in a call."""
+        return self.rows or self.tokens // length
 
 
 class Case(NamedTuple):
@@ -88,20 +101,21 @@ def length(config: Annotated[LengthConfig, tyro.conf.arg(name="")]) -> None:
     ]
 
     def compiled(case: Case) -> Compiled:
-        shapes = jax.eval_shape(partial(_rows, case.length), inputs[case.name])
+        shapes = jax.eval_shape(partial(_rows, config, case.length), inputs[case.name])
         return compile_for(_run(config, case), *shapes)
 
     with ThreadPoolExecutor(config.threads) as pool:
         programs = list(pool.map(compiled, cases))
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {config.tokens:,} tokens a call, "
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
+        f"{f'{config.rows} rows' if config.rows else f'{config.tokens:,} tokens'} a call, "
         f"{config.dtype}; rule: H,K,V = {config.heads},{config.key_dim},{config.value_dim}; "
         f"attention: {config.attention_heads} heads of {config.attention_dim}"
     )
     print(how_timed(config.runs), flush=True)
     timings, first = dict[Case, Timing](), dict[str, Array]()
     for case, program in zip(cases, programs, strict=True):
-        arguments = _rows(case.length, inputs[case.name])
+        arguments = _rows(config, case.length, inputs[case.name])
         if case.part == "forward":
             _check(config, case, program.call(*arguments), first)
         timings[case] = measure_compiled(program, *arguments, runs=config.runs)
@@ -118,7 +132,7 @@ def length(config: Annotated[LengthConfig, tyro.conf.arg(name="")]) -> None:
 
 def _rule_inputs(config: LengthConfig) -> tuple[Inputs, Array]:
     """Of one row of all tokens, and the gradient of its outputs."""
-    shape = (1, config.tokens, config.heads, config.key_dim, config.value_dim)
+    shape = (1, config.most, config.heads, config.key_dim, config.value_dim)
     x = repeated_inputs_of(shape, dtype=config.dtype, initial_state=False)
     d_o: Any = x["v"]
     return x, d_o
@@ -126,15 +140,20 @@ def _rule_inputs(config: LengthConfig) -> tuple[Inputs, Array]:
 
 def _attention_inputs(config: LengthConfig) -> tuple[Array, Array, Array, Array]:
     """Of one row of all tokens: queries, keys, values, and the gradient of the outputs."""
-    shape = (1, config.tokens, config.attention_heads, config.attention_dim)
+    shape = (1, config.most, config.attention_heads, config.attention_dim)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_o = (jax.random.normal(key, shape, config.dtype) for key in keys)
     return q, k, v, d_o
 
 
-def _rows[Tree](length: int, x: Tree) -> Tree:
+def _rows[Tree](config: LengthConfig, length: int, x: Tree) -> Tree:
     """The tokens of one row as rows of this length."""
-    return jax.tree.map(lambda y: y.reshape(-1, length, *y.shape[2:]), x)
+    rows = config.rows_of(length)
+
+    def cut(y: Array) -> Array:
+        return y[:, : rows * length].reshape(rows, length, *y.shape[2:])
+
+    return jax.tree.map(cut, x)
 
 
 def _run(config: LengthConfig, case: Case) -> Callable[..., Any]:
@@ -194,8 +213,11 @@ def _table(config: LengthConfig, timings: dict[Case, Timing]) -> str:
             if timing is None or least is None:
                 cells.append("-")
                 continue
-            each = timing.median / config.tokens * 1e9
-            cells.append(f"{each:,.1f} ({timing.median / least.median:.2f})")
+            each, first = (
+                x.median / (config.rows_of(i) * i) * 1e9
+                for x, i in ((timing, n), (least, shortest))
+            )
+            cells.append(f"{each:,.2f} ({each / first:.2f})")
         rows.append([f"{n:,}", *cells])
     headers = ["tokens in a row", *(f"{name}, {part}" for name, part in columns)]
     note = "nanoseconds a token (times those of the shortest rows)\n"

@@ -283,12 +283,19 @@ def time_steps(
 ) -> tuple[Any, Any, list[float]]:
     """The state and the metrics after the steps, and the seconds of each after the warm-up.
 
-    As a run has them: each is dispatched before the one before it has ended.
+    As a run has them: each is dispatched before the one before it has ended. The first that counts
+    begins when nothing is left to do. For to dispatch a step takes the host most of the step before
+    it: so late it would see the last warm-up step end, and so much too short the mean would be.
     """
     from train.metrics.steps import Pace
 
     pace, times, pending = Pace(1), list[float](), None
-    for _ in range(warm_up + steps):
+    for i in range(warm_up + steps):
+        if i == warm_up:
+            jax.block_until_ready((state, pending))
+            pending = None
+            times.clear()
+            pace.start()
         state, metrics = run(state, other)
         if pending is not None:
             jax.block_until_ready(pending)
@@ -296,7 +303,7 @@ def time_steps(
         pending = metrics
     jax.block_until_ready((state, pending))
     times.append(pace.ended())
-    return state, pending, times[warm_up:]
+    return state, pending, times
 
 
 def _process_seconds() -> float | None:

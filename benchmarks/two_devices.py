@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -263,7 +264,7 @@ def _timed(
         )
         placed, metrics = compiled(placed, step.batch)
         loss = float(metrics.loss)
-        placed, mean = _mean_seconds(compiled, placed, step.batch, config.steps)
+        placed, _, times = time_steps(compiled, placed, step.batch, steps=config.steps)
         if config.trace:
             with jax.profiler.trace(str(config.trace / case.name.replace(" ", "-"))):
                 time_steps(compiled, placed, step.batch, steps=TRACED_STEPS, warm_up=0)
@@ -272,18 +273,8 @@ def _timed(
             raise
         return Measured(tokens, None, planned, None, float("nan"), seconds, sent)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    mean = statistics.mean(times)
     return Measured(tokens, mean, planned, peak, loss, seconds, sent)
-
-
-def _mean_seconds(compiled: Any, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
-    """From when nothing is left to do to when nothing is left again, each dispatched in the last.
-
-    The single steps would not do: the host sees their ends late by as much as it is late itself.
-    """
-    state, *_ = time_steps(compiled, state, batch, steps=1)  # ends when all is done
-    began = time.perf_counter()
-    state, *_ = time_steps(compiled, state, batch, steps=steps, warm_up=0)
-    return state, (time.perf_counter() - began) / steps
 
 
 def _ratio(results: Mapping[Case, Measured], case: Case) -> float | None:

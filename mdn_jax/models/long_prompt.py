@@ -66,7 +66,7 @@ def prefill_over(
         seen=before.seen.at[rows, read].set(True),
         position=before.position + read.shape[1],
     )
-    return prefill(model, [row[read.shape[1] :] for row in tokens], state=state)
+    return prefill(model, [row[read.shape[1] :].tolist() for row in tokens], state=state)
 
 
 def _in_stretches(model: MDNForCausalLM, axis: str) -> MDNForCausalLM:

@@ -41,3 +41,7 @@ def test_rows_that_do_not_begin_alike_are_not_timed():
 def test_lengths_that_do_not_fit():
     with pytest.raises(ValueError, match="lengths: expected divisors of tokens = 4, got 3"):
         LengthConfig(lengths=(3,), tokens=4)
+    with pytest.raises(ValueError, match=r"rows: expected an int >= 1 or None, got 0"):
+        LengthConfig(rows=0)
+    config = LengthConfig(lengths=(3, 5), rows=2)  # of any length
+    assert (config.most, config.rows_of(3), config.rows_of(5)) == (10, 2, 2)
