@@ -182,6 +182,7 @@ def store_states(
 def store_values(
     ref: Values,
     chunk: jax.Array,
+    first: jax.Array,
     tile: jax.Array,
     quantized: Quantized | None,
     layout: RegisterLayout,
@@ -192,15 +193,16 @@ def store_values(
     Args:
       ref: of all chunks.
       chunk: its number.
+      first: its first step.
       tile: `[C, block]` float32.
       quantized: the same in a scale; None: it is stored as it is.
       layout: the order of columns.
       where: a scalar; if False nothing is stored.
     """
     if quantized is None:
-        layout.store(tile, ref.data, first=chunk * CHUNK, where=where)
+        layout.store(tile, ref.data, first=first, where=where)
     else:
-        layout.store(quantized.tile, ref.data, first=chunk * CHUNK, where=where)
+        layout.store(quantized.tile, ref.data, first=first, where=where)
         store_where(ref.scale, chunk, quantized.scale, where)
 
 

@@ -186,7 +186,7 @@ def _ends_again(tokens, memory, done, out, *, specs, **walk):
 
 
 def _ends(tokens, memory, _, out, *, specs, **walk):
-    _walk_to_ends(tokens, memory, out, specs, specs.place(), specs.stretch(), **walk)
+    _walk_to_ends(tokens, memory, out, specs, specs.place(), None, **walk)
 
 
 def _walk_to_ends(
@@ -211,7 +211,7 @@ def _walk_to_ends(
         tokens,
         None if out.v_new is None else out,
         (s, n),
-        stretch,
+        specs.stretch() if stretch is None else stretch,
         layout,
         precision,
         storage=storage,

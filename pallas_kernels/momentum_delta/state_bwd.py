@@ -232,7 +232,7 @@ def walk_back(
         d_v, quantized = apply_inverse(d_v_new, inverse_ref[c].T, inverse_scale, precision)
         entering = None
         if out is not None:
-            store_values(out.d_v, c, d_v, quantized, layout, stores)
+            store_values(out.d_v, c, start, d_v, quantized, layout, stores)
         if leaving is not None and quantized is not None:
             outputs = bound_of(output_scale[c])
             reach_s, reach_n = (

@@ -283,7 +283,7 @@ def walk(
         v_new, quantized = apply_inverse(residual, inverse_ref[c], inverse_scale, precision)
         leaving = None
         if out is not None:
-            store_values(out.v_new, c, v_new, quantized, layout, stores)
+            store_values(out.v_new, c, start, v_new, quantized, layout, stores)
         if entering is not None and quantized is not None:
             reach_s, reach_n = (
                 factor_ref[c, FactorRow.SCALARS, i] * quantized.max_magnitude
