@@ -13,6 +13,7 @@ from benchmarks.guard import guard
 from benchmarks.inspect import inspect
 from benchmarks.kernels import kernels
 from benchmarks.language.command import language
+from benchmarks.length import length
 from benchmarks.mixers import mixers
 from benchmarks.mqar.command import mqar
 from benchmarks.numerics import numerics
@@ -26,6 +27,7 @@ from benchmarks.tasks.command import tasks
 from benchmarks.throughput import throughput
 from benchmarks.tracking.command import tracking
 from benchmarks.training import training
+from benchmarks.two_devices import two_devices
 from mdn_jax.cli.common import parse_command
 
 PROGRAM = "python -m benchmarks"
@@ -40,6 +42,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "inspect": inspect,
     "kernels": kernels,
     "language": language,
+    "length": length,
     "mixers": mixers,
     "mqar": mqar,
     "numerics": numerics,
@@ -53,6 +56,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "throughput": throughput,
     "tracking": tracking,
     "training": training,
+    "two_devices": two_devices,
 }
 
 

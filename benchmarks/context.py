@@ -1,29 +1,29 @@
 """The rule with the tokens of its rows over several devices, beside one device."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
 from tabulate import tabulate
 
-from benchmarks.reference import inputs_of
+from benchmarks.reference import repeated_inputs_of
 from benchmarks.report import Shape, shape_text
-from benchmarks.timing import Timing, how_timed, measure
+from benchmarks.timing import Compiled, Timing, compile_for, how_timed, measure_compiled
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops.api import Implementation
-from mdn_jax.ops.context import stretch_map
-from mdn_jax.testing import (
-    LIMITS,
-    Inputs,
-    Rule,
-    outputs_and_gradients,
-    random_cotangents,
-    relative_errors,
-)
+from mdn_jax.testing import LIMITS, Rule, outputs_and_gradients
+
+Part = Literal["forward", "both"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,19 @@ class ContextConfig:
     """How many to cut the tokens over, divisors of T; one device is timed before them."""
     implementation: Implementation | None = None
     """None: the best one."""
-    runs: int = 20
+    threads: int = min(8, os.cpu_count() or 1)
+    """Programs that compile at once."""
+    runs: int = 10
     """Timed groups of calls after the warm-up (of one call on a CPU); the median is shown."""
     output: Path | None = None
     """Where to write the results as JSON."""
+
+
+class Case(NamedTuple):
+    """What is timed: how many devices, and which pass."""
+
+    devices: int
+    part: Part
 
 
 def context(config: Annotated[ContextConfig, tyro.conf.arg(name="")]) -> None:
@@ -53,24 +62,37 @@ def context(config: Annotated[ContextConfig, tyro.conf.arg(name="")]) -> None:
                 f"devices: expected divisors of T = {length} up to {jax.device_count()}, "
                 f"got {count}"
             )
-    x = inputs_of(config.shape, dtype=config.dtype, initial_state=False)
-    cotangent = random_cotangents(x)
-    whole = _rule(config)
-    expected = jax.jit(outputs_and_gradients(whole))(x, cotangent)
-    timings = {(1, part): _timed(config, whole, part, x, cotangent) for part in ("forward", "both")}
-    for count in config.devices:
-        rule, place = _over(config, count)
-        inputs, cotangents = place(x), (place(cotangent[0]), cotangent[1])
-        actual = jax.jit(outputs_and_gradients(rule))(inputs, cotangents)
-        worst = max(relative_errors(jax.device_get(actual), jax.device_get(expected)).values())
-        if not worst <= LIMITS[config.dtype].gradients:
-            raise SystemExit(
-                f"relative difference {worst:.1e} of {count} devices from one is above "
-                f"{LIMITS[config.dtype].gradients}; not timed"
-            )
-        for part in ("forward", "both"):
-            timings[count, part] = _timed(config, rule, part, inputs, cotangents)
-        timings[count, "stretch's map"] = _map_timed(config, count, x)
+    batch, _, heads, key_dim, value_dim = config.shape
+    x = repeated_inputs_of(config.shape, dtype=config.dtype, initial_state=False)
+    state = MDNState.zeros(batch, heads, key_dim, value_dim)
+    counts = tuple(dict.fromkeys((1, *config.devices)))
+    rules = {count: _over(config, count) for count in counts}
+    placed = {count: (place(x), (place(x["v"]), state)) for count, (_, place) in rules.items()}
+    cases = [Case(count, part) for count in counts for part in PARTS]
+
+    def compiled(case: Case) -> Compiled:
+        rule, _ = rules[case.devices]
+        if case.part == "forward":
+            return compile_for(lambda x: rule(**x)[0], placed[case.devices][0])
+        return compile_for(outputs_and_gradients(rule), *placed[case.devices])
+
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; "
+        f"B,T,H,K,V = {shape_text(config.shape)}, {config.dtype}; {how_timed(config.runs)}",
+        flush=True,
+    )
+    with ThreadPoolExecutor(config.threads) as pool:
+        programs = dict(zip(cases, pool.map(compiled, cases), strict=True))
+    timings = dict[Case, Timing]()
+    expected = programs[Case(1, "both")].call(*placed[1])
+    for count in counts:
+        if count > 1:
+            _check(config, count, programs[Case(count, "both")].call(*placed[count]), expected)
+        for part in PARTS:
+            case = Case(count, part)
+            arguments = placed[count] if part == "both" else placed[count][:1]
+            timings[case] = measure_compiled(programs[case], *arguments, runs=config.runs)
+            print(f"{count} devices, {part}: {timings[case].median * 1e3:.3f} ms", flush=True)
     _print(config, timings)
     if config.output:
         record = {
@@ -80,6 +102,26 @@ def context(config: Annotated[ContextConfig, tyro.conf.arg(name="")]) -> None:
             "results": {f"{n} {part}": asdict(timing) for (n, part), timing in timings.items()},
         }
         config.output.write_text(json.dumps(record, indent=1, default=str))
+
+
+def _check(config: ContextConfig, count: int, actual: Any, expected: Any) -> None:
+    """Refuses what is not near enough to one device's, on these devices."""
+    limit = LIMITS[config.dtype].gradients
+    near = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), expected, actual)
+    (o, state), gradients = jax.jit(partial(jax.tree.map, _difference))(actual, near)
+    worst = max(float(x) for x in jax.tree.leaves((o, state, gradients)))
+    if not worst <= limit:
+        raise SystemExit(
+            f"relative difference {worst:.1e} of {count} devices from one is above {limit}; "
+            "not timed"
+        )
+    print(f"{count} devices: relative difference from one {worst:.1e}", flush=True)
+
+
+def _difference(x: Array, y: Array) -> Array:
+    """Relative, in the Frobenius norm."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.linalg.norm((x - y).ravel()) / jnp.maximum(jnp.linalg.norm(y.ravel()), 1e-30)
 
 
 def _rule(config: ContextConfig, axis: str | None = None) -> Rule:
@@ -93,6 +135,8 @@ def _rule(config: ContextConfig, axis: str | None = None) -> Rule:
 
 def _over(config: ContextConfig, count: int) -> tuple[Rule, Any]:
     """The rule over so many devices, and what places its arguments on them."""
+    if count == 1:
+        return _rule(config), lambda tree: jax.device_put(tree, jax.devices()[0])
     devices = jax.devices()[:count]
     mesh = jax.make_mesh((count,), ("context",), (AxisType.Auto,), devices=devices)
     tokens = PartitionSpec(None, "context")
@@ -109,44 +153,20 @@ def _over(config: ContextConfig, count: int) -> tuple[Rule, Any]:
     return lambda **inputs: sharded(inputs), place
 
 
-def _timed(config: ContextConfig, rule: Rule, part: str, x: Inputs, cotangent: Any) -> Timing:
-    if part == "forward":
-        return measure(lambda x: rule(**x)[0], x, runs=config.runs)
-    return measure(outputs_and_gradients(rule), x, cotangent, runs=config.runs)
-
-
-def _map_timed(config: ContextConfig, count: int, x: Inputs) -> Timing:
-    """What is added forward: the map of the states by one device's stretch."""
-    batch, length, heads, key_dim, value_dim = config.shape
-    stretch = {name: y[:, : length // count] for name, y in x.items()}
-    state = MDNState.zeros(batch, heads, key_dim, value_dim)
-
-    def run(stretch: Inputs, state: MDNState) -> Any:
-        return stretch_map(lambda **y: _rule(config)(**y), stretch, state, None)
-
-    return measure(run, stretch, state, runs=config.runs)
-
-
-def _print(config: ContextConfig, timings: dict[tuple[int, str], Timing]) -> None:
+def _print(config: ContextConfig, timings: dict[Case, Timing]) -> None:
     batch, _, heads, key_dim, value_dim = config.shape
     sent = batch * heads * 2 * key_dim * (2 * key_dim + value_dim) * 4
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; "
-        f"B,T,H,K,V = {shape_text(config.shape)}, {config.dtype}"
-    )
-    print(f"{how_timed(config.runs)}; each device sends {sent / 2**20:.3g} MiB a pass")
-    rows = []
-    for (count, part), timing in timings.items():
-        one = timings.get((1, part))
-        rows.append(
-            [
-                count,
-                part,
-                f"{timing.median * 1e3:.3f}",
-                f"{timing.spread * 500:.3f}",
-                f"{one.median / timing.median:.2f}" if one else "",
-                f"{timing.memory / 2**20:.0f}",
-            ]
-        )
+    print(f"each device sends {sent / 2**20:.3g} MiB a pass")
+    rows = [
+        [
+            case.devices,
+            case.part,
+            f"{timing.median * 1e3:.3f}",
+            f"{timing.spread * 500:.3f}",
+            f"{timings[Case(1, case.part)].median / timing.median:.2f}",
+            f"{timing.memory / 2**20:.0f}",
+        ]
+        for case, timing in timings.items()
+    ]
     headers = ["devices", "pass", "ms", "± ms", "times one", "MiB planned a device"]
     print(tabulate(rows, headers=headers, tablefmt="github"))

@@ -30,6 +30,21 @@ def inputs_of(shape: tuple[int, int, int, int, int], **options: Any) -> Inputs:
     return random_inputs(seed=0, **sizes, **options)
 
 
+def repeated_inputs_of(
+    shape: tuple[int, int, int, int, int], *, drawn: int = 16_384, **options: Any
+) -> Inputs:
+    """The same for long rows: so many tokens are drawn, and come again and again."""
+    batch, length, *rest = shape
+    heads, key_dim, value_dim = rest
+    x = inputs_of((batch, min(drawn, length), heads, key_dim, value_dim), **options)
+
+    def repeated(y: Array) -> Array:
+        again = -(-length // y.shape[1])
+        return jnp.tile(y, (1, again, *(1,) * (y.ndim - 2)))[:, :length]
+
+    return jax.tree.map(repeated, x)
+
+
 def forward(rule: Rule) -> Callable[[Inputs], object]:
     """A function of inputs: the rule's outputs."""
     return lambda inputs: rule(**inputs)

@@ -118,11 +118,6 @@ class Plan:
         return self.data * self.fsdp * self.context * self.tensor
 
     @property
-    def sums_once(self) -> bool:
-        """Whether gradients are added up over `data` and `context` once a step."""
-        return self.tensor == 1 or self.context > 1
-
-    @property
     def tokens(self) -> float:
         """Of a micro-batch on a device."""
         return self.micro * self.length / self.context
@@ -151,11 +146,11 @@ class Plan:
     def activations(self) -> float:
         """Of the micro-batch on a device: what blocks keep, and logits in float32 and bfloat16.
 
-        The axis `tensor` cuts all but the residual stream and its norms.
+        The axis `tensor` cuts all but the norms of the residual stream, which are gathered.
         """
         config = models()[self.model]
-        stream = 2 * 4 * config.hidden_size
-        block = stream + (activation_bytes(config, self.remat) - stream) / self.tensor
+        norms = 2 * 2 * config.hidden_size
+        block = norms + (activation_bytes(config, self.remat) - norms) / self.tensor
         return self.tokens * config.num_hidden_layers * block + 1.5 * 2**30
 
     def memory(self) -> float:
@@ -167,9 +162,9 @@ class Plan:
 
         `fsdp`: rounded matrices gathered once, their gradients scattered for every micro-batch; so
         is the gradient of the output projection, which every device has, in float32. `data`: the
-        gradients of a device's part added up, over `context` too, once a step; with `tensor` and
-        without `context` for every micro-batch. `tensor`: activations `[tokens, hidden]` added up
-        twice a block, forward and backward. `context`: the maps of stretches gathered in every
+        gradients of a device's part added up, over `context` too, once a step. `tensor`:
+        activations `[tokens, hidden]` gathered twice a block and added up twice, forward and
+        backward. `context`: the maps of stretches gathered in every
         block, forward and backward, and the last inputs of its convolutions.
         """
         n, config = size(self.model), models()[self.model]
@@ -177,11 +172,9 @@ class Plan:
         a, matrices = self.accumulation, 2 * n.matrices / t
         sums = 4 * 2 * 2 * self.tokens * config.hidden_size * config.num_hidden_layers
         head = a * 2 * 4 * n.table
-        if self.sums_once:  # of many micro-batches in float32
-            each = 4 * n.total if a > 1 else 2 * n.matrices + 4 * (n.total - n.matrices)
-            added, over = 2 * each / (f * t), d * c
-        else:
-            added, over = (2 * a * matrices + head) / f, d
+        # of many micro-batches in float32
+        each = 4 * n.total if a > 1 else 2 * n.matrices + 4 * (n.total - n.matrices)
+        added, over = 2 * each / (f * t), d * c
         keys, values = config.head_dim, config.head_v_dim
         maps = config.value_heads * 8 * keys * (2 * keys + values)
         tails = 2 * config.conv_size * (2 * config.key_dim + config.value_dim)
@@ -203,7 +196,7 @@ class Plan:
             "tensor": (1, t),
             "context": (t, c),
             "fsdp": (t * c, f),
-            "data": (t * f, c * d) if self.sums_once else (t * c * f, d),
+            "data": (t * f, c * d),
         }[axis]
         if inner * length <= NODE:
             return sent / NVLINK

@@ -207,12 +207,12 @@ class _Run:
 
         plan = compiled.memory_analysis()
         planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes if plan else 0
-        state, metrics, times = _time_steps(compiled, state, batch, steps=self.config.steps)
+        state, metrics, times = time_steps(compiled, state, batch, steps=self.config.steps)
         low, _, high = statistics.quantiles(times, n=4)
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if self.config.trace:
             with jax.profiler.trace(str(self.config.trace)):
-                state, metrics, traced = _time_steps(
+                state, metrics, traced = time_steps(
                     compiled, state, batch, steps=TRACED_STEPS, warm_up=0
                 )
             speed = base.tokens_per_step / statistics.mean(traced)
@@ -243,7 +243,7 @@ class _Run:
             )(state, jnp.ones(()), wide(gradient, state.params)),
             donate_argnums=0,
         )
-        _, _, times = _time_steps(update, state, gradient, steps=self.config.steps)
+        _, _, times = time_steps(update, state, gradient, steps=self.config.steps)
         return whole, statistics.mean(times)
 
     def floors(self, device_kind: str, parameters: int) -> dict[str, float]:
@@ -273,7 +273,7 @@ class _Run:
         return {name: base.accumulation * x for name, x in seconds.items()}
 
 
-def _time_steps(
+def time_steps(
     run: Callable[[Any, Any], tuple[Any, Any]],
     state: Any,
     other: Any,
@@ -283,12 +283,19 @@ def _time_steps(
 ) -> tuple[Any, Any, list[float]]:
     """The state and the metrics after the steps, and the seconds of each after the warm-up.
 
-    As a run has them: each is dispatched before the one before it has ended.
+    As a run has them: each is dispatched before the one before it has ended. The first that counts
+    begins when nothing is left to do. For to dispatch a step takes the host most of the step before
+    it: so late it would see the last warm-up step end, and so much too short the mean would be.
     """
     from train.metrics.steps import Pace
 
     pace, times, pending = Pace(1), list[float](), None
-    for _ in range(warm_up + steps):
+    for i in range(warm_up + steps):
+        if i == warm_up:
+            jax.block_until_ready((state, pending))
+            pending = None
+            times.clear()
+            pace.start()
         state, metrics = run(state, other)
         if pending is not None:
             jax.block_until_ready(pending)
@@ -296,7 +303,7 @@ def _time_steps(
         pending = metrics
     jax.block_until_ready((state, pending))
     times.append(pace.ended())
-    return state, pending, times[warm_up:]
+    return state, pending, times
 
 
 def _process_seconds() -> float | None:

@@ -1,5 +1,6 @@
 """The training step of a configuration as `python -m train` builds it, on random tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,14 +20,21 @@ class WholeStep(ModelAndStep):
       batch: random tokens on the devices.
     """
 
-    def __init__(self, config: TrainConfig, *, document: int | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        document: int | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
         """Builds the step without compiling it.
 
         Args:
           config: of the run.
           document: mean length of documents packed into rows, tokens; None: a row is one document.
+          devices: to run on; None: all.
         """
-        super().__init__(config)
+        super().__init__(config, devices=devices)
         self.batch = from_global(self.mesh, random_batch(config, document))
 
     def lower(self) -> Any:

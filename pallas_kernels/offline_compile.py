@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
 from pallas_kernels.momentum_delta import Memory, Tokens, momentum_delta
+from pallas_kernels.momentum_delta.types import Leaf
 from pallas_kernels.target import DEVICES, target_gpu
 from pallas_kernels.tiling import KEY_DIMS, SHARED_MEMORY, Tiles, unsupported
 
@@ -40,6 +41,7 @@ class Case(NamedTuple):
       batch: rows of six heads; few of them take other tiles.
       precise: of bfloat16 inputs: float32 between the kernels.
       pieces: that the state passes cut a row in; None: those that ship for 64 chunks.
+      stretch: of a row that lies on several devices.
     """
 
     key_dim: int
@@ -50,8 +52,22 @@ class Case(NamedTuple):
     batch: int = 8
     precise: bool = False
     pieces: int | None = None
+    stretch: bool = False
 
 
+class _Alone:
+    """Devices that tell each other nothing."""
+
+    def entering(self, phi: Leaf, u: Leaf, given: Leaf, seams: Leaf) -> Leaf:
+        """What is given."""
+        return given + 0 * (u + phi @ given)
+
+    def leaving(self, phi: Leaf, own: Leaf, seams: Leaf) -> Leaf:
+        """What the stretch itself returns."""
+        return phi @ own
+
+
+_ALONE = _Alone()
 ALIASES = "output_operand_aliases"
 _DTYPES = ("bfloat16", "float32")
 
@@ -75,6 +91,8 @@ SHIPPED = (
     *_WHOLE,
     *(Case(size, 256, "bfloat16", (9, 0), batch=1, pieces=6) for size in KEY_DIMS),
     Case(256, 512, "bfloat16", (9, 0), batch=1, pieces=5),
+    Case(128, 256, "bfloat16", (9, 0), batch=1, pieces=6, stretch=True),
+    Case(256, 512, "bfloat16", (9, 0), batch=1, pieces=5, stretch=True),
 )
 """Every K and what V takes, both kinds of erase key and of precision, few heads, in pieces."""
 
@@ -92,6 +110,7 @@ CI = (
     Case(256, 512, "bfloat16", (9, 0), explicit_p=True, precise=True),
     Case(256, 256, "bfloat16", (9, 0), batch=1),
     Case(128, 256, "bfloat16", (9, 0), batch=1, pieces=6),
+    Case(128, 256, "bfloat16", (9, 0), batch=1, pieces=6, stretch=True),
 )
 """Part of `SHIPPED` that compiles in a few minutes."""
 
@@ -158,6 +177,7 @@ def lower(
     batch: int = 8,
     precise: bool = False,
     pieces: int | None = None,
+    stretch: bool = False,
     *,
     tiles: Tiles | None = None,
 ) -> list[Kernel]:
@@ -172,6 +192,7 @@ def lower(
       batch: rows of six heads.
       precise: of bfloat16 inputs: float32 between the kernels.
       pieces: that the state passes cut a row in; None: those that ship.
+      stretch: of a row that lies on several devices.
       tiles: None: those that ship.
     """
 
@@ -196,6 +217,7 @@ def lower(
             pieces=pieces,
             tiles=tiles,
             capability=capability,
+            exchange=_ALONE if stretch else None,
         )
 
     def both(x: Tokens, memory: Memory, cotangents: tuple[jax.Array, Memory]) -> Any:
@@ -335,6 +357,7 @@ def report(
     batch: int = 8,
     precise: bool = False,
     pieces: int | None = None,
+    stretch: bool = False,
 ) -> list[KernelReport]:
     """Compiles the kernels of one forward and backward pass, and of decoding, as they ship.
 
@@ -347,11 +370,13 @@ def report(
       batch: rows of six heads.
       precise: of bfloat16 inputs: float32 between the kernels.
       pieces: that the state passes cut a row in; None: those that ship.
+      stretch: of a row that lies on several devices.
 
     Raises:
       ImportError: Triton is not installed.
     """
-    kernels = lower(key_dim, value_dim, dtype, capability, explicit_p, batch, precise, pieces)
+    case = Case(key_dim, value_dim, dtype, capability, explicit_p, batch, precise, pieces, stretch)
+    kernels = lower(*case)
     return [compile_kernel(kernel, capability) for kernel in kernels]
 
 

@@ -131,6 +131,7 @@ def choose_tiles(
     heads: int,
     chunks: int = 1,
     pieces: int | None = None,
+    stretches: bool = False,
 ) -> Tiles:
     """The tiles for padded dims.
 
@@ -144,10 +145,13 @@ def choose_tiles(
       heads: value heads of all rows, `B * HV`, each a walk for every block of V.
       chunks: of a row.
       pieces: that the state passes cut a row in; None: `choose_pieces`, where times are known.
+      stretches: whether rows are stretches of longer ones (stretch.py).
     """
     if pieces is None:
         timed = itemsize == 2 and not precise and not explicit_p and capability >= (9, 0)
-        pieces = choose_pieces(key_dim, value_dim, heads, chunks) if timed else 1
+        pieces = 1
+        if timed:
+            pieces = choose_pieces(key_dim, value_dim, heads, chunks, stretches=stretches)
     # every piece is a row of its own: so many walks
     heads *= pieces
     if precise:
@@ -282,7 +286,9 @@ _WORTH = 0.85
 """Of the time of whole rows that rows in pieces take at most, to be cut."""
 
 
-def choose_pieces(key_dim: int, value_dim: int, heads: int, chunks: int) -> int:
+def choose_pieces(
+    key_dim: int, value_dim: int, heads: int, chunks: int, *, stretches: bool = False
+) -> int:
     """How many pieces the state passes cut a row in: those that take the least time, by a model.
 
     The first piece is walked once forward, and the last; those between also give how they map
@@ -294,6 +300,7 @@ def choose_pieces(key_dim: int, value_dim: int, heads: int, chunks: int) -> int:
       value_dim: V, the same.
       heads: value heads of all rows.
       chunks: of a row.
+      stretches: of longer rows: then all pieces are walked twice, and have their map forward.
     """
     times = _TIMES_256 if key_dim == 256 else _TIMES
     block = min(32, value_dim)
@@ -309,6 +316,11 @@ def choose_pieces(key_dim: int, value_dim: int, heads: int, chunks: int) -> int:
 
     def cut(pieces: int) -> float:
         steps, inner, others = -(-chunks // pieces), pieces - 2, (pieces - 1) * walks
+        if stretches:
+            others = pieces * walks
+            first = lasts(pieces * (walks + maps), steps, times.ends)
+            back = 2 * lasts(others, steps, times.backward) + 2 * _LINK * (pieces - 1)
+            return first + lasts(others, steps, times.forward) + back
         forward = lasts(walks + inner * (walks + maps), steps, times.ends)
         forward += lasts(others, steps, times.forward)
         return forward + 2 * lasts(others, steps, times.backward) + 2 * (_LINK * inner + _LAUNCHES)
@@ -318,5 +330,7 @@ def choose_pieces(key_dim: int, value_dim: int, heads: int, chunks: int) -> int:
     else:
         one = whole(times.forward) + whole(times.backward)
     most = min(_MOST_PIECES, chunks)
-    best = min(range(3, most + 1), key=cut, default=1)
+    if stretches:
+        one = cut(1)
+    best = min(range(2 if stretches else 3, most + 1), key=cut, default=1)
     return best if best > 1 and cut(best) < _WORTH * one else 1

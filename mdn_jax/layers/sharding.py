@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from mdn_jax.ops.api import momentum_delta_rule
 from mdn_jax.ops.on_mesh import Cuts, fitting, head_counts, on_devices, types_are_checked
@@ -77,14 +78,81 @@ def heads_are_cut() -> bool:
 
 
 def token_places(x: Array) -> Places:
-    """Where activations `[B, T, D]` or `[B, T, heads, D]` lie, for kernels along their rows."""
+    """Where activations `[B, T, D]` or `[B, T, heads, D]` lie, for kernels along their rows.
+
+    Those without heads lie as `shared_tokens` says.
+    """
     sizes, names = partitioned(), named_axes()
     cuts = Cuts(
         rows=fitting(names.rows, sizes, x.shape[0]),
-        time=fitting(names.time, sizes, x.shape[1]),
+        time=fitting(names.time, sizes, x.shape[1]) if x.ndim == 4 else _stream_time(x),
         heads=fitting(names.heads, sizes, x.shape[2]) if x.ndim == 4 else (),
     )
     return Places(cuts, frozenset(sizes))
+
+
+def shared_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Activations of the residual stream: devices that share heads have each a part of the tokens.
+
+    So norms and sums are done once, and products over heads or the MLP's width end in a sum of
+    which each device takes its part. Of the gradient all have all tokens again.
+    """
+    return _between(True, x) if heads_are_cut() else x
+
+
+def all_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The same before such products: devices that share heads have the same tokens.
+
+    Gathered once: the partitioner would rather gather every matrix, and exchange what each of the
+    products gives. Of the gradient each device takes its part.
+    """
+    return _between(False, x) if heads_are_cut() else x
+
+
+def embedded_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Rows of a table whose width is cut, as activations of the residual stream.
+
+    In two exchanges, one over the axes of rows and one over those of heads; for both at once the
+    partitioner would gather all of them.
+    """
+    if not heads_are_cut():
+        return x
+    names, sizes = named_axes(), partitioned()
+    rows, width = cut(names.rows, x.shape[0]), cut(names.heads, x.shape[2])
+    time = fitting(names.time, sizes, x.shape[1]) or None
+    return shared_tokens(jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time, width)))
+
+
+def all_ids(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Ids of tokens or documents, the same on devices that share heads, before they are used."""
+    if not heads_are_cut():
+        return ids
+    time = fitting(named_axes().time, partitioned(), ids.shape[1]) or None
+    rows = cut(named_axes().rows, ids.shape[0])
+    return jax.lax.with_sharding_constraint(ids, PartitionSpec(rows, time))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _between(shared: bool, x: Array) -> Array:
+    return _placed(shared, x)
+
+
+def _placed(shared: bool, x: Array) -> Array:
+    time = _stream_time(x) if shared else fitting(named_axes().time, partitioned(), x.shape[1])
+    rows = cut(named_axes().rows, x.shape[0])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time or None, None))
+
+
+_between.defvjp(
+    lambda shared, x: (_placed(shared, x), None),
+    lambda shared, _, gradient: (_placed(not shared, gradient),),
+)
+
+
+def _stream_time(x: Array) -> tuple[str, ...]:
+    names, sizes = named_axes(), partitioned()
+    length = x.shape[1]
+    return fitting(names.time + names.heads, sizes, length) or fitting(names.time, sizes, length)
 
 
 def sharded_momentum_delta_rule(

@@ -24,7 +24,7 @@ from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
-from mdn_jax.layers.sharding import named_axes
+from mdn_jax.layers.sharding import all_ids, all_tokens, embedded_tokens, named_axes, shared_tokens
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
 from mdn_jax.models.config import MDNConfig, Mixer
 from mdn_jax.models.remat import Remat, check_remat, with_remat
@@ -128,12 +128,12 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
         """Applies the block; the arguments are those of its mixer."""
         x, h = self.mixer_norm.with_input(h)
-        y, cache = self.mixer(x, segment_ids, cache, lengths)
-        h = h + y
+        y, cache = self.mixer(all_tokens(x), segment_ids, cache, lengths)
+        h = h + shared_tokens(y)
         if self.mlp is None or self.mlp_norm is None:
             return h, cache
         x, h = self.mlp_norm.with_input(h)
-        return h + self.mlp(x), cache
+        return h + shared_tokens(self.mlp(all_tokens(x))), cache
 
 
 def _apply(block: Block, *inputs: Any) -> Any:
@@ -275,10 +275,11 @@ class MDNForCausalLM(nnx.Module):
         """
         self._check(tokens, segment_ids, cache, lengths)
         axis = self.context_axis if inside_shard_map(self.context_axis) else None
-        documents = None
+        documents, tokens = None, all_ids(tokens)
         if segment_ids is not None:
-            documents = numbered_documents(segment_ids, axis)
+            documents = all_ids(numbered_documents(all_ids(segment_ids), axis))
         h, unknown = self.embed(tokens, lengths)
+        h = embedded_tokens(h)
         caches = []
         for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             h, after = _apply(layer, h, documents, before, lengths)

@@ -8,13 +8,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mdn_jax.ops.arguments import (
-    check_array,
-    check_dtype,
-    check_options,
-    check_segment_ids,
-    check_values,
-)
+from mdn_jax.ops.arguments import check_momentum_rule, check_options
 from mdn_jax.ops.chunkwise import chunkwise_rule
 from mdn_jax.ops.context import over_context, varying
 from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
@@ -27,7 +21,6 @@ from mdn_jax.ops.inputs import (
     in_full_precision,
     l2_normalize,
     product_precision,
-    wide_dtypes,
 )
 from mdn_jax.ops.on_mesh import under_explicit_meshes
 from mdn_jax.ops.scan import scan_rule
@@ -118,7 +111,7 @@ def momentum_delta_rule(
       TypeError: a dtype or type that does not fit. Both name the argument, what was expected and
         what came.
     """
-    _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
+    check_momentum_rule(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(Implementation))
     if context_axis is not None:
         return _over_context(
@@ -131,6 +124,40 @@ def momentum_delta_rule(
             chunk_size=chunk_size,
             implementation=implementation,
         )
+    return _run(
+        *(q, k, v, log_alpha, log_mu, beta, eta),
+        p=p,
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        normalize_qk=normalize_qk,
+        chunk_size=chunk_size,
+        implementation=implementation,
+    )
+
+
+def _run(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_alpha: Array,
+    log_mu: Array,
+    beta: Array,
+    eta: Array,
+    *,
+    p: Array | None,
+    scale: float | Array | None,
+    initial_state: MDNState | None,
+    segment_ids: Array | None,
+    normalize_qk: bool,
+    chunk_size: int | None,
+    implementation: Implementation | None,
+    **exchanged: Any,
+) -> tuple[Array, MDNState]:
+    """What `momentum_delta_rule` does with arguments that fit.
+
+    `exchanged` are the arguments of `kernel_rule` where every device has a stretch of each row.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     implementation = _chosen(implementation, q, v, p, scale, chunk_size)
     compute = compute_dtype(q)
@@ -148,6 +175,7 @@ def momentum_delta_rule(
                 scale=float(scale),
                 normalize=normalize_qk,
                 native=implementation == "triton",
+                **exchanged,
             )
         return _portable(
             arrays,
@@ -178,8 +206,26 @@ def _over_context(
     rule = partial(momentum_delta_rule, **options)
     with reverse_mode_alone("context_axis", None, axis):
         return over_context(
-            rule, axis, named, initial_state=MDNState(s, m), segment_ids=segment_ids
+            rule,
+            axis,
+            named,
+            initial_state=MDNState(s, m),
+            segment_ids=segment_ids,
+            exchanging=partial(_run, **options) if _exchange(named, options) else None,
         )
+
+
+def _exchange(arrays: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Whether the chunk kernels run, which find the map of a stretch beside its states."""
+    q, v, p = (arrays[name] for name in "qvp")
+    scale, chunk_size = (options.get(name) for name in ("scale", "chunk_size"))
+    if "scale" in arrays or _chosen(options["implementation"], q, v, p, scale, chunk_size) != (
+        "pallas_triton"
+    ):
+        return False
+    from pallas_kernels.momentum_delta import MAX_STEPS  # not imported with the library
+
+    return q.shape[1] > MAX_STEPS
 
 
 def _chosen(
@@ -187,7 +233,7 @@ def _chosen(
     q: Array,
     v: Array,
     p: Array | None,
-    scale: float | Array,
+    scale: float | Array | None,
     chunk_size: int | None,
 ) -> Implementation:
     """What runs.
@@ -274,7 +320,7 @@ def kernels_lack(
     q: Array,
     v: Array,
     p: Array | None,
-    scale: float | Array,
+    scale: float | Array | None,
     chunk_size: int | None,
 ) -> str | None:
     """What the GPU kernels would need that this call lacks; None if they can run it."""
@@ -318,6 +364,7 @@ def _on_kernels(
     scale: float,
     normalize: bool,
     native: bool,
+    **exchanged: Any,
 ) -> tuple[Array, MDNState]:
     from mdn_jax.ops.kernels import kernel_rule  # not imported with the library
 
@@ -345,47 +392,6 @@ def _on_kernels(
         precise=numerics.precise,
         capability=_capability() or (9, 0),
         native=native,
+        **exchanged,
     )
     return o.astype(dtype), state
-
-
-def _check(
-    q: Array,
-    k: Array,
-    v: Array,
-    log_alpha: Array,
-    log_mu: Array,
-    beta: Array,
-    eta: Array,
-    p: Array | None,
-    initial_state: MDNState | None,
-    segment_ids: Array | None,
-) -> None:
-    """Raises ValueError or TypeError for the first array that does not fit."""
-    check_values(q, k, v)
-    batch, length, heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    wide = wide_dtypes(q)
-    per_head = (batch, length, value_heads)
-    for name, x in (("log_alpha", log_alpha), ("log_mu", log_mu)):
-        check_array(name, x, per_head, "[B, T, HV]")
-        check_dtype(name, x, wide, f"(with {q.dtype.name} q)")
-    for name, x in (("beta", beta), ("eta", eta)):
-        check_array(name, x, per_head, "[B, T, HV]")
-        check_dtype(name, x, ("bfloat16", "float16", *wide), f"(with {q.dtype.name} q)")
-    if p is not None:
-        p_heads = p.shape[2] if getattr(p, "ndim", 0) == 4 else value_heads
-        allowed = p_heads if p_heads in (heads, value_heads) else value_heads
-        check_array("p", p, (batch, length, allowed, key_dim), "[B, T, H or HV, K]")
-        check_dtype("p", p, (q.dtype.name,), "(as q)")
-    if initial_state is not None:
-        if not isinstance(initial_state, tuple) or len(initial_state) != 2:
-            raise TypeError(
-                f"initial_state: expected an MDNState(s, m), got {type(initial_state).__name__}"
-            )
-        for name, x in zip(("s", "m"), initial_state, strict=True):
-            shape = (batch, value_heads, key_dim, value_dim)
-            check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
-            check_dtype(f"initial_state.{name}", x, wide, f"(with {q.dtype.name} q)")
-    if segment_ids is not None:
-        check_segment_ids(segment_ids, (batch, length))

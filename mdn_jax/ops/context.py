@@ -11,6 +11,7 @@ Nothing is approximated. What is exchanged does not grow with the length of a ro
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ _WIDEST = 512
 Rule = Callable[..., tuple[Array, Any]]
 
 
-class _Seams(NamedTuple):
+class Seams(NamedTuple):
     """What documents let through at a device; None: there are none, and all is let through."""
 
     enters: Bool[Array, " B"] | None  # its first step continues the document before it
@@ -40,6 +41,7 @@ def over_context[State](
     initial_state: State,
     segment_ids: Int[Array, "B T"] | None,
     summary: Rule | None = None,
+    exchanging: Rule | None = None,
 ) -> tuple[Float[Array, "B T HV V"], State]:
     """A rule on rows whose tokens are cut over a mesh axis, inside `jax.shard_map`.
 
@@ -51,6 +53,8 @@ def over_context[State](
       initial_state: states `[B, HV, K, V]`; those of the axis' first device count.
       segment_ids: document of each step of the stretch, comparable with its neighbours'.
       summary: the rule as it is run for `Phi`, on other numbers of columns; None: `rule`.
+      exchanging: the rule that finds `Phi` and `U` itself, and also takes `exchange` (`Stretches`)
+        and the `seams` for it; None: there is none.
 
     Returns:
       The stretch's outputs, and the final state of the axis' last device, on every device.
@@ -62,6 +66,15 @@ def over_context[State](
     inputs = varying((arrays, initial_state, segment_ids), axes=(axis,))
     if count == 1:
         o, state = rule(**inputs[0], initial_state=inputs[1], segment_ids=inputs[2])
+    elif exchanging is not None:
+        given, ids = _of_first_device(inputs[1], axis), inputs[2]
+        o, state = exchanging(
+            **inputs[0],
+            initial_state=given,
+            segment_ids=ids,
+            exchange=Stretches(axis),
+            seams=_seams(ids, axis),
+        )
     else:
         o, state = _linked(rule, summary or rule, axis)(*inputs)
     return o, of_last_device(state, axis)
@@ -131,12 +144,13 @@ def varying[Tree](tree: Tree, *like: Any, axes: tuple[str, ...] = ()) -> Tree:
 
 def _linked(rule: Rule, summary: Rule, axis: str) -> Callable[..., tuple[Array, Any]]:
     """The rule from the entering states that the stretches before leave; returns its own final."""
+    stretches = Stretches(axis)
 
-    def enter(arrays: dict[str, Any], state: Any, ids: Array | None) -> tuple[Any, Array, _Seams]:
+    def enter(arrays: dict[str, Any], state: Any, ids: Array | None) -> tuple[Any, Array, Seams]:
         seams = _seams(ids, axis)
         phi, u = stretch_map(summary, arrays, state, ids)
-        phi = _let_through(seams.enters, phi)
-        return _entering(phi, u, state, seams, axis), phi, seams
+        entering = stretches.entering(phi, u, _stacked(state), seams)
+        return _unstacked(entering, state), phi, seams
 
     @jax.custom_vjp
     def run(arrays: dict[str, Any], state: Any, ids: Array | None) -> tuple[Array, Any]:
@@ -156,7 +170,7 @@ def _linked(rule: Rule, summary: Rule, axis: str) -> Callable[..., tuple[Array, 
         pull, phi, seams = residuals
         d_o, d_final = cotangents
         own = _stacked(pull((d_o, d_final))[1])  # its gradients of arrays are not computed
-        leaving = _leaving(phi, own, seams, axis)
+        leaving = stretches.leaving(phi, own, seams)
         d_final = jax.tree.map(jnp.add, d_final, _unstacked(leaving, d_final))
         d_arrays, d_entering = pull((d_o, d_final))
         first = lax.axis_index(axis) == 0
@@ -166,11 +180,11 @@ def _linked(rule: Rule, summary: Rule, axis: str) -> Callable[..., tuple[Array, 
     return run
 
 
-def _seams(ids: Int[Array, "B T"] | None, axis: str) -> _Seams:
+def _seams(ids: Int[Array, "B T"] | None, axis: str) -> Seams:
     if ids is None:
-        return _Seams(None, None)
+        return Seams(None, None)
     enters = continues(ids, axis)
-    return _Seams(enters, enters & jnp.all(ids[:, 1:] == ids[:, :-1], axis=1))
+    return Seams(enters, enters & jnp.all(ids[:, 1:] == ids[:, :-1], axis=1))
 
 
 def _let_through(mask: Bool[Array, " B"] | None, x: Array) -> Array:
@@ -199,42 +213,79 @@ def stretch_map(
     return after[..., columns:], after[..., :columns]
 
 
-def _entering(phi: Array, u: Array, state: Any, seams: _Seams, axis: str) -> Any:
-    """The states before this device's stretch, by a scan over the stretches before it."""
-    index = lax.axis_index(axis)
-    given = _stacked(state)
-    u = jnp.where(index == 0, _let_through(seams.passes, _product(phi, given)) + u, u)
-    stretches = lax.all_gather((phi, u, seams.passes), axis)
+@dataclass(frozen=True)
+class Stretches:
+    """How the stretches of rows over a mesh axis learn of each other: all gather their maps.
 
-    def step(carry: tuple[Array, Array], x: tuple[Any, ...]) -> tuple[tuple[Array, Array], None]:
-        before, mine = carry
-        phi, u, passes, device = x
-        after = _let_through(passes, _product(phi, before)) + u
-        return (after, jnp.where(device + 1 == index, after, mine)), None
+    Attributes:
+      axis: of a surrounding `jax.shard_map`.
+    """
 
-    earlier = jax.tree.map(lambda x: x[:-1], stretches)
-    devices = jnp.arange(context_size(axis) - 1)
-    (_, mine), _ = lax.scan(step, (jnp.zeros_like(u), given), (*earlier, devices))
-    return _unstacked(_let_through(seams.enters, mine), state)
+    axis: str
+
+    def entering(
+        self,
+        phi: Float[Array, "B HV R R"],
+        u: Float[Array, "B HV R V"],
+        given: Float[Array, "B HV R V"],
+        seams: Seams,
+    ) -> Float[Array, "B HV R V"]:
+        """The states before this device's stretch, by a scan over the stretches before it."""
+        index = lax.axis_index(self.axis)
+        phi = _let_through(seams.enters, phi)
+        u = jnp.where(index == 0, _let_through(seams.passes, _product(phi, given)) + u, u)
+        stretches = lax.all_gather((phi, u, seams.passes), self.axis)
+
+        def step(
+            carry: tuple[Array, Array], x: tuple[Any, ...]
+        ) -> tuple[tuple[Array, Array], None]:
+            before, mine = carry
+            phi, u, passes, device = x
+            after = _let_through(passes, _product(phi, before)) + u
+            return (after, jnp.where(device + 1 == index, after, mine)), None
+
+        earlier = jax.tree.map(lambda x: x[:-1], stretches)
+        devices = jnp.arange(context_size(self.axis) - 1)
+        (_, mine), _ = lax.scan(step, (jnp.zeros_like(u), given), (*earlier, devices))
+        return _let_through(seams.enters, mine)
+
+    def leaving(
+        self, phi: Float[Array, "B HV R R"], own: Float[Array, "B HV R V"], seams: Seams
+    ) -> Float[Array, "B HV R V"]:
+        """The gradient of the states after this device's stretch by the stretches behind it."""
+        index = lax.axis_index(self.axis)
+        stretches = lax.all_gather((phi, own, seams), self.axis)
+
+        def step(
+            carry: tuple[Array, Array], x: tuple[Any, ...]
+        ) -> tuple[tuple[Array, Array], None]:
+            after, mine = carry
+            phi, own, seams, device = x
+            through = _let_through(seams.passes, _product(jnp.swapaxes(phi, -1, -2), after))
+            before = _let_through(seams.enters, own + through)
+            return (before, jnp.where(device == index + 1, before, mine)), None
+
+        later = jax.tree.map(lambda x: x[1:], stretches)
+        devices = jnp.arange(1, context_size(self.axis))
+        zeros = jnp.zeros_like(own)
+        (_, mine), _ = lax.scan(step, (zeros, zeros), (*later, devices), reverse=True)
+        return mine
 
 
-def _leaving(phi: Array, own: Array, seams: _Seams, axis: str) -> Array:
-    """The gradient of the states after this device's stretch by the stretches behind it."""
-    index = lax.axis_index(axis)
-    stretches = lax.all_gather((phi, own, seams), axis)
+def _of_first_device[Tree](tree: Tree, axis: str) -> Tree:
+    """The arrays, whose gradient is that of the axis' first device."""
 
-    def step(carry: tuple[Array, Array], x: tuple[Any, ...]) -> tuple[tuple[Array, Array], None]:
-        after, mine = carry
-        phi, own, seams, device = x
-        through = _let_through(seams.passes, _product(jnp.swapaxes(phi, -1, -2), after))
-        before = _let_through(seams.enters, own + through)
-        return (before, jnp.where(device == index + 1, before, mine)), None
+    @jax.custom_vjp
+    def same(tree: Tree) -> Tree:
+        return tree
 
-    later = jax.tree.map(lambda x: x[1:], stretches)
-    devices = jnp.arange(1, context_size(axis))
-    zeros = jnp.zeros_like(own)
-    (_, mine), _ = lax.scan(step, (zeros, zeros), (*later, devices), reverse=True)
-    return mine
+    def backward(_: None, gradient: Tree) -> tuple[Tree]:
+        first = lax.axis_index(axis) == 0
+        return (jax.tree.map(lambda x: jnp.where(first, x, 0), gradient),)
+
+    same.defvjp(lambda tree: (tree, None), backward)
+    result: Tree = same(tree)
+    return result
 
 
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)

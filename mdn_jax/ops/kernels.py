@@ -1,11 +1,14 @@
 """The GPU kernels behind the operator's arguments: the one place that knows both."""
 
+from typing import Any
+
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.ops.inputs import document_starts
 from mdn_jax.ops.state import MDNState
 from pallas_kernels import momentum_delta
 from pallas_kernels.momentum_delta import Memory, Tokens
+from pallas_kernels.momentum_delta.types import Exchange
 from pallas_kernels.tiling import Tiles
 
 
@@ -29,6 +32,8 @@ def kernel_rule(
     capability: tuple[int, int] = (9, 0),
     native: bool = False,
     interpret: bool = False,
+    exchange: Exchange | None = None,
+    seams: Any = None,
 ) -> tuple[Float[Array, "B T HV V"], MDNState]:
     """`momentum_delta_rule` on the kernels; its arguments are not checked.
 
@@ -51,6 +56,9 @@ def kernel_rule(
       capability: compute capability of the device.
       native: the decode kernel in native Triton.
       interpret: in Pallas' interpreter, on any device.
+      exchange: where every device has a stretch of each row (`mdn_jax.ops.context.Stretches`);
+        None: rows are whole.
+      seams: what `exchange` is told.
 
     Returns:
       The outputs in `v`'s dtype, and the final state in float32.
@@ -70,5 +78,7 @@ def kernel_rule(
         capability=capability,
         native=native,
         interpret=interpret,
+        exchange=exchange,
+        seams=seams,
     )
     return o, MDNState(*memory)

@@ -10,7 +10,15 @@ from jax.experimental import pallas as pl
 from pallas_kernels.momentum_delta.coefficients import LOG_ZERO
 from pallas_kernels.momentum_delta.decode import MAX_STEPS, DecodeOptions, decode
 from pallas_kernels.momentum_delta.numerics import Numerics
-from pallas_kernels.momentum_delta.types import CHUNK, Memory, Options, Sizes, Tokens
+from pallas_kernels.momentum_delta.types import (
+    CHUNK,
+    Exchange,
+    Leaf,
+    Memory,
+    Options,
+    Sizes,
+    Tokens,
+)
 from pallas_kernels.momentum_delta.vjp import rule
 from pallas_kernels.tiling import (
     Tiles,
@@ -32,6 +40,7 @@ class _Call(NamedTuple):
     capability: tuple[int, int]
     native: bool
     interpret: bool
+    exchange: Exchange | None
 
 
 def momentum_delta(
@@ -47,6 +56,8 @@ def momentum_delta(
     capability: tuple[int, int] = (9, 0),
     native: bool = False,
     interpret: bool = False,
+    exchange: Exchange | None = None,
+    seams: Leaf | None = None,
 ) -> tuple[jax.Array, Memory]:
     """The momentum delta rule on the Pallas kernels, differentiable in every array.
 
@@ -64,16 +75,23 @@ def momentum_delta(
       capability: compute capability of the device.
       native: the decode kernel in Triton's own language (jax-triton) instead of Pallas.
       interpret: run the Pallas kernels in the interpreter.
+      exchange: where every device has a stretch of each row, more than `MAX_STEPS` steps long;
+        `memory`, which is then given, is that before the row. None: rows are whole.
+      seams: what `exchange` is told.
 
     Returns:
       Outputs `[B, T, HV, V]` in v's dtype and the final states.
     """
-    call = _Call(scale, normalize, precise, tiles, pieces, capability, native, interpret)
-    run = _steps if x.sizes.length <= MAX_STEPS else _chunks
-    return run(call, _reset(x, starts), memory)
+    call = _Call(scale, normalize, precise, tiles, pieces, capability, native, interpret, exchange)
+    x = _reset(x, starts)
+    if x.sizes.length <= MAX_STEPS:
+        return _steps(call, x, memory)
+    return _chunks(call, x, memory, seams)
 
 
-def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, Memory]:
+def _chunks(
+    call: _Call, x: Tokens, memory: Memory | None, seams: Leaf | None = None
+) -> tuple[jax.Array, Memory]:
     """On the chunk kernels."""
     z = x.sizes
     key_dim, value_dim = padded_key_dim(z.key_dim), padded_value_dim(z.value_dim)
@@ -87,11 +105,12 @@ def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, M
         heads=z.batch * z.value_heads,
         chunks=pl.cdiv(z.length, CHUNK),
         pieces=call.pieces,
+        stretches=call.exchange is not None,
     )
     x, memory = _pad(x, memory, -z.length % CHUNK)
     numerics = Numerics(x.q.dtype, call.precise, call.interpret)
-    options = Options(call.scale, call.normalize, tiles, numerics)
-    return _cut(*rule(options, x, memory), z)
+    options = Options(call.scale, call.normalize, tiles, numerics, call.exchange)
+    return _cut(*rule(options, x, memory, seams), z)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -179,6 +179,33 @@ def store_states(
     layout.store(n, ref.n, chunk, where=where)
 
 
+def store_values(
+    ref: Values,
+    chunk: jax.Array,
+    first: jax.Array,
+    tile: jax.Array,
+    quantized: Quantized | None,
+    layout: RegisterLayout,
+    where: jax.Array | None = None,
+) -> None:
+    """Stores what a pass gives of a chunk's steps.
+
+    Args:
+      ref: of all chunks.
+      chunk: its number.
+      first: its first step.
+      tile: `[C, block]` float32.
+      quantized: the same in a scale; None: it is stored as it is.
+      layout: the order of columns.
+      where: a scalar; if False nothing is stored.
+    """
+    if quantized is None:
+        layout.store(tile, ref.data, first=first, where=where)
+    else:
+        layout.store(quantized.tile, ref.data, first=first, where=where)
+        store_where(ref.scale, chunk, quantized.scale, where)
+
+
 def column_scales(scales: Leaf, value_dim: int, first: jax.Array | int, count: int) -> jax.Array:
     """Scales of `count` columns of V from `first`, `[count]`.
 

@@ -226,30 +226,44 @@ def first_chunk(piece: jax.Array, chunks: int, pieces: int) -> jax.Array:
 
 
 class PieceSpecs(WalkSpecs):
-    """Those of a launch that walks over all pieces of a row but one, side by side.
+    """Those of a launch that walks over all pieces of a row but one, or all, side by side.
 
     The grid is (block of a piece, b, h), the blocks of a piece beside each other, those of its map
-    before those of V. The row's first piece has no map.
+    before those of V. The first piece has no map, unless all pieces are walked.
     """
 
     def __init__(
-        self, sizes: Sizes, value_block: int, pieces: int, *, first: int, maps: bool = False
+        self,
+        sizes: Sizes,
+        value_block: int,
+        pieces: int,
+        *,
+        first: int,
+        maps: bool = False,
+        every: bool = False,
     ) -> None:
-        """Of the pieces from `first`, 0 or 1, with the columns of their `maps` or without."""
+        """Of the pieces from `first`, 0 or 1, with the columns of their `maps` or without.
+
+        All but one of the pieces, or `every` one of them.
+        """
         super().__init__(sizes, value_block)
         self._pieces, self._first = pieces, first
+        self._count = pieces if every else pieces - 1
         # the map has as many columns as both states have rows
         self._maps = 2 * sizes.key_dim // value_block if maps else 0
+        self._mapless = 0 if every else 1
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Programs of the kernel."""
         blocks, batch, heads = self._walks
-        return ((self._pieces - 1) * (self._maps + blocks) - self._maps, batch, heads)
+        each = self._maps + blocks
+        return (self._count * each - self._mapless * self._maps, batch, heads)
 
     def place(self, program: jax.Array | None = None) -> Place:
         """Of a program by its first number; None: of the present one."""
-        number = (pl.program_id(0) if program is None else program) + self._maps
+        number = pl.program_id(0) if program is None else program
+        number += self._mapless * self._maps
         each = self._maps + self._walks[0]
         slot = lax.div(number, each)
         return Place(slot + self._first, slot, lax.rem(number, each) - self._maps)
@@ -266,7 +280,7 @@ class PieceSpecs(WalkSpecs):
         return (place.block + self._maps) * self._block
 
     def ends(self) -> pl.BlockSpec:
-        """`[2 K, block]` of an array `[B, HV, pieces - 1, 2 K, V]`: of the slot and block."""
+        """`[2 K, block]` of an array `[B, HV, slots, 2 K, V]`: of the slot and block."""
         rows = 2 * self._z.key_dim
 
         def index(i: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
@@ -276,7 +290,7 @@ class PieceSpecs(WalkSpecs):
         return pl.BlockSpec((None, None, None, rows, self._block), index)
 
     def phi(self) -> pl.BlockSpec | None:
-        """`[2 K, block]` of an array `[B, HV, pieces - 2, 2 K, 2 K]`, of inner pieces."""
+        """`[2 K, block]` of an array `[B, HV, maps, 2 K, 2 K]`, of the pieces that have one."""
         if not self._maps:
             return None
         rows = 2 * self._z.key_dim
@@ -284,12 +298,12 @@ class PieceSpecs(WalkSpecs):
         def index(i: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
             place = self.place(i)
             column = jnp.minimum(place.block + self._maps, self._maps - 1)
-            return b, h, jnp.maximum(place.slot - 1, 0), 0, column
+            return b, h, jnp.maximum(place.slot - self._mapless, 0), 0, column
 
         return pl.BlockSpec((None, None, None, rows, self._block), index)
 
     def spoiled(self) -> pl.BlockSpec:
-        """`[1]` of an array `[B, HV, pieces - 1, blocks]`."""
+        """`[1]` of an array `[B, HV, slots, blocks]`."""
 
         def index(i: jax.Array, b: jax.Array, h: jax.Array) -> tuple:
             place = self.place(i)

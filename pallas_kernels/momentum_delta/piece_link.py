@@ -1,7 +1,8 @@
 """The states between two pieces of a row: `X_(j+1) = Phi_j X_j + U_j`, or the same back.
 
-    inputs   which: target, source and map; phi [B, HV, P - 2, 2 K, 2 K]; states
-             [B, HV, P - 1, 2 K, V]; backward also whether a piece keeps anything
+    inputs   which: target, source and map; phi [B, HV, maps, 2 K, 2 K]; states
+             [B, HV, slots, 2 K, V], or those and maps beside each other; whether a piece keeps
+             anything, or None
     outputs  states, in their memory: the target has the product with the source added
     grid     (blocks of both dims, B, HV): a tile of the target a program
 
@@ -11,6 +12,7 @@ the device. Which piece it is comes as an array: all launches are one kernel to 
 Constraints: products of float32 in three passes of bfloat16, so that a link rounds as float32 does.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -33,20 +35,23 @@ def link(
     options: Options,
     *,
     kept: jax.Array | None = None,
+    back: bool = False,
 ) -> jax.Array:
     """States with `phi[map] states[source]` added to the target.
 
     Args:
-      states: `[B, HV, P - 1, 2 K, V]` float32, whose memory is taken.
-      phi: `[B, HV, P - 2, 2 K, 2 K]` float32.
+      states: `[B, HV, slots, 2 K, columns]` float32, whose memory is taken.
+      phi: `[B, HV, maps, 2 K, 2 K]` float32.
       which: target, source, map.
       options: of the call.
-      kept: of the way back, with `phi` transposed: whether a piece keeps anything of its entering
-        states `[B, HV, P - 2]` int32. Nothing is added where it does not, whatever is in `phi`.
+      kept: whether a piece keeps anything of its entering states, `[B, HV, maps]` int32. Nothing is
+        added where it does not, whatever is in `phi` and in the source. None: all do.
+      back: the way back, with `phi` transposed.
     """
     assert phi is not None
     batch, heads, pieces, rows, columns = states.shape
-    row_tile, column_tile = min(_TILE, rows), min(_TILE, columns)
+    count = phi.shape[2]
+    row_tile, column_tile = min(_TILE, rows), math.gcd(_TILE, columns)
     across = columns // column_tile
 
     def row(i: jax.Array) -> jax.Array:
@@ -60,13 +65,12 @@ def link(
 
     source = spec(pieces, rows, column_tile, index=lambda i: (0, column(i)))
     target = spec(pieces, row_tile, column_tile, index=lambda i: (row(i), column(i)))
-    back = kept is not None
     if back:
-        maps = spec(pieces - 1, rows, row_tile, index=lambda i: (0, row(i)))
+        maps = spec(count, rows, row_tile, index=lambda i: (0, row(i)))
     else:
-        maps = spec(pieces - 1, row_tile, rows, index=lambda i: (row(i), 0))
+        maps = spec(count, row_tile, rows, index=lambda i: (row(i), 0))
     result: jax.Array = kernel_call(
-        partial(_link, row=row, precision=options.numerics.exact),
+        partial(_link, row=row, back=back, precision=options.numerics.exact),
         jnp.array(which, jnp.int32),
         states,
         phi,
@@ -77,7 +81,7 @@ def link(
             pl.BlockSpec((3,), lambda i, b, h: (0,)),
             source,
             maps,
-            spec(pieces - 1, index=lambda i: ()) if back else None,
+            None if kept is None else spec(count, index=lambda i: ()),
         ],
         out_specs=target,
         out_shape=jax.ShapeDtypeStruct(states.shape, states.dtype),
@@ -89,14 +93,14 @@ def link(
     return result
 
 
-def _link(which, states, phi, kept, out, *, row, precision):
+def _link(which, states, phi, kept, out, *, row, back, precision):
     target, source, at = which[0], which[1], which[2]
     _, tile, columns = out.shape
     own = pl.ds(row(pl.program_id(0)) * tile, tile)
 
     def step(k: jax.Array, total: jax.Array) -> jax.Array:
         steps = pl.ds(k * tile, tile)
-        factor = phi[at, :, steps] if kept is None else phi[at, steps, :].T
+        factor = phi[at, steps, :].T if back else phi[at, :, steps]
         return total + dot(factor, states[source, steps, :], precision)
 
     zeros = jnp.zeros((tile, columns), jnp.float32)

@@ -38,6 +38,7 @@ from pallas_kernels.momentum_delta.block_scaling import (
     bound_of,
     scale_states,
     store_states,
+    store_values,
     unscale_states,
 )
 from pallas_kernels.momentum_delta.block_specs import WalkSpecs
@@ -48,7 +49,6 @@ from pallas_kernels.momentum_delta.register_layout import (
     RegisterLayout,
     join,
     split,
-    store_where,
 )
 from pallas_kernels.momentum_delta.rows import STATE_ROWS, STATE_SCALARS, ChunkScalar, FactorRow
 from pallas_kernels.momentum_delta.types import (
@@ -177,7 +177,7 @@ def walk_back(
     Args:
       tokens: references to q, keys, d_o, scales and the local term of the gradient of v_new.
       intra: references to inverse and factors.
-      out: references, `d_v` and `d_states` among them.
+      out: references, `d_v` and `d_states` among them; None: nothing is stored.
       d_states: gradients of memory and negated momentum behind the last chunk, `[K, block]`.
       stretch: first and end of the chunks.
       layout: of the tiles.
@@ -209,7 +209,8 @@ def walk_back(
         following = ahead(jnp.maximum(c - 1, 0))
         d_s, d_n = split(d_both)
         scales = None if leaving is None else leaving.scales
-        store_states(out.d_states, c, d_s, d_n, scales, layout, stores)
+        if out is not None:
+            store_states(out.d_states, c, d_s, d_n, scales, layout, stores)
         d_both = unless(starts, d_both, finite)
         d_s, d_n = split(d_both)
         steps = pl.ds(start, CHUNK)
@@ -230,11 +231,9 @@ def walk_back(
         d_v_new = d_v_new + write_s * by_s + write_n * by_n
         d_v, quantized = apply_inverse(d_v_new, inverse_ref[c].T, inverse_scale, precision)
         entering = None
-        if leaving is None or quantized is None:
-            layout.store(d_v, out.d_v.data, first=start, where=stores)
-        else:
-            layout.store(quantized.tile, out.d_v.data, first=start, where=stores)
-            store_where(out.d_v.scale, c, quantized.scale, stores)
+        if out is not None:
+            store_values(out.d_v, c, start, d_v, quantized, layout, stores)
+        if leaving is not None and quantized is not None:
             outputs = bound_of(output_scale[c])
             reach_s, reach_n = (
                 factor_ref[c, FactorRow.SCALARS, by_query] * outputs

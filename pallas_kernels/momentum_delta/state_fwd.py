@@ -40,6 +40,7 @@ from pallas_kernels.momentum_delta.block_scaling import (
     apply_inverse,
     scale_states,
     store_states,
+    store_values,
     unscale_states,
 )
 from pallas_kernels.momentum_delta.block_specs import WalkSpecs
@@ -50,7 +51,6 @@ from pallas_kernels.momentum_delta.register_layout import (
     RegisterLayout,
     join,
     split,
-    store_where,
 )
 from pallas_kernels.momentum_delta.rows import STATE_SCALARS, ChunkScalar, FactorRow
 from pallas_kernels.momentum_delta.types import (
@@ -200,7 +200,16 @@ def _state_fwd(
     layout = RegisterLayout(warps, block)
     first, end = specs.stretch()
     states = _entering(memory, layout, (key_dim, block), first, from_zeros=from_zeros)
-    s, n = walk(tokens, out, states, (first, end), layout, precision, carefully=carefully)
+    s, n = walk(
+        tokens,
+        out,
+        states,
+        (first, end),
+        layout,
+        precision,
+        storage=out.v_new.data.dtype,
+        carefully=carefully,
+    )
     layout.store(s, out.final.s)
     layout.store(-n, out.final.m)
 
@@ -213,6 +222,7 @@ def walk(
     layout: RegisterLayout,
     precision: Precision | None,
     *,
+    storage: jnp.dtype,
     carefully: bool = False,
     has_values: jax.Array | None = None,
     stores: jax.Array | None = None,
@@ -221,11 +231,12 @@ def walk(
 
     Args:
       tokens: references to keys, values, inverse and factors.
-      out: references, `v_new` and `states` among them.
+      out: references, `v_new` and `states` among them; None: nothing is stored.
       states: memory and negated momentum before the first chunk, `[K, block]` float32.
       stretch: first and end of the chunks.
       layout: of the tiles.
       precision: of products of float32.
+      storage: dtype of what is stored.
       carefully: with selects, so that nothing that is not finite is in two documents.
       has_values: a scalar; if False values are zero. None: it is True.
       stores: a scalar; if False nothing is stored. None: it is True.
@@ -234,7 +245,6 @@ def walk(
       Memory and negated momentum behind the last chunk.
     """
     (k_ref, p_ref), v_ref, inverse_ref, factor_ref = tokens
-    dtype = out.v_new.data.dtype
 
     def step(
         c: jax.Array, carry: tuple[jax.Array, Bounds | None]
@@ -247,7 +257,8 @@ def walk(
         v = layout.load(v_ref, CHUNK, first=start, where=has_values).astype(jnp.float32)
         s, n = split(both)
         scales = None if entering is None else entering.scales
-        store_states(out.states, c, s, n, scales, layout, stores)
+        if out is not None:
+            store_states(out.states, c, s, n, scales, layout, stores)
         k = k_ref[pl.ds(start, CHUNK), :]
         p = k if p_ref is None else p_ref[pl.ds(start, CHUNK), :]
 
@@ -263,7 +274,7 @@ def walk(
             if starts is not None:
                 by_s, by_n = clean(by_s, starts), clean(by_n, starts)
             inverse_scale = factor_ref[c, FactorRow.SCALARS, ChunkScalar.INVERSE_SCALE]
-        seen = dot(p, both.astype(dtype), precision)
+        seen = dot(p, both.astype(storage), precision)
         if starts is not None:
             seen = clean(seen, starts)
         seen_s, seen_n = split(seen)
@@ -271,11 +282,9 @@ def walk(
         residual -= factor(FactorRow.READ_N, by_n) * seen_n
         v_new, quantized = apply_inverse(residual, inverse_ref[c], inverse_scale, precision)
         leaving = None
-        if entering is None or quantized is None:
-            layout.store(v_new, out.v_new.data, first=start, where=stores)
-        else:
-            layout.store(quantized.tile, out.v_new.data, first=start, where=stores)
-            store_where(out.v_new.scale, c, quantized.scale, stores)
+        if out is not None:
+            store_values(out.v_new, c, start, v_new, quantized, layout, stores)
+        if entering is not None and quantized is not None:
             reach_s, reach_n = (
                 factor_ref[c, FactorRow.SCALARS, i] * quantized.max_magnitude
                 for i in (ChunkScalar.REACH_WRITE_S, ChunkScalar.REACH_WRITE_N)
@@ -297,9 +306,9 @@ def walk(
         writes = join(
             factor(FactorRow.WRITE_S, to_s) * v_new, factor(FactorRow.WRITE_N, to_n) * v_new
         )
-        return carried + dot(k.T, writes.astype(dtype), precision), leaving
+        return carried + dot(k.T, writes.astype(storage), precision), leaving
 
-    s, n, bounds = scale_states(*states, dtype)
+    s, n, bounds = scale_states(*states, storage)
     both, bounds = lax.fori_loop(*stretch, step, (join(s, n), bounds))
     return unscale_states(*split(both), bounds)
 

@@ -4,7 +4,7 @@ A kernel's operands and results are named tuples of arrays; its body gets the sa
 references in place of arrays, and None for an array that is not there (the erase key, a scale).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,31 @@ HALF = CHUNK // 2
 HALVES = (pl.ds(0, HALF), pl.ds(HALF, HALF))
 """The two halves of a chunk, as indices."""
 
+CHUNK_FACTORS = "mdn_chunk_factors"
+"""Name of the residuals without states, for policies of `jax.checkpoint`.
+
+`jax.checkpoint_policies.save_only_these_names(CHUNK_FACTORS)` keeps these and has the states, most
+of the residuals, computed again by one kernel. `CHUNK_STATES` names the states.
+"""
+CHUNK_STATES = "mdn_chunk_states"
+
+
+class Exchange(Protocol):
+    """How the stretches of a row, each on a device of its own, learn of each other.
+
+    Over a stretch states `X` `[B, HV, R, V]` become `Phi X + U`, with `Phi` `[B, HV, R, R]`. What
+    documents let through from stretch to stretch, `seams`, only this knows.
+    """
+
+    def entering(self, phi: Leaf, u: Leaf, given: Leaf, seams: Leaf) -> Leaf:
+        """The states before this stretch, from those `given` before the row."""
+
+    def leaving(self, phi: Leaf, own: Leaf, seams: Leaf) -> Leaf:
+        """The gradient of the states behind this stretch by what the stretches behind it return.
+
+        From `own`, the gradient of the states before each stretch by what it returns itself.
+        """
+
 
 class Options(NamedTuple):
     """What is fixed when the rule is traced.
@@ -32,12 +57,14 @@ class Options(NamedTuple):
       normalize: l2-normalise q and k.
       tiles: block shapes, warps, stages.
       numerics: dtypes and precisions; whether the kernels run in the interpreter.
+      exchange: of rows that are stretches of longer ones; None: they are whole.
     """
 
     scale: float
     normalize: bool
     tiles: Tiles
     numerics: Numerics
+    exchange: Exchange | None = None
 
     @property
     def interpret(self) -> bool:

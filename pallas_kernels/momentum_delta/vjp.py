@@ -21,7 +21,11 @@ from pallas_kernels.momentum_delta.intra_chunk_fwd import intra_chunk_fwd
 from pallas_kernels.momentum_delta.output_fwd import output_fwd
 from pallas_kernels.momentum_delta.pieces import state_bwd_in_pieces, state_fwd_in_pieces
 from pallas_kernels.momentum_delta.recompute_gamma import recompute_gamma
+from pallas_kernels.momentum_delta.state_bwd import StateGradients
+from pallas_kernels.momentum_delta.stretch import state_bwd_of_stretch, state_fwd_of_stretch
 from pallas_kernels.momentum_delta.types import (
+    CHUNK_FACTORS,
+    CHUNK_STATES,
     IntraChunk,
     Leaf,
     Memory,
@@ -30,14 +34,6 @@ from pallas_kernels.momentum_delta.types import (
     Tokens,
     Values,
 )
-
-CHUNK_FACTORS = "mdn_chunk_factors"
-"""Name of the residuals without states, for policies of `jax.checkpoint`.
-
-`jax.checkpoint_policies.save_only_these_names(CHUNK_FACTORS)` keeps these and has the states, most
-of the residuals, computed again by one kernel. `CHUNK_STATES` names the states.
-"""
-CHUNK_STATES = "mdn_chunk_states"
 
 
 class Residuals(NamedTuple):
@@ -48,7 +44,9 @@ class Residuals(NamedTuple):
       intra: two `[C, C]` matrices and 13 rows a chunk, float16 keys.
       v_new: V' of every step.
       states: one pair a chunk, the largest part.
-      phi: of rows in pieces, what the states become over each piece between the first and the last.
+      phi: of rows in pieces, what the states become over each piece between the first and the last;
+        of stretches, over each piece.
+      seams: of stretches.
       entered: `()` where a memory entered, None where none did.
     """
 
@@ -57,43 +55,59 @@ class Residuals(NamedTuple):
     v_new: Values
     states: States
     phi: Leaf | None
+    seams: Leaf | None
     entered: tuple[()] | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rule(options: Options, x: Tokens, memory: Memory | None) -> tuple[jax.Array, Memory]:
+def rule(
+    options: Options, x: Tokens, memory: Memory | None, seams: Leaf | None
+) -> tuple[jax.Array, Memory]:
     """The chunked rule for `T` a multiple of the chunk.
 
     Args:
       options: static.
       x: tokens and gates.
-      memory: entering, float32; None stands for zeros.
+      memory: entering, float32; None stands for zeros. Of stretches: what enters the whole row, and
+        its gradient on each is that of what enters the stretch.
+      seams: of stretches, for `options.exchange`.
 
     Returns:
       Outputs `[B, T, HV, V]` in v's dtype and the final memory, float32.
     """
-    return _forward(options, x, memory)[0]
+    return _forward(options, x, memory, seams)[0]
 
 
 def _forward(
-    options: Options, x: Tokens, memory: Memory | None
+    options: Options, x: Tokens, memory: Memory | None, seams: Leaf | None
 ) -> tuple[tuple[jax.Array, Memory], Residuals]:
     intra = intra_chunk_fwd(x, options)
     intra = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), intra)
-    (v_new, states, final), phi = state_fwd_in_pieces(x, intra, memory, options)
+    if options.exchange is None:
+        (v_new, states, final), phi = state_fwd_in_pieces(x, intra, memory, options)
+    else:
+        assert memory is not None
+        (v_new, states, final), phi = state_fwd_of_stretch(x, intra, memory, seams, options)
     v_new = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_FACTORS), v_new)
     states, phi = jax.tree.map(lambda y: checkpoint_name(y, CHUNK_STATES), (states, phi))
     o = output_fwd(x, intra, v_new, states, options)
-    return (o, final), Residuals(x, intra, v_new, states, phi, None if memory is None else ())
+    entered = None if memory is None else ()
+    return (o, final), Residuals(x, intra, v_new, states, phi, seams, entered)
 
 
 def _backward(
     options: Options, residuals: Residuals, cotangents: tuple[jax.Array, Memory]
-) -> tuple[Tokens, Memory | None]:
-    x, intra, v_new, states, phi, entered = residuals
+) -> tuple[Tokens, Memory | None, None]:
+    x, intra, v_new, states, phi, seams, entered = residuals
     d_o, d_final = cotangents
     local = dv_local_bwd(x, intra, d_o, options)
-    d_v, d_states, d_memory = state_bwd_in_pieces(x, intra, d_o, local, d_final, phi, options)
+    passed: StateGradients
+    if options.exchange is None:
+        passed = state_bwd_in_pieces(x, intra, d_o, local, d_final, phi, options)
+    else:
+        assert phi is not None
+        passed = state_bwd_of_stretch(x, intra, d_o, local, d_final, phi, seams, options)
+    d_v, d_states, d_memory = passed
     values = (Values(d_o, local.d_o_scale), d_v, v_new)
     scales = scales_with_states(d_v, v_new, states, d_states)
     inter = inter_chunk_bwd(x, intra, values, states, d_states, scales, options)
@@ -111,7 +125,7 @@ def _backward(
         p=None if d_p is None or x.p is None else _sum_groups(d_p, x.p),
         **d_gates._asdict(),
     )
-    return d_x, None if entered is None else d_memory
+    return d_x, None if entered is None else d_memory, None
 
 
 def _sum_groups(gradient: jax.Array, like: jax.Array) -> jax.Array:

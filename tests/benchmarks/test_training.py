@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from benchmarks.costs import Cost
 from benchmarks.part_costs import part_costs
-from benchmarks.training import TrainingConfig, _parts_table, training
+from benchmarks.training import TrainingConfig, _parts_table, time_steps, training
 from configs import CONFIGS
 from mdn_jax import MDNConfig
 from mdn_jax.models import AttentionConfig
@@ -53,6 +54,20 @@ def test_step_and_parts(tmp_path, monkeypatch, capsys):
     }
     assert all(seconds > 0 for seconds in parts.values())
     assert any((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_steps_that_count_begin_when_nothing_is_left_to_do(monkeypatch):
+    """And each is dispatched before the one before it is waited for."""
+    done = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: done.append("wait"))
+
+    def run(state, other):
+        done.append("run")
+        return state, other
+
+    _, _, times = time_steps(run, 0, 0, steps=3, warm_up=2)
+    assert done == ["run", "run", "wait", "wait", "run", "run", "wait", "run", "wait", "wait"]
+    assert len(times) == 3
 
 
 def test_floors_of_the_parts():

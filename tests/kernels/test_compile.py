@@ -29,6 +29,7 @@ KERNELS = {
 }
 IN_PIECES = {
     "mdn_state_fwd_ends",
+    "mdn_state_fwd_ends_again",
     "mdn_piece_link",
     "mdn_state_bwd_starts",
     "mdn_piece_link_back",
@@ -40,6 +41,7 @@ def describe(case):
     major, minor = case.capability
     p = "_p" * case.explicit_p + f"_B{case.batch}" * (case.batch != 8)
     p += "_precise" * case.precise + f"_pieces{case.pieces}" * (case.pieces is not None)
+    p += "_stretch" * case.stretch
     return f"K{case.key_dim}_V{case.value_dim}_{case.dtype}_sm{major}{minor}{p}"
 
 
@@ -66,6 +68,10 @@ def test_kernels_lower_compile_and_fit(case):
         in_place |= {"mdn_state_fwd": [6], "mdn_state_bwd": [6]}
         in_place |= {"mdn_state_fwd_ends": [0], "mdn_state_bwd_starts": [2]}
         in_place |= dict.fromkeys(("mdn_piece_link", "mdn_piece_link_back"), [1] * 4)
+    if case.stretch:  # all pieces in both launches, the first of which stores ends alone
+        in_place |= {"mdn_state_fwd": [1], "mdn_state_fwd_ends_again": [2]}
+        in_place |= {"mdn_state_bwd": [2], "mdn_state_bwd_starts": [1]}
+        in_place |= dict.fromkeys(("mdn_piece_link", "mdn_piece_link_back"), [1] * 5)
     in_place["mdn_state_fwd_again"] = [5 if case.precise or case.dtype == "float32" else 7]
     found = {name: [k.in_place for k in kernels if k.name == name] for name in in_place}
     assert found == in_place

@@ -10,11 +10,13 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.layers.sharding import mesh_axes
+from mdn_jax.models import prefill, prefill_over, stream
 from mdn_jax.models.loss import summed_loss
 from mdn_jax.testing import relative_errors
 from tests.tiny import TINY_MODEL
@@ -129,6 +131,24 @@ def cases():
     )
     with jax.set_mesh(automatic), mesh_axes(rows=("rows",), context=("long",), heads=()):
         yield "Auto", found(both(graph)(params, tokens, ids, cache), expected)
+
+    yield "a prompt read by many", prompts()
+
+
+def prompts():
+    """Of two lengths, neither of which divides; what one device has, and what it makes of it."""
+    alone = nnx.merge(*model())
+    rows = [[int(x) for x in np.random.default_rng(i).integers(31, size=19 + i)] for i in range(2)]
+    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    actual, expected = prefill_over(mesh, alone, rows), prefill(alone, rows)
+    # without keys and values: here there is room for more
+    compared = (jax.device_get(x._replace(cache=x.cache[0])) for x in (actual, expected))
+    errors = relative_errors(*compared)
+    pieces = [
+        [piece.tokens for piece in stream(alone, state, max_new_tokens=4)]
+        for state in (actual, expected)
+    ]
+    return {"state": max(errors.values()), "tokens": pieces}
 
 
 if __name__ == "__main__":

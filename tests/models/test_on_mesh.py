@@ -30,6 +30,14 @@ def test_an_unknown_token_is_nan_to_the_end_of_its_document(results):
     assert results["unknown token"]["nan"] == [[0] * 16, [0] * 5 + [1] * 3 + [0] * 8]
 
 
+def test_one_device_goes_on_from_what_many_have_read(results):
+    found = results["a prompt read by many"]
+    assert found["state"] <= 1e-10
+    many, one = found["tokens"]
+    assert many == one
+    assert sum(map(len, one[-1])) > 0
+
+
 def test_results_are_cut_as_the_tokens_are(results):
     assert results["Explicit, cut as"]["tokens"][:2] == ["x", "y"]
 

@@ -3,8 +3,7 @@
 The partitioner of `jax.jit` adds gradients up where they arise, in every micro-batch. So the axes
 that cut nothing but the batch, `data` and `context`, are those of a `jax.shard_map`: inside it a
 device has the gradient of its own tokens, and it is said when they are added up. The axes `fsdp`
-and `tensor` stay with the partitioner. With `data` and `tensor` alone it has all of them: inside a
-`jax.shard_map` nothing holds it from cutting tokens over `tensor` too, in many small exchanges.
+and `tensor` stay with the partitioner.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from mdn_jax.layers.sharding import CONTEXT, DATA, TENSOR
+from mdn_jax.layers.sharding import CONTEXT, DATA
 
 _AXES = (DATA, CONTEXT)
 
@@ -31,10 +30,9 @@ class OwnTokens:
         self._axes: frozenset[str] = frozenset()
         if mesh is None or mesh.shape[DATA] * mesh.shape[CONTEXT] == 1:
             return
-        if mesh.shape[TENSOR] == 1 or mesh.shape[CONTEXT] > 1:
-            # with those of one device: nothing is left to the partitioner that need not be
-            alone = (name for name, size in mesh.shape.items() if size == 1)
-            self._axes = frozenset((*_AXES, *alone))
+        # with those of one device: nothing is left to the partitioner that need not be
+        alone = (name for name, size in mesh.shape.items() if size == 1)
+        self._axes = frozenset((*_AXES, *alone))
 
     def on_each[R](self, function: Callable[[Any, Any], R]) -> Callable[[Any, Any], R]:
         """The function on every device, under the ambient mesh.

@@ -11,7 +11,6 @@ Meshes are written data x fsdp x context x tensor.
 import dataclasses
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
+from benchmarks.collectives import collectives as of_program
 from mdn_jax import MDNConfig
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import random_batch, tiny_config
@@ -92,26 +92,17 @@ def refused_everywhere(trainer, state):
     return same and counts == {1} and not np.isfinite(metrics.loss)
 
 
-COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?[(]"
-)
-
-
 def collectives(text):
     """Of a compiled program: how many there are of each kind, in its loops and outside of them.
 
     Sums of gradients, which are arrays, are counted apart from those of scalars.
     """
     counts = {"loop": {}, "outside": {}}
-    where = ""
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            where = "outside" if line.startswith("ENTRY") else "loop"
-        if found := COLLECTIVE.search(line):
-            results, kind = line[: found.start()], found[1]
-            if kind == "all-reduce":
-                kind = "sum of arrays" if re.search(r"\[\d", results) else "sum of scalars"
-            counts[where][kind] = counts[where].get(kind, 0) + 1
+    for found in of_program(text):
+        where, kind = counts["loop" if found.in_loop else "outside"], found.kind
+        if kind == "all-reduce":
+            kind = "sum of scalars" if found.scalar else "sum of arrays"
+        where[kind] = where.get(kind, 0) + 1
     counts["branches"] = text.count(" conditional(")
     return counts
 

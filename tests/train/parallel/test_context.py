@@ -53,7 +53,7 @@ def test_fine_tuning_begins_where_the_run_ended(report):
 
 @pytest.mark.slow
 def test_the_step_is_lowered_for_gpus_with_the_kernels(report):
-    """The rule for the map of a stretch, and the rule; its backward pass twice; convolutions."""
+    """The rule with the maps of stretches; convolutions with what is before them."""
     assert all(report["lowered"].values()), report["lowered"]
 
 
