@@ -8,13 +8,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mdn_jax.ops.arguments import (
-    check_array,
-    check_dtype,
-    check_options,
-    check_segment_ids,
-    check_values,
-)
+from mdn_jax.ops.arguments import check_options, check_rule
 from mdn_jax.ops.chunkwise import chunkwise_rule
 from mdn_jax.ops.context import over_context, varying
 from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
@@ -27,11 +21,10 @@ from mdn_jax.ops.inputs import (
     in_full_precision,
     l2_normalize,
     product_precision,
-    wide_dtypes,
 )
 from mdn_jax.ops.on_mesh import under_explicit_meshes
 from mdn_jax.ops.scan import scan_rule
-from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.state import CompactState, Kept, MDNState, computed_in_full
 
 if TYPE_CHECKING:
     from pallas_kernels.momentum_delta import Numerics
@@ -53,13 +46,13 @@ def momentum_delta_rule(
     *,
     p: Float[Array, "B T _ K"] | None = None,
     scale: float | None = None,
-    initial_state: MDNState | None = None,
+    initial_state: Kept | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     normalize_qk: bool = True,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     context_axis: str | None = None,
-) -> tuple[Float[Array, "B T HV V"], MDNState]:
+) -> tuple[Float[Array, "B T HV V"], Any]:
     """Momentum delta rule: a memory updated by gradient descent with momentum.
 
     For every value head, with `alpha = exp(log_alpha)`, `mu = exp(log_mu)` and `k, q` normalised:
@@ -90,7 +83,8 @@ def momentum_delta_rule(
         the rule uses it (normalised if `normalize_qk`).
       scale: factor on the output; None means `K ** -0.5`.
       initial_state: state before the first step; None means zeros. With `segment_ids` it continues
-        the row's first document.
+        the row's first document. A `CompactState` is computed with in float32 and comes back as
+        one; without gradients where one kernel takes it (up to 16 steps).
       segment_ids: document of each step, any integers. A change along `T` starts a document and
         resets both states: packed documents never see each other. What is not finite stays in its
         document (but for one that starts within the same chunk: docs/algorithm.md). The returned
@@ -118,25 +112,25 @@ def momentum_delta_rule(
       TypeError: a dtype or type that does not fit. Both name the argument, what was expected and
         what came.
     """
-    _check(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
+    check_rule(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(Implementation))
     if context_axis is not None:
-        return _over_context(
-            (q, k, v, log_alpha, log_mu, beta, eta, p),
-            initial_state,
-            segment_ids,
-            context_axis,
+        over_devices = partial(
+            _over_context,
+            axis=context_axis,
             scale=scale,
             normalize_qk=normalize_qk,
             chunk_size=chunk_size,
             implementation=implementation,
         )
+        named = (q, k, v, log_alpha, log_mu, beta, eta, p)
+        return computed_in_full(over_devices, named, initial_state, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     implementation = _chosen(implementation, q, v, p, scale, chunk_size)
     compute = compute_dtype(q)
     gates = [jnp.asarray(x, compute) for x in (log_alpha, log_mu, beta, eta)]
-    state = None
-    if initial_state is not None:
+    state: Kept | None = initial_state
+    if initial_state is not None and not isinstance(initial_state, CompactState):
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
     arrays, state, segment_ids = varying(((q, k, v, p, *gates), state, segment_ids))
     with reverse_mode_alone("implementation", "scan", implementation):
@@ -149,14 +143,17 @@ def momentum_delta_rule(
                 normalize=normalize_qk,
                 native=implementation == "triton",
             )
-        return _portable(
+        return computed_in_full(
+            partial(
+                _portable,
+                scale=scale,
+                normalize=normalize_qk,
+                chunk_size=chunk_size,
+                definition=implementation == "scan",
+            ),
             arrays,
             state,
             segment_ids,
-            scale=scale,
-            normalize=normalize_qk,
-            chunk_size=chunk_size,
-            definition=implementation == "scan",
         )
 
 
@@ -164,6 +161,7 @@ def _over_context(
     arrays: tuple[Any, ...],
     state: MDNState | None,
     segment_ids: Array | None,
+    *,
     axis: str,
     **options: Any,
 ) -> tuple[Array, MDNState]:
@@ -312,14 +310,15 @@ def kernels_lack(
 
 def _on_kernels(
     arrays: tuple[Any, ...],
-    state: MDNState | None,
+    state: Kept | None,
     segment_ids: Array | None,
     *,
     scale: float,
     normalize: bool,
     native: bool,
-) -> tuple[Array, MDNState]:
+) -> tuple[Array, Any]:
     from mdn_jax.ops.kernels import kernel_rule  # not imported with the library
+    from pallas_kernels.momentum_delta import MAX_STEPS
 
     dtype = arrays[0].dtype
     numerics = _numerics(dtype)
@@ -327,65 +326,29 @@ def _on_kernels(
     def converted(y: Any) -> Any:
         return None if y is None else jnp.asarray(y, numerics.dtype)
 
-    q, k, v, p = map(converted, arrays[:4])
-    log_alpha, log_mu, beta, eta = arrays[4:]
-    o, state = kernel_rule(
-        q=q,
-        k=k,
-        v=v,
-        p=p,
-        log_alpha=log_alpha,
-        log_mu=log_mu,
-        beta=beta,
-        eta=eta,
-        initial_state=state,
-        segment_ids=segment_ids,
-        scale=scale,
-        normalize_qk=normalize,
-        precise=numerics.precise,
-        capability=_capability() or (9, 0),
-        native=native,
-    )
+    def rule(arrays: tuple[Any, ...], state: Any, segment_ids: Array | None) -> tuple[Array, Any]:
+        q, k, v, p, log_alpha, log_mu, beta, eta = arrays
+        return kernel_rule(
+            q=q,
+            k=k,
+            v=v,
+            p=p,
+            log_alpha=log_alpha,
+            log_mu=log_mu,
+            beta=beta,
+            eta=eta,
+            initial_state=state,
+            segment_ids=segment_ids,
+            scale=scale,
+            normalize_qk=normalize,
+            precise=numerics.precise,
+            capability=_capability() or (9, 0),
+            native=native,
+        )
+
+    inputs = (*map(converted, arrays[:4]), *arrays[4:])
+    if arrays[0].shape[1] <= MAX_STEPS and not native:  # one kernel, which takes any state
+        o, state = rule(inputs, state, segment_ids)
+    else:
+        o, state = computed_in_full(rule, inputs, state, segment_ids)
     return o.astype(dtype), state
-
-
-def _check(
-    q: Array,
-    k: Array,
-    v: Array,
-    log_alpha: Array,
-    log_mu: Array,
-    beta: Array,
-    eta: Array,
-    p: Array | None,
-    initial_state: MDNState | None,
-    segment_ids: Array | None,
-) -> None:
-    """Raises ValueError or TypeError for the first array that does not fit."""
-    check_values(q, k, v)
-    batch, length, heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    wide = wide_dtypes(q)
-    per_head = (batch, length, value_heads)
-    for name, x in (("log_alpha", log_alpha), ("log_mu", log_mu)):
-        check_array(name, x, per_head, "[B, T, HV]")
-        check_dtype(name, x, wide, f"(with {q.dtype.name} q)")
-    for name, x in (("beta", beta), ("eta", eta)):
-        check_array(name, x, per_head, "[B, T, HV]")
-        check_dtype(name, x, ("bfloat16", "float16", *wide), f"(with {q.dtype.name} q)")
-    if p is not None:
-        p_heads = p.shape[2] if getattr(p, "ndim", 0) == 4 else value_heads
-        allowed = p_heads if p_heads in (heads, value_heads) else value_heads
-        check_array("p", p, (batch, length, allowed, key_dim), "[B, T, H or HV, K]")
-        check_dtype("p", p, (q.dtype.name,), "(as q)")
-    if initial_state is not None:
-        if not isinstance(initial_state, tuple) or len(initial_state) != 2:
-            raise TypeError(
-                f"initial_state: expected an MDNState(s, m), got {type(initial_state).__name__}"
-            )
-        for name, x in zip(("s", "m"), initial_state, strict=True):
-            shape = (batch, value_heads, key_dim, value_dim)
-            check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
-            check_dtype(f"initial_state.{name}", x, wide, f"(with {q.dtype.name} q)")
-    if segment_ids is not None:
-        check_segment_ids(segment_ids, (batch, length))

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from mdn_jax.ops.inputs import wide_dtypes
+from mdn_jax.ops.state import CompactState, Kept
+
 VALUE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -105,3 +108,63 @@ def check_options(
             f"implementation: expected one of {', '.join(implementations)} or None, "
             f"got {implementation!r}"
         )
+
+
+def check_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_alpha: Array,
+    log_mu: Array,
+    beta: Array,
+    eta: Array,
+    p: Array | None,
+    initial_state: Kept | None,
+    segment_ids: Array | None,
+) -> None:
+    """Raises ValueError or TypeError for the first array that does not fit."""
+    check_values(q, k, v)
+    batch, length, heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    wide = wide_dtypes(q)
+    per_head = (batch, length, value_heads)
+    for name, x in (("log_alpha", log_alpha), ("log_mu", log_mu)):
+        check_array(name, x, per_head, "[B, T, HV]")
+        check_dtype(name, x, wide, f"(with {q.dtype.name} q)")
+    for name, x in (("beta", beta), ("eta", eta)):
+        check_array(name, x, per_head, "[B, T, HV]")
+        check_dtype(name, x, ("bfloat16", "float16", *wide), f"(with {q.dtype.name} q)")
+    if p is not None:
+        p_heads = p.shape[2] if getattr(p, "ndim", 0) == 4 else value_heads
+        allowed = p_heads if p_heads in (heads, value_heads) else value_heads
+        check_array("p", p, (batch, length, allowed, key_dim), "[B, T, H or HV, K]")
+        check_dtype("p", p, (q.dtype.name,), "(as q)")
+    if initial_state is not None:
+        _check_state(initial_state, (batch, value_heads, key_dim, value_dim), q, wide)
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, (batch, length))
+
+
+def _check_state(state: Any, shape: tuple[int, ...], q: Array, wide: tuple[str, ...]) -> None:
+    """Raises ValueError or TypeError for an entering state that does not fit."""
+    compact = isinstance(state, CompactState)
+    if not compact and (not isinstance(state, tuple) or len(state) != 2):
+        raise TypeError(
+            f"initial_state: expected an MDNState(s, m) or a CompactState, "
+            f"got {type(state).__name__}"
+        )
+    allowed, why = wide, f"(with {q.dtype.name} q)"
+    if compact:
+        if q.dtype == jnp.float64:
+            raise TypeError(
+                "initial_state: expected an MDNState with float64 q, got a CompactState"
+            )
+        allowed = ("bfloat16",) if state.scale is None else ("float16",)
+        why = f"(with{'out' * (state.scale is None)} scale)"
+    for name, x in (("s", state[0]), ("m", state[1])):
+        check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
+        check_dtype(f"initial_state.{name}", x, allowed, why)
+    if compact and state.scale is not None:
+        scales = (*shape[:2], 2, shape[3])
+        check_array("initial_state.scale", state.scale, scales, "[B, HV, 2, V]")
+        check_dtype("initial_state.scale", state.scale, ("float32",), "")
