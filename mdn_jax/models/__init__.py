@@ -4,7 +4,8 @@ from mdn_jax.models.blocks import Block, Decoder, Logprobs, stop_array
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.config import AttentionConfig, MDNConfig, Mixer
 from mdn_jax.models.generate import Piece, RowLogprobs, generate, stream
-from mdn_jax.models.generation_state import GenerationState, initial_state, with_room
+from mdn_jax.models.generation_state import GenerationState, Recent, initial_state, with_room
+from mdn_jax.models.kept_states import rewind, rewind_cache, with_states
 from mdn_jax.models.prefill import prefill
 from mdn_jax.models.sampling import Sampling, SamplingArrays, sampling_arrays
 from mdn_jax.models.state_file import load_state, save_state
@@ -19,6 +20,7 @@ __all__ = [
     "MDNForCausalLM",
     "Mixer",
     "Piece",
+    "Recent",
     "RowLogprobs",
     "Sampling",
     "SamplingArrays",
@@ -26,9 +28,12 @@ __all__ = [
     "initial_state",
     "load_state",
     "prefill",
+    "rewind",
+    "rewind_cache",
     "sampling_arrays",
     "save_state",
     "stop_array",
     "stream",
     "with_room",
+    "with_states",
 ]

@@ -17,6 +17,7 @@ from mdn_jax.models.arguments import is_whole
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.fields import require
 from mdn_jax.models.generation_state import GenerationState, check_state
+from mdn_jax.models.kept_states import remembered
 from mdn_jax.models.sampling import SamplingArrays, draw, needed
 
 
@@ -163,7 +164,9 @@ def _decode_block(
             logits=jnp.where(own[:, None], logits[:, 0], before.logits),
             seen=before.seen.at[rows, token].max(own),
             position=before.position + own,
+            recent=before.recent,
         )
+        after = remembered(before, after, token, own)
         stopped = jnp.any(token[:, None] == stop, axis=-1) | (drawn < 0)
         now = None if block.logprobs is None else _logprobs(before.logits, token, logprobs or 0)
         block = Block(

@@ -12,8 +12,10 @@ from mdn_jax.models.blocks import Block, Decoder, stop_array
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.fields import require
 from mdn_jax.models.generation_state import GenerationState, check_state, with_room
+from mdn_jax.models.kept_states import with_states
 from mdn_jax.models.prefill import Prompts, prefill
 from mdn_jax.models.sampling import Sampling, sampling_arrays
+from mdn_jax.ops.state import StateDtype
 
 
 class RowLogprobs(NamedTuple):
@@ -56,6 +58,8 @@ def generate(
     max_length: int | None = None,
     block: int = 16,
     logprobs: int | None = None,
+    state_dtype: StateDtype | None = None,
+    replay: int | None = None,
 ) -> Piece:
     """Continues prompts of any lengths; each row as if it were alone.
 
@@ -74,6 +78,9 @@ def generate(
         attention without a window keeps them all; None: as many as needed.
       block: tokens in one call of the compiled loop.
       logprobs: None: none; n: log-probabilities of the tokens and of the n likeliest in each place.
+      state_dtype: how MDN's states are kept from the prompts on, see `with_states`; None: as they
+        are.
+      replay: L: they are written every L tokens, and `rewind` goes back; see `with_states`.
 
     Returns:
       All tokens generated, and the state after them.
@@ -83,6 +90,7 @@ def generate(
         (nan, or inf).
     """
     state = prefill(model, prompts, state=state)
+    state = with_states(model, state, state_dtype=state_dtype, replay=replay)
     tokens: list[list[int]] = [[] for _ in prompts]
     numbers = [RowLogprobs([], []) for _ in prompts]
     ended = [False] * len(prompts)
