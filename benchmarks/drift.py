@@ -168,7 +168,7 @@ def _decoded(inputs: dict[str, Array], dtype: StateDtype, replay: int) -> Array:
     @jax.jit
     def each(inputs: dict[str, Array], start: Any) -> Array:
         def step(state: Any, x: dict[str, Array]) -> tuple[Any, Array]:
-            one = {n: y[:, None] for n, y in x.items()}
+            one: dict[str, Any] = {n: y[:, None] for n, y in x.items()}
             o, state = momentum_delta_rule(**one, initial_state=state, implementation="xla")
             return state, o[0, 0]
 
