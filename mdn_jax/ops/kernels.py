@@ -9,7 +9,7 @@ from mdn_jax.ops.inputs import document_starts
 from mdn_jax.ops.replay import ReplayState
 from mdn_jax.ops.state import CompactState, Kept, MDNState
 from pallas_kernels import momentum_delta
-from pallas_kernels.momentum_delta import Memory, Ring, Tokens, next_counts
+from pallas_kernels.momentum_delta import Memory, Ring, Tokens
 from pallas_kernels.tiling import Tiles
 
 
@@ -106,14 +106,13 @@ def kernel_replay(
     out = momentum_delta.replay_step(
         tokens,
         Memory(*base),
-        Ring(state.keys, state.v_new, state.gates),
-        state.counts,
+        Ring(*state[1:]),
+        active.astype(jnp.int32),
         scale=scale,
         normalize=normalize,
         interpret=interpret,
     )
-    counts = next_counts(state.counts, state.keys.shape[2], active.astype(jnp.int32))
     kept = (
         CompactState(*out.memory) if isinstance(base, CompactState) else MDNState(*out.memory[:2])
     )
-    return ReplayState(kept, *out.ring, counts), out.o[:, 0]
+    return ReplayState(kept, *out.ring), out.o[:, 0]

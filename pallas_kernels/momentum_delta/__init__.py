@@ -3,7 +3,7 @@
 from pallas_kernels.momentum_delta.api import momentum_delta, replay_step
 from pallas_kernels.momentum_delta.decode import MAX_STEPS
 from pallas_kernels.momentum_delta.numerics import Numerics
-from pallas_kernels.momentum_delta.replay import Ring, next_counts
+from pallas_kernels.momentum_delta.replay import Ring
 from pallas_kernels.momentum_delta.types import CHUNK, Memory, Options, States, Tokens
 from pallas_kernels.momentum_delta.vjp import CHUNK_FACTORS, CHUNK_STATES
 
@@ -19,6 +19,5 @@ __all__ = [
     "States",
     "Tokens",
     "momentum_delta",
-    "next_counts",
     "replay_step",
 ]

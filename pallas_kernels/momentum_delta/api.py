@@ -79,7 +79,7 @@ def replay_step(
     x: Tokens,
     memory: Memory,
     ring: Ring,
-    counts: jax.Array,
+    active: jax.Array,
     *,
     scale: float,
     normalize: bool,
@@ -91,14 +91,14 @@ def replay_step(
       x: tokens and gates of one step; dims that need no padding.
       memory: states, float32 or of 16 bits.
       ring: the steps since.
-      counts: `[B, HV, 2]` int32; those after the step are `next_counts`.
+      active: rows whose step counts, `[B, 1]` int32, 1 or 0.
       scale: factor on the output.
       normalize: l2-normalise q and k.
       interpret: run the kernel in the interpreter.
     """
     z = x.sizes
     tiles = decode_tiles(z.key_dim, z.value_dim, z.batch * z.value_heads)
-    return replay(x, memory, ring, counts, DecodeOptions(scale, normalize, tiles, interpret))
+    return replay(x, memory, ring, active, DecodeOptions(scale, normalize, tiles, interpret))
 
 
 def _chunks(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, Memory]:
