@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdn_jax import momentum_delta_rule
+from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops import api, kernels
 from mdn_jax.ops.replay import fold, replay_state, replay_steps
 from mdn_jax.ops.state import full, keep
 from mdn_jax.testing import random_inputs, relative_errors
+from pallas_kernels import offline_compile
+from pallas_kernels.momentum_delta import Memory, Ring, Tokens, replay_step
 from pallas_kernels.momentum_delta import api as kernel_api
 from pallas_kernels.tiling import DecodeTiles
 
@@ -109,3 +111,24 @@ def test_dims_that_need_padding_take_the_portable_path():
     with pytest.raises(ValueError, match="expects K, V such as 16, 32, got 16, 20"):
         replay_steps(**inputs, initial_state=state, implementation="pallas_triton")
     replay_steps(**inputs, initial_state=state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16_scaled"])
+def test_compiles_in_place_without_spills(dtype):
+    pytest.importorskip("triton", reason="the development version is for x86-64 Linux")
+    per_step = jax.ShapeDtypeStruct((64, 1, 6), jnp.float32)
+    keys, values = (jax.ShapeDtypeStruct((64, 1, 6, n), jnp.bfloat16) for n in (128, 256))
+    state = jax.eval_shape(
+        lambda: replay_state(keep(MDNState.zeros(64, 6, 128, 256), dtype), 8, dtype="bfloat16")
+    )
+    x = Tokens(keys, keys, values, None, per_step, per_step, per_step, per_step)
+    step = partial(replay_step, scale=0.1, normalize=True)
+    rows = jax.ShapeDtypeStruct((64, 1), jnp.int32)
+    arguments = (x, Memory(*state.base), Ring(*state[1:]), rows)
+    kernels = offline_compile.lowered(step, (9, 0), *arguments)
+    in_place = {"mdn_replay_plan": 3, "mdn_replay": 3 + (dtype != "float32")}
+    assert {kernel.name: kernel.in_place for kernel in kernels} == in_place
+    for kernel in kernels:
+        report = offline_compile.compile_kernel(kernel, (9, 0))
+        assert report.spilled == 0, report
