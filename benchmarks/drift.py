@@ -91,17 +91,23 @@ def drift(config: Annotated[DriftConfig, tyro.conf.arg(name="")]) -> None:
     curves = [curve for name in config.gates for curve in measure(config, name)]
     print(table(config, curves))
     if config.output:
-        rows = [
-            curve._asdict()
-            | {
-                "errors": None,
-                "median": np.median(curve.errors, axis=1).tolist(),
-                "worst": np.max(curve.errors, axis=1).tolist(),
-            }
-            for curve in curves
-        ]
-        report = {"device": device, "config": asdict(config), "curves": rows}
-        config.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        options = asdict(config)
+        del options["output"]
+        lines = ",\n".join(json.dumps(record(curve)) for curve in curves)
+        head = f'"device": {json.dumps(device)},\n"config": {json.dumps(options)}'
+        config.output.write_text(f'{{{head},\n"curves": [\n{lines}\n]}}\n')
+
+
+def record(curve: Curve) -> dict[str, Any]:
+    """A curve for JSON, with two digits of its errors."""
+    numbers = {"median": np.median(curve.errors, axis=1), "worst": np.max(curve.errors, axis=1)}
+    rounded = {name: [float(f"{x:.1e}") for x in values] for name, values in numbers.items()}
+    return {
+        "gates": curve.gates,
+        "state_dtype": curve.state_dtype,
+        "replay": curve.replay,
+        **rounded,
+    }
 
 
 def measure(config: DriftConfig, name: GateName) -> list[Curve]:

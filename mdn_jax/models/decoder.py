@@ -1,5 +1,8 @@
 """A model taken apart once for many calls of compiled programs."""
 
+import contextlib
+from typing import Any
+
 import jax
 import numpy as np
 from flax import nnx
@@ -12,6 +15,7 @@ from mdn_jax.models.blocks import Block, decode_block, decode_block_in_place
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.fields import require
 from mdn_jax.models.generation_state import GenerationState, check_state
+from mdn_jax.models.on_mesh import mesh_of
 from mdn_jax.models.sampling import SamplingArrays
 from mdn_jax.models.structure import Structure
 
@@ -38,6 +42,11 @@ class Decoder:
         graph, weights = nnx.split(model)
         self.arrays, tree = jax.tree.flatten(weights)
         self.structure = Structure(graph, tree)
+        self._mesh = mesh_of(self.arrays)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, the mesh over which the parameters lie is the ambient one."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def block(
         self,
@@ -81,9 +90,11 @@ class Decoder:
         fits = logprobs is None or (is_whole(logprobs, 0) and logprobs <= vocab)
         require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
         run = decode_block_in_place if donate else decode_block
-        return run(
-            self.structure, self.arrays, state, limits, sampling, stop, size=size, logprobs=logprobs
-        )
+        structure, arrays = self.structure, self.arrays
+        with self.on_mesh():
+            return run(
+                structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs
+            )
 
 
 def as_decoder(model: MDNForCausalLM | Decoder) -> Decoder:

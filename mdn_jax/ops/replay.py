@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.ops.arguments import check_options, check_rule
+from mdn_jax.ops.context import varying
 from mdn_jax.ops.inputs import L2_EPSILON, compute_dtype, l2_normalize
 from mdn_jax.ops.state import CompactState, Kept, MDNState, full, keep, kept_as
 
@@ -252,7 +253,7 @@ def _walked(state: ReplayState) -> _Coefficients:
             c,
         )
 
-    none_yet = _Coefficients(one, 0 * one, one, none, none)
+    none_yet = varying(_Coefficients(one, 0 * one, one, none, none), state.gates)
     return lax.fori_loop(0, slots - 1, step, none_yet)
 
 
