@@ -20,8 +20,8 @@ from benchmarks.costs import PEAKS
 from benchmarks.reference import widen
 from mdn_jax import MDNState, momentum_delta_rule
 from mdn_jax.ops.api import Implementation
-from mdn_jax.ops.replay import ReplayState, fold, replay_state, replay_steps
-from mdn_jax.ops.state import CompactState, StateDtype, full, keep
+from mdn_jax.ops.replay import fold, replay_state, replay_steps
+from mdn_jax.ops.state import CompactState, ReplayState, StateDtype, full, keep
 from mdn_jax.testing import LIMITS, Inputs, random_inputs, relative_errors
 
 COPY = "copy"

@@ -15,8 +15,8 @@ from mdn_jax.layers.replay_cache import ReplayCache, advanced, started
 from mdn_jax.layers.sharding import sharded_momentum_delta_rule, sharded_rule
 from mdn_jax.layers.state_mixer import Branches, Projected, StateMixer, zero_padding
 from mdn_jax.ops.inputs import l2_normalize
-from mdn_jax.ops.replay import ReplayState, fold, replay_state, replay_steps
-from mdn_jax.ops.state import Kept, MDNState, StateDtype, full, keep, kept_as
+from mdn_jax.ops.replay import fold, replay_state, replay_steps
+from mdn_jax.ops.state import Kept, MDNState, ReplayState, StateDtype, full, keep, kept_as
 
 
 class MDNCache(NamedTuple):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mdn_jax.ops.replay import ReplayState, rewind
+from mdn_jax.ops.replay import rewind
+from mdn_jax.ops.state import ReplayState
 
 Tail = Float[Array, "B W _"] | None
 

@@ -17,7 +17,7 @@ from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.layers.context import own_stretch, whole_rows
 from mdn_jax.ops.arguments import outside
 from mdn_jax.ops.context import of_last_device
-from mdn_jax.ops.replay import ReplayState
+from mdn_jax.ops.state import ReplayState
 
 
 def split_unknown(

@@ -10,8 +10,16 @@ from mdn_jax.ops.gated import (
     kimi_delta_rule,
     trapezoidal_linear_attention,
 )
-from mdn_jax.ops.replay import ReplayState, fold, replay_state, replay_steps, rewind
-from mdn_jax.ops.state import STATE_DTYPES, CompactState, MDNState, StateDtype, full, keep
+from mdn_jax.ops.replay import fold, replay_state, replay_steps, rewind
+from mdn_jax.ops.state import (
+    STATE_DTYPES,
+    CompactState,
+    MDNState,
+    ReplayState,
+    StateDtype,
+    full,
+    keep,
+)
 from mdn_jax.ops.target import TRITON_CALL, target_gpu
 
 __all__ = [

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.ops.inputs import document_starts
-from mdn_jax.ops.replay import ReplayState
-from mdn_jax.ops.state import CompactState, Kept, MDNState
+from mdn_jax.ops.state import CompactState, Kept, MDNState, ReplayState
 from pallas_kernels import momentum_delta
 from pallas_kernels.momentum_delta import Memory, Ring, Tokens
 from pallas_kernels.tiling import Tiles

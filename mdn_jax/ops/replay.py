@@ -17,42 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 from mdn_jax.ops.arguments import check_options, check_rule
 from mdn_jax.ops.context import varying
 from mdn_jax.ops.inputs import L2_EPSILON, compute_dtype, l2_normalize
-from mdn_jax.ops.state import CompactState, Kept, MDNState, full, keep, kept_as
+from mdn_jax.ops.state import (
+    CompactState,
+    Kept,
+    MDNState,
+    ReplayState,
+    full,
+    keep,
+    kept_as,
+)
 
 ReplayImplementation = Literal["scan", "xla", "pallas_triton"]
 
 _SHORTER = 2.0**-30  # keys of up to 2^86 have a norm in float32 then
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-
-
-class ReplayState(NamedTuple):
-    """States of some steps ago and the steps since, in rings of `2L` slots; a pytree.
-
-    Attributes:
-      base: states that the steps since go on from, of any kind of keeping.
-      keys: as they came, not normalised, `[B, H, 2L, K]` in k's dtype.
-      v_new: what each step wrote, its value less what the memory held, `[B, HV, 2L, V]`, float32
-        (float64 for float64).
-      gates: alpha, mu, beta, and eta times the inverse norm of the key, `[B, HV, 2L, 4]`, the same.
-      counts: the slot of the oldest step and how many there are, at most `2L - 1`, `[B, HV, 2]`
-        int32. At least the last L are there, once there were so many.
-    """
-
-    base: Kept
-    keys: Float[Array, "B H 2L K"]
-    v_new: Float[Array, "B HV 2L V"]
-    gates: Float[Array, "B HV 2L 4"]
-    counts: Int[Array, "B HV 2"]
-
-    @property
-    def length(self) -> int:
-        """Steps between two writes of the states, `L`."""
-        return self.keys.shape[2] // 2
-
-    @property
-    def kept(self) -> Int[Array, " B"]:
-        """Steps of each row that `rewind` can take back."""
-        return self.counts[:, 0, 1]
 
 
 def replay_state(

@@ -1,11 +1,11 @@
-"""The recurrent state of the momentum delta rule, and the same in 16 bits."""
+"""The recurrent state of the momentum delta rule, the same in 16 bits, and with steps since."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 StateDtype = Literal["float32", "bfloat16", "float16_scaled"]
 """How states are kept between calls; arithmetic is in float32."""
@@ -63,6 +63,36 @@ class CompactState(NamedTuple):
 
 Kept = MDNState | CompactState
 """A state as it is kept between calls."""
+
+
+class ReplayState(NamedTuple):
+    """States of some steps ago and the steps since, in rings of `2L` slots; a pytree.
+
+    Attributes:
+      base: states that the steps since go on from, of any kind of keeping.
+      keys: as they came, not normalised, `[B, H, 2L, K]` in k's dtype.
+      v_new: what each step wrote, its value less what the memory held, `[B, HV, 2L, V]`, float32
+        (float64 for float64).
+      gates: alpha, mu, beta, and eta times the inverse norm of the key, `[B, HV, 2L, 4]`, the same.
+      counts: the slot of the oldest step and how many there are, at most `2L - 1`, `[B, HV, 2]`
+        int32. At least the last L are there, once there were so many.
+    """
+
+    base: Kept
+    keys: Float[Array, "B H 2L K"]
+    v_new: Float[Array, "B HV 2L V"]
+    gates: Float[Array, "B HV 2L 4"]
+    counts: Int[Array, "B HV 2"]
+
+    @property
+    def length(self) -> int:
+        """Steps between two writes of the states, `L`."""
+        return self.keys.shape[2] // 2
+
+    @property
+    def kept(self) -> Int[Array, " B"]:
+        """Steps of each row that `rewind` can take back."""
+        return self.counts[:, 0, 1]
 
 
 def keep(state: MDNState, state_dtype: StateDtype) -> Kept:
