@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.replay import fold, replay_state, replay_steps
 from mdn_jax.ops.state import CompactState, ReplayState, StateDtype, full, keep
 from mdn_jax.testing import LIMITS, Inputs, random_inputs, relative_errors
+from pallas_kernels.momentum_delta import api as kernel_api
+from pallas_kernels.tiling import DecodeTiles
 
 COPY = "copy"
 
@@ -50,6 +53,8 @@ class DecodeConfig:
     """Of the states between calls."""
     replay: int | None = None
     """Also times decoding that writes the states every so many steps: 2, 4, 8 or 16."""
+    tiles: tuple[str, ...] = ()
+    """Block of V and warps to try in the kernels, such as 64,8; none: those that ship."""
     runs: int = 20
     """Timed runs of the loop after the warm-up; the median is shown."""
     output: Path | None = None
@@ -126,8 +131,12 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     rows: list[Row] = []
     refused: list[str] = []
     for shape in shapes:
-        more, why = _run_shape(config, shape, implementations)
-        rows, refused = rows + more, refused + why
+        for tiles in config.tiles or (None,):
+            with _with_tiles(tiles):
+                more, why = _run_shape(config, shape, implementations)
+            if tiles:
+                more = [row._replace(name=f"{row.name}, tiles {tiles}") for row in more]
+            rows, refused = rows + more, refused + why
     print(table(rows, device))
     print(*refused, sep="\n", end="\n" if refused else "")
     if config.output:
@@ -141,6 +150,19 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         config.output.write_text(json.dumps(report, indent=1, default=str))
     if refused:
         raise SystemExit(1)
+
+
+@contextmanager
+def _with_tiles(tiles: str | None) -> Iterator[None]:
+    """Within it the decode kernels have these tiles, "block of V,warps"."""
+    chosen = kernel_api.decode_tiles
+    if tiles is not None:
+        one = DecodeTiles(*_numbers(tiles, 2, "tiles: expected block_v,warps such as 64,8"))
+        kernel_api.decode_tiles = lambda *_: one
+    try:
+        yield
+    finally:
+        kernel_api.decode_tiles = chosen
 
 
 def _run_shape(
@@ -261,11 +283,14 @@ def _inputs(config: DecodeConfig, sizes: tuple[int, ...], length: int) -> Inputs
 
 
 def _parse(shape: str) -> tuple[int, ...]:
-    try:
-        batch, heads, key_dim, value_dim = (int(part) for part in shape.split(","))
-    except ValueError as error:
-        raise SystemExit(f"shapes: expected B,H,K,V such as 64,6,128,256: {shape}") from error
-    return batch, heads, key_dim, value_dim
+    return _numbers(shape, 4, "shapes: expected B,H,K,V such as 64,6,128,256")
+
+
+def _numbers(text: str, count: int, expected: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != count or not all(part.strip().isdecimal() for part in parts):
+        raise SystemExit(f"{expected}: {text}")
+    return tuple(map(int, parts))
 
 
 def _time(config: DecodeConfig, step: Step, state: State) -> tuple[float, float]:

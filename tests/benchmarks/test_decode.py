@@ -38,6 +38,21 @@ def test_states_of_16_bits_and_replay(tmp_path, capsys):
     assert rows["xla, replay 2"]["moved"] == 2 * states + ring * 1.25 / 2
 
 
+def test_other_tiles_are_those_of_the_kernels(monkeypatch, capsys):
+    seen = []
+    chosen = command.kernel_api.decode_tiles
+    monkeypatch.setattr(
+        command,
+        "_run_shape",
+        lambda *_: seen.append(command.kernel_api.decode_tiles(1, 1, 1)) or ([], []),
+    )
+    command.decode(DecodeConfig(**TINY, tiles=("32,4", "64,8")))
+    assert seen == [(32, 4), (64, 8)]
+    assert command.kernel_api.decode_tiles is chosen
+    with pytest.raises(SystemExit, match="tiles: expected block_v,warps such as 64,8: 64"):
+        command.decode(DecodeConfig(**TINY, tiles=("64",)))
+
+
 def test_wrong_steps_are_not_timed(monkeypatch, capsys):
     def wrong(*, implementation, **inputs):
         o, state = right(**inputs, implementation=implementation)
