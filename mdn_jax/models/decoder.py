@@ -34,6 +34,7 @@ class Decoder:
       config: its configuration.
       structure: what is static of it.
       arrays: the rest.
+      mesh: over which the parameters lie (`shard_model`); None: over none.
     """
 
     def __init__(self, model: MDNForCausalLM) -> None:
@@ -42,11 +43,11 @@ class Decoder:
         graph, weights = nnx.split(model)
         self.arrays, tree = jax.tree.flatten(weights)
         self.structure = Structure(graph, tree)
-        self._mesh = mesh_of(self.arrays)
+        self.mesh = mesh_of(self.arrays)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, the mesh over which the parameters lie is the ambient one."""
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def block(
         self,
