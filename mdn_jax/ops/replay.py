@@ -125,9 +125,9 @@ def replay_steps(
       active: steps that count; the others have meaningless outputs and leave no trace. None: all.
       segment_ids: None: no document starts here.
       normalize_qk: l2-normalise `q` and `k`.
-      implementation: "pallas_triton", a kernel a step (CUDA GPUs; K a power of two from 16, V a
-        power of two up to 128 or a multiple of it); "xla" or "scan", everywhere; None: the kernel
-        where it supports the call.
+      implementation: "pallas_triton", two kernels a step (CUDA GPUs; K a power of two from 16, V a
+        power of two up to 128 or a multiple of it); "xla" or "scan", everywhere; None: the
+        kernels where they support the call.
 
     Returns:
       The outputs in `v`'s dtype and the state after.
