@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from mdn_jax.ops.api import kernels_lack
 from mdn_jax.ops.arguments import check_options, check_rule
 from mdn_jax.ops.context import varying
 from mdn_jax.ops.inputs import L2_EPSILON, compute_dtype, l2_normalize
@@ -172,8 +173,6 @@ def _kernel(implementation: str | None, q: Array, v: Array, p: Array | None, sca
     """
     if implementation in ("scan", "xla"):
         return None
-    from mdn_jax.ops.api import kernels_lack
-
     lacking = kernels_lack("pallas_triton", q, v, p, scale, None)
     if lacking is None:
         from pallas_kernels.tiling import padded_key_dim, padded_value_dim
