@@ -21,6 +21,7 @@ from benchmarks.parity import parity
 from benchmarks.residuals import residuals
 from benchmarks.rowwise import rowwise
 from benchmarks.scaling import scaling
+from benchmarks.serving.command import serving
 from benchmarks.stages import stages
 from benchmarks.tasks.command import tasks
 from benchmarks.throughput import throughput
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "residuals": residuals,
     "rowwise": rowwise,
     "scaling": scaling,
+    "serving": serving,
     "stages": stages,
     "tasks": tasks,
     "throughput": throughput,

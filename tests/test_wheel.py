@@ -1,4 +1,4 @@
-"""The wheel beside somebody else's project: two packages, four commands, and nothing in the way."""
+"""The wheel beside somebody else's project: two packages, five commands, and nothing in the way."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ def run(name, *arguments):
     return status, out.getvalue(), error.getvalue()
 
 import mdn_jax
-NAMES = ("mdn-generate", "mdn-eval", "mdn-convert", "mdn-inspect")
+NAMES = ("mdn-generate", "mdn-eval", "mdn-convert", "mdn-inspect", "mdn-serve")
 for name in NAMES:
     assert run(name, "--version") == (0, f"{name} (mdn-jax) {mdn_jax.__version__}\\n", "")
 
@@ -68,7 +68,8 @@ for name in NAMES:
     status, out, error = run(name, "--help")
     assert (status, out) == (1, ""), (status, out)
     assert error.startswith(f"{name}: error: expected the package tyro, got none: install"), error
-    assert "the extra 'cli'" in error and error.count("\\n") == 1, error
+    extra = "serve" if name == "mdn-serve" else "cli"
+    assert f"the extra '{extra}'" in error and error.count("\\n") == 1, error
 del sys.modules["tyro"]
 
 for name in NAMES:
@@ -91,6 +92,8 @@ assert "nats" in works("mdn-eval", "perplexity", "back", *small, "--window", "16
 few = ("--row", "8", "--tokens", "16", "--window", "4", "--output-dir", "seen")
 works("mdn-inspect", "back", *small, *few)
 assert sorted(x.name for x in Path("seen").iterdir())[-1] == "inspection.json"
+from importlib.resources import files
+assert "<title>mdn-serve" in files("mdn_jax.serving").joinpath("page.html").read_text()
 print("the commands work")
 """
 

@@ -33,6 +33,11 @@ def inspect() -> int:
     return command("mdn-inspect", "mdn_jax.cli.inspect_checkpoint")
 
 
+def serve() -> int:
+    """`mdn-serve`."""
+    return command("mdn-serve", "mdn_jax.cli.serve", extra="serve")
+
+
 def command(
     program: str, module: str, arguments: Sequence[str] | None = None, *, extra: str = "cli"
 ) -> int:

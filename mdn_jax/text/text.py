@@ -67,6 +67,9 @@ class Text(Protocol):
     def bytes_of_first(self, tokens: list[int]) -> int:
         """Bytes of text in a document's first token, which nothing predicts."""
 
+    def spelled(self, token: int) -> str | None:
+        """How a text spells a special token; None: it has none, or the token is not special."""
+
     def decoder(self, before: Sequence[int] | None = None) -> Decoder:
         """A decoder of its own for one row.
 
@@ -105,6 +108,10 @@ class ByteText(Text):
     @override
     def bytes_of_first(self, tokens: list[int]) -> int:
         return 0
+
+    @override
+    def spelled(self, token: int) -> str | None:
+        return None
 
     @override
     def decoder(self, before: Sequence[int] | None = None) -> Decoder:
@@ -170,6 +177,11 @@ class FileText(Text):
     @override
     def bytes_of_first(self, tokens: list[int]) -> int:
         return len(self._vocabulary.decode(tokens[:1]).encode())
+
+    @override
+    def spelled(self, token: int) -> str | None:
+        special = self._vocabulary.special.get(token)
+        return None if special is None else str(special.content)
 
     @override
     def decoder(self, before: Sequence[int] | None = None) -> Decoder:

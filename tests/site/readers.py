@@ -10,6 +10,7 @@ import mdn_jax.cli.convert
 import mdn_jax.cli.evaluate
 import mdn_jax.cli.generate
 import mdn_jax.cli.inspect_checkpoint
+import mdn_jax.cli.serve
 import train.cli.configuration
 import train.cli.plot
 import train.cli.tokenize
@@ -47,6 +48,7 @@ NOT_RUN = {
     r"python -m train (mdn_|hybrid_)": "a model for GPUs",
     r"docker|deploy/|sbatch|kubectl": "several hosts, or a container",
     r"python -m benchmarks": "tests/benchmarks runs each at its smallest size",
+    r"mdn-serve|curl": "tests/cli/test_serve.py starts servers, tests/serving asks them",
     r"python examples/": "tests/test_examples.py runs them",
     r"python -m tests\.|pytest": "these are tests",
     r"make (?!train)": "CI runs these targets",
@@ -104,6 +106,8 @@ def read(words: Words) -> None:
             train.cli.configuration.parse(rest)
         case ["python", "-m", "benchmarks", *rest]:
             benchmarks.command.parse(rest)
+        case ["mdn-serve", *rest]:
+            parse("it", None, mdn_jax.cli.serve.ServeConfig, rest)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, module
         case ["python", file, *_]:
@@ -127,7 +131,7 @@ def read(words: Words) -> None:
         case ["sbatch", "--nodes", _, script, *rest] | ["deploy/run.sh" as script, *rest]:
             assert (ROOT / script).is_file(), script
             train.cli.configuration.parse(rest)
-        case ["source", ".venv/bin/activate"] | ["mkdir", "-p", _]:
+        case ["source", ".venv/bin/activate"] | ["mkdir", "-p", _] | ["curl", *_]:
             pass
         case _:
             raise AssertionError("nothing reads it")

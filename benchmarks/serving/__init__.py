@@ -1,0 +1,1 @@
+"""`python -m benchmarks serving`: mdn-serve beside the bare loop, and under load."""
