@@ -22,9 +22,10 @@ from tabulate import tabulate
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
-from mdn_jax.models import Decoder, GenerationState, generate, prefill, stream
+from mdn_jax.models import Decoder, GenerationState, generate, prefill, stream, with_states
 from mdn_jax.models.prefill import piece_width
 from mdn_jax.ops.api import Implementation
+from mdn_jax.ops.state import StateDtype
 
 FIRST = 100
 """Tokens of the prompt whose first token is timed."""
@@ -40,6 +41,10 @@ class GenerationConfig:
     """Of parameters and computation."""
     implementation: Implementation | None = None
     """Of the momentum delta rule; None: the best one."""
+    state_dtype: StateDtype = "float32"
+    """Of the states of momentum delta rules while decoding."""
+    replay: int | None = None
+    """They are written every so many tokens: 4, 8 or 16; None: with every token."""
     batch_sizes: tuple[int, ...] | None = None
     """Rows decoded at once; None: 1, 8 and 64, on a CPU 1."""
     positions: tuple[int, ...] | None = None
@@ -149,6 +154,9 @@ def _first_token(decoder: Decoder, times: int = 10) -> float:
 
 def _run(config: GenerationConfig, decoder: Decoder, batch_size: int, position: int) -> Row:
     state, prompt_speed = _read(config, decoder, batch_size, position)
+    state = with_states(
+        decoder.model, state, state_dtype=config.state_dtype, replay=config.replay or 0
+    )
     # compiles, which takes memory of its own; nothing is kept
     deque(stream(decoder, state, max_new_tokens=config.block + 1, block=config.block), maxlen=0)
     times = []

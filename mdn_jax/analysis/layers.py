@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from mdn_jax.layers.gates import Gates
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
 from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
-from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.state import MDNState, full
 
 
 class LayerRecord(NamedTuple):
@@ -63,7 +63,7 @@ def record_layers(
             gates = mixer.gates(x.astype(mixer.dtype))
             alpha = jnp.exp(gates.log_alpha)
             erase = alpha if mixer.erases_decayed else jnp.ones_like(alpha)
-            records[index] = LayerRecord(gates, erase, after.state)
+            records[index] = LayerRecord(gates, erase, full(after.state))
     return records, tuple(caches)
 
 

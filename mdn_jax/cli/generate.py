@@ -21,11 +21,13 @@ from mdn_jax.models import (
     Sampling,
     prefill,
     stream,
+    with_states,
 )
 from mdn_jax.models.decoder import as_decoder
 from mdn_jax.models.fields import require
 from mdn_jax.models.state_file import load_state, save_state
 from mdn_jax.new_file import check_place
+from mdn_jax.ops.state import StateDtype
 from mdn_jax.text.decoding import Decoder
 from mdn_jax.text.text import Text
 
@@ -68,6 +70,10 @@ class GenerateConfig(CheckpointConfig):
 
     block: int = 16
     """Tokens in one call of the compiled loop: the steps in which text appears."""
+
+    state_dtype: StateDtype | None = None
+    """How states of momentum delta rules are kept while generating; None: as they are, in float32
+    or as in the file of `load_state`."""
 
     piece: int = 8192
     """Most tokens of the prompts in one call of the model, over all of them."""
@@ -151,6 +157,7 @@ def generate_text(config: GenerateConfig) -> int:
     timing = _Timing(time.perf_counter())
     with Interrupt() as interrupt, _Logprobs(config.logprobs) as numbers:
         state = prefill(decoder, prompts, state=state, piece=config.piece)
+        state = with_states(model, state, state_dtype=config.state_dtype)
         pieces = stream(
             decoder,
             state,

@@ -10,6 +10,7 @@ from mdn_jax.layers.gated import (
 )
 from mdn_jax.layers.mamba3 import Mamba3, Mamba3Cache
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
+from mdn_jax.layers.replay_cache import ReplayCache
 from mdn_jax.layers.sharding import mesh_axes
 from mdn_jax.layers.state_mixer import StateCache
 
@@ -24,6 +25,7 @@ __all__ = [
     "Mamba3",
     "Mamba3Cache",
     "MomentumDeltaNet",
+    "ReplayCache",
     "SoftmaxAttention",
     "StateCache",
     "TitansMemory",

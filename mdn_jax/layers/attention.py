@@ -62,6 +62,22 @@ class AttentionCache:
             capacity=capacity,
         )
 
+    def rewound(self, steps: Int[Array, " B"]) -> "AttentionCache":
+        """Without the newest `steps` entries of each row, behind as many empty ones."""
+        empty = jnp.arange(self.k.shape[1]) < steps[:, None]
+
+        def older(x: Array, nothing: int) -> Array:
+            gone = empty.reshape(*empty.shape, *(1,) * (x.ndim - 2))
+            return jnp.where(gone, jnp.asarray(nothing, x.dtype), _padding_first(x, -steps))
+
+        return AttentionCache(
+            k=older(self.k, 0),
+            v=older(self.v, 0),
+            positions=older(self.positions, -1),
+            next_position=self.next_position - steps,
+            capacity=self.capacity,
+        )
+
 
 class SoftmaxAttention(nnx.Module):
     """Causal softmax attention within documents.

@@ -16,8 +16,9 @@ from jaxtyping import Array
 from mdn_jax.layers.sharding import mesh_axes
 from mdn_jax.ops.on_mesh import Cuts, axes_of, explicit_axes, explicit_mesh, fitting
 
-Specs = Callable[[Any, Array, Cuts, dict[str, int]], Any]
-"""From a module, its first input, the cuts and the sizes of axes: how its outputs are cut."""
+Specs = Callable[[Any, Array, Any, Cuts, dict[str, int]], Any]
+"""From a module, its first input, the cache given, the cuts and the sizes of axes: how its outputs
+are cut."""
 
 
 def under_explicit_meshes(specs: Specs) -> Callable[[Any], Any]:
@@ -42,7 +43,9 @@ def under_explicit_meshes(specs: Specs) -> Callable[[Any], Any]:
 
             x, sizes = args[0], explicit_axes(mesh)
             cuts = Cuts(axes_of([x], 0, sizes), axes_of([x], 1, sizes), _heads(state, sizes))
-            return automatically(call, cuts, specs(module, x, cuts, sizes), state, args, kwargs)
+            cache = kwargs.get("cache", args[2] if len(args) > 2 else None)
+            outputs = specs(module, x, cache, cuts, sizes)
+            return automatically(call, cuts, outputs, state, args, kwargs)
 
         return run
 
@@ -82,7 +85,7 @@ def _heads(state: Any, sizes: dict[str, int]) -> tuple[str, ...]:
     return ()
 
 
-def tokens_and_cache(module: Any, x: Array, cuts: Cuts, sizes: dict[str, int]) -> Any:
+def tokens_and_cache(module: Any, x: Array, cache: Any, cuts: Cuts, sizes: dict[str, int]) -> Any:
     """Of an output `[B, T, ...]` and the cache: its rows are cut, and the heads of states."""
 
     def spec(y: jax.ShapeDtypeStruct) -> PartitionSpec:
@@ -94,13 +97,16 @@ def tokens_and_cache(module: Any, x: Array, cuts: Cuts, sizes: dict[str, int]) -
             return jax.tree.map(spec, cache)
         return jax.tree.map(lambda _: PartitionSpec(cuts.rows or None), cache)
 
-    cache = jax.eval_shape(lambda: module.init_cache(x.shape[0]))
+    if cache is None:
+        cache = jax.eval_shape(lambda: module.init_cache(x.shape[0]))
     several = isinstance(cache, tuple) and not hasattr(cache, "state")
     specs = tuple(map(of_layer, cache)) if several else of_layer(cache)
-    return of_tokens(module, x, cuts, sizes), specs
+    return of_tokens(module, x, None, cuts, sizes), specs
 
 
-def of_tokens(module: Any, x: Array, cuts: Cuts, sizes: dict[str, int]) -> PartitionSpec:
+def of_tokens(
+    module: Any, x: Array, cache: Any, cuts: Cuts, sizes: dict[str, int]
+) -> PartitionSpec:
     """Of outputs `[B, T, ...]`."""
-    del module, x, sizes
+    del module, x, cache, sizes
     return PartitionSpec(cuts.rows or None, cuts.time or None)

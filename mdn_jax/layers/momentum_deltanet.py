@@ -1,33 +1,37 @@
 """The Momentum DeltaNet layer, and the memory of Titans."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mdn_jax.layers.context import inside_shard_map
 from mdn_jax.layers.gates import MomentumGates, TitansGates
 from mdn_jax.layers.initializers import log_uniform
-from mdn_jax.layers.sharding import sharded_momentum_delta_rule
+from mdn_jax.layers.replay_cache import ReplayCache, advanced, started
+from mdn_jax.layers.sharding import sharded_momentum_delta_rule, sharded_rule
 from mdn_jax.layers.state_mixer import Branches, Projected, StateMixer, zero_padding
 from mdn_jax.ops.inputs import l2_normalize
-from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.replay import fold, replay_state, replay_steps
+from mdn_jax.ops.state import Kept, MDNState, ReplayState, StateDtype, full, keep, kept_as
 
 
 class MDNCache(NamedTuple):
     """What a layer keeps of the tokens before; a pytree of fixed shapes.
 
     Attributes:
-      state: memory and momentum of every value head, float32 (float64 for float64).
+      state: memory and momentum of every value head, float32 (float64 for float64), or a
+        `CompactState`, which goes on as one.
       q_tail: the last `conv_size` outputs of `q_proj`, `[B, W, key_dim]`, oldest first, zeros
         before the first token; None without short convolutions.
       k_tail: the same of `k_proj`.
       v_tail: the same of `v_proj`, `[B, W, value_dim]`.
     """
 
-    state: MDNState
+    state: Kept
     q_tail: Float[Array, "B W key_dim"] | None
     k_tail: Float[Array, "B W key_dim"] | None
     v_tail: Float[Array, "B W value_dim"] | None
@@ -89,17 +93,20 @@ class MomentumDeltaNet(StateMixer):
         self,
         x: Float[Array, "B T hidden"],
         qkv: Branches,
-        state: MDNState,
+        state: Kept | ReplayState,
         segment_ids: Int[Array, "B T"] | None,
         own: Bool[Array, "B T 1"] | None,
-    ) -> tuple[Float[Array, "B T HV V"], MDNState]:
+    ) -> tuple[Float[Array, "B T HV V"], Any]:
         # alpha = mu = 1, beta = eta = 0: the states stay as they are
         gates = jax.tree.map(lambda gate: zero_padding(gate, own), self.gates(x))
         p = None
         if not self.erases_decayed:
             p = l2_normalize(qkv.k.astype(gates.eta.dtype)).astype(qkv.k.dtype)
+        if isinstance(state, ReplayState) and x.shape[1] <= state.length:
+            return self._replayed(qkv, gates, p, state, segment_ids, own)
         rule = partial(sharded_momentum_delta_rule, **self._rule_options)
-        return self._kept(rule)(
+        after: Kept | ReplayState
+        o, after = self._kept(rule)(
             qkv.q,
             qkv.k,
             qkv.v,
@@ -108,9 +115,107 @@ class MomentumDeltaNet(StateMixer):
             gates.beta,
             gates.eta,
             p=p,
-            initial_state=state,
+            initial_state=fold(state) if isinstance(state, ReplayState) else state,
             segment_ids=segment_ids,
         )
+        if isinstance(state, ReplayState):  # nothing goes back into a longer call
+            after = replay_state(
+                after, state.length, heads=state.keys.shape[1], dtype=state.keys.dtype
+            )
+        return o, after
+
+    def _replayed(
+        self,
+        qkv: Branches,
+        gates: Any,
+        p: Float[Array, "B T H K"] | None,
+        state: ReplayState,
+        segment_ids: Int[Array, "B T"] | None,
+        own: Bool[Array, "B T 1"] | None,
+    ) -> tuple[Float[Array, "B T HV V"], ReplayState]:
+        """Few steps, which can be taken back."""
+        if segment_ids is not None or inside_shard_map(self.context_axis):
+            what = "context_axis" if segment_ids is None else "segment_ids"
+            raise ValueError(f"cache: expected an MDNCache with {what}, got a ReplayCache")
+        of_layer = self.implementation
+        return sharded_rule(
+            replay_steps,
+            q=qkv.q,
+            k=qkv.k,
+            v=qkv.v,
+            **gates._asdict(),
+            p=p,
+            initial_state=state,
+            active=own,
+            implementation=None if of_layer == "triton" else of_layer,
+        )
+
+    def init_cache(
+        self, batch_size: int, *, state_dtype: StateDtype = "float32", replay: int | None = None
+    ) -> Any:
+        """The cache before the first token.
+
+        Args:
+          batch_size: rows.
+          state_dtype: how states are kept between calls.
+          replay: None: an `MDNCache`; L: a `ReplayCache`, see `kept_cache`.
+
+        Raises:
+          ValueError: options that do not fit.
+        """
+        return self.kept_cache(super().init_cache(batch_size), state_dtype, replay)
+
+    def kept_cache(
+        self, cache: Any, state_dtype: StateDtype | None = None, replay: int | None = None
+    ) -> Any:
+        """A cache of this layer with its states kept in another way.
+
+        Args:
+          cache: an `MDNCache` or a `ReplayCache`.
+          state_dtype: None: as they are.
+          replay: None: as it is. 0: an `MDNCache`. L, 4, 8 or 16: a `ReplayCache`, whose states
+            are written every L tokens, and whose last L tokens can be taken back.
+
+        Raises:
+          ValueError: options that do not fit.
+        """
+        state, tails = cache.state, cache[1:4]
+        length = state.length if isinstance(state, ReplayState) else 0
+        base = state.base if isinstance(state, ReplayState) else state
+        if state_dtype in (None, kept_as(base)) and replay in (None, length):
+            return cache
+        whole = full(fold(state) if isinstance(state, ReplayState) else state)
+        kept = keep(whole, kept_as(base) if state_dtype is None else state_dtype)
+        length = length if replay is None else replay
+        if length == 0:
+            return MDNCache(kept, *tails)
+        heads = self.config.num_heads if self.d_log is None else self.config.value_heads
+        return started(replay_state(kept, length, heads=heads, dtype=self.dtype), tails)
+
+    def _check_cache(self, cache: Any, batch: int) -> None:
+        if isinstance(cache, ReplayCache):
+            # as of a cache without it; the operator checks the rest
+            base = cache.state.base
+            cache = MDNCache(base, *cache[1:4])
+        super()._check_cache(cache, batch)
+
+    def _cache_after(
+        self,
+        before: Any,
+        state: Any,
+        qkv: Branches,
+        projected: Projected,
+        lengths: Int[Array, " B"] | None,
+    ) -> Any:
+        if not isinstance(before, ReplayCache):
+            return super()._cache_after(before, state, qkv, projected, lengths)
+        inputs = None
+        if before.inputs is not None:
+            parts = projected if isinstance(projected, tuple) else (projected,)
+            inputs = jnp.concatenate(parts, axis=-1)
+            if inputs.shape[1] > state.length:
+                return started(state, qkv.tails)
+        return advanced(before, state, qkv.tails, inputs, lengths)
 
     def convolved(
         self,

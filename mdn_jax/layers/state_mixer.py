@@ -266,11 +266,24 @@ class StateMixer(nnx.Module):
         inputs = x
         if self._joins(x):
             inputs, x = for_two(x)
-        qkv = self.qkv(inputs, segment_ids, cache, lengths)
+        projected = self.projected(inputs)
+        qkv = self.convolved(projected, segment_ids, cache, lengths)
         own = None if lengths is None else counted(lengths, length)[:, :, None]
         o, state = self._mix(x, qkv, cache.state, segment_ids, own)
         o = checkpoint_name(o, RULE_OUTPUT)
-        return self._finish(x, o), self.cache_type(state, *qkv.tails)
+        return self._finish(x, o), self._cache_after(cache, state, qkv, projected, lengths)
+
+    def _cache_after(
+        self,
+        before: Any,
+        state: Any,
+        qkv: Branches,
+        projected: Projected,
+        lengths: Int[Array, " B"] | None,
+    ) -> Any:
+        """The cache of the state after, and of the inputs of the convolutions."""
+        del before, projected, lengths
+        return self.cache_type(state, *qkv.tails)
 
     def _check_cache(self, cache: Any, batch: int) -> None:
         config = self.config
@@ -324,7 +337,7 @@ class StateMixer(nnx.Module):
         """What `qkv` does with the outputs of its three projections; returns the same."""
         config = self.config
         convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
-        before = tuple(cache[1:])
+        before = tuple(cache[1:4])
         axis = self.context_axis if inside_shard_map(self.context_axis) else None
         if axis is not None:
             assert isinstance(projected, tuple)  # not joined inside `shard_map`

@@ -5,7 +5,8 @@ from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.config import AttentionConfig, MDNConfig, Mixer
 from mdn_jax.models.decoder import Decoder
 from mdn_jax.models.generate import Piece, RowLogprobs, generate, stream
-from mdn_jax.models.generation_state import GenerationState, initial_state, with_room
+from mdn_jax.models.generation_state import GenerationState, Recent, initial_state, with_room
+from mdn_jax.models.kept_states import rewind, rewind_cache, with_states
 from mdn_jax.models.long_prompt import prefill_over
 from mdn_jax.models.on_mesh import shard_model
 from mdn_jax.models.prefill import prefill
@@ -22,6 +23,7 @@ __all__ = [
     "MDNForCausalLM",
     "Mixer",
     "Piece",
+    "Recent",
     "RowLogprobs",
     "Sampling",
     "SamplingArrays",
@@ -30,10 +32,13 @@ __all__ = [
     "load_state",
     "prefill",
     "prefill_over",
+    "rewind",
+    "rewind_cache",
     "sampling_arrays",
     "save_state",
     "shard_model",
     "stop_array",
     "stream",
     "with_room",
+    "with_states",
 ]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
 from mdn_jax.models.generation_state import GenerationState
+from mdn_jax.models.kept_states import remembered
 from mdn_jax.models.sampling import SamplingArrays, draw, needed
 from mdn_jax.models.structure import Structure
 
@@ -101,7 +102,9 @@ def _block(
             logits=jnp.where(own[:, None], logits[:, 0], before.logits),
             seen=before.seen.at[rows, token].max(own),
             position=before.position + own,
+            recent=before.recent,
         )
+        after = remembered(before, after, token, own)
         stopped = jnp.any(token[:, None] == stop, axis=-1) | (drawn < 0)
         now = None if block.logprobs is None else _logprobs(before.logits, token, logprobs or 0)
         block = Block(

@@ -24,6 +24,7 @@ from mdn_jax.layers.mlp import SwiGLU
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet, TitansMemory
 from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.projection import wide_projection
+from mdn_jax.layers.replay_cache import ReplayCache
 from mdn_jax.layers.sharding import all_ids, all_tokens, embedded_tokens, named_axes, shared_tokens
 from mdn_jax.layers.state_mixer import StateCache, StateMixer
 from mdn_jax.models.config import MDNConfig, Mixer
@@ -32,8 +33,9 @@ from mdn_jax.models.unknown_tokens import marked_cache, marks, split_unknown
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.arguments import check_segment_ids
 from mdn_jax.ops.on_mesh import Cuts
+from mdn_jax.ops.state import StateDtype
 
-LayerCache = MDNCache | StateCache | Mamba3Cache | AttentionCache
+LayerCache = MDNCache | ReplayCache | StateCache | Mamba3Cache | AttentionCache
 ModelCache = tuple[LayerCache, ...]
 
 STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
@@ -209,7 +211,14 @@ class MDNForCausalLM(nnx.Module):
         else:
             self.lm_head = nnx.Param(normal(rngs.params(), shape[::-1], param_dtype))
 
-    def init_cache(self, batch_size: int, max_length: int | None = None) -> ModelCache:
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        state_dtype: StateDtype = "float32",
+        replay: int | None = None,
+    ) -> ModelCache:
         """The cache before the first token, one entry a layer.
 
         Args:
@@ -217,13 +226,22 @@ class MDNForCausalLM(nnx.Module):
           max_length: tokens for which softmax attention makes room at once, so that no call
             changes a shape, and beyond which it forgets the oldest; None: its cache grows. The
             other mixers have a state of fixed size.
+          state_dtype: how momentum delta rules keep their states between calls: "float32",
+            "bfloat16" or "float16_scaled".
+          replay: L, 4, 8 or 16: they write them every L tokens and can go back (`rewind_cache`).
         """
-        return tuple(
-            layer.mixer.init_cache(batch_size, max_length)
-            if isinstance(layer.mixer, SoftmaxAttention)
-            else layer.mixer.init_cache(batch_size)
-            for layer in self.layers
-        )
+
+        def own(mixer: SoftmaxAttention | StateMixer) -> LayerCache:
+            cache: LayerCache
+            if isinstance(mixer, SoftmaxAttention):
+                cache = mixer.init_cache(batch_size, max_length)
+            elif isinstance(mixer, MomentumDeltaNet):
+                cache = mixer.init_cache(batch_size, state_dtype=state_dtype, replay=replay)
+            else:
+                cache = mixer.init_cache(batch_size)
+            return cache
+
+        return tuple(own(layer.mixer) for layer in self.layers)
 
     @under_explicit_meshes(tokens_and_cache)
     def __call__(

@@ -13,8 +13,10 @@ from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.decoder import Decoder, as_decoder
 from mdn_jax.models.fields import require
 from mdn_jax.models.generation_state import GenerationState, check_state, with_room
+from mdn_jax.models.kept_states import with_states
 from mdn_jax.models.prefill import PIECE, Prompts, prefill
 from mdn_jax.models.sampling import Sampling, sampling_arrays
+from mdn_jax.ops.state import StateDtype
 
 
 class RowLogprobs(NamedTuple):
@@ -59,6 +61,8 @@ def generate(
     logprobs: int | None = None,
     attention_mask: Any = None,
     piece: int = PIECE,
+    state_dtype: StateDtype | None = None,
+    replay: int | None = None,
 ) -> Piece:
     """Continues prompts of any lengths; each row as if it were alone.
 
@@ -79,6 +83,9 @@ def generate(
       logprobs: None: none; n: log-probabilities of the tokens and of the n likeliest in each place.
       attention_mask: of padded prompts, see `prefill`.
       piece: most tokens of the prompts in one call of the model, see `prefill`.
+      state_dtype: how MDN's states are kept from the prompts on, see `with_states`; None: as they
+        are.
+      replay: L: they are written every L tokens, and `rewind` goes back; see `with_states`.
 
     Returns:
       All tokens generated, and the state after them.
@@ -89,6 +96,7 @@ def generate(
     """
     model = as_decoder(model)
     state = prefill(model, prompts, attention_mask=attention_mask, state=state, piece=piece)
+    state = with_states(model.model, state, state_dtype=state_dtype, replay=replay)
     tokens: list[list[int]] = [[] for _ in prompts]
     numbers = [RowLogprobs([], []) for _ in prompts]
     ended = [False] * len(prompts)

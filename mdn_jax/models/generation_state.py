@@ -13,6 +13,22 @@ from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.models.causal_lm import LayerCache, MDNForCausalLM, ModelCache
 
 
+class Recent(NamedTuple):
+    """What taking tokens back needs of the last points of each row; a pytree.
+
+    A point is a position; its slot is the position modulo `S = L + 1`.
+
+    Attributes:
+      tokens: that led to each point, `-1 - id` where the row had not had it before.
+      logits: at each point.
+      depth: points before this one that can be gone back to, at most `L`.
+    """
+
+    tokens: Int[Array, "B S"]
+    logits: Float[Array, "B S vocab"]
+    depth: Int[Array, " B"]
+
+
 class GenerationState(NamedTuple):
     """What generation keeps of each row's tokens; a pytree.
 
@@ -21,12 +37,14 @@ class GenerationState(NamedTuple):
       logits: of the next token, float32 (float64 for float64).
       seen: tokens that the row has had.
       position: number of tokens that the row has had.
+      recent: for `rewind`; None where states are not replayed.
     """
 
     cache: ModelCache
     logits: Float[Array, "B vocab"]
     seen: Bool[Array, "B vocab"]
     position: Int[Array, " B"]
+    recent: Recent | None = None
 
 
 def initial_state(model: MDNForCausalLM, batch_size: int) -> GenerationState:
@@ -99,6 +117,7 @@ def with_room(
                     f"max_length: expected at least {before + new} ({before} tokens so far and "
                     f"max_new_tokens = {new}: layer {i} attends to all of them), got {max_length}"
                 )
-            entry = entry.resized(room if window is None else window - 1)
+            spare = 0 if state.recent is None else state.recent.tokens.shape[1] - 1
+            entry = entry.resized(room if window is None else window - 1 + spare)
         cache.append(entry)
     return state._replace(cache=tuple(cache))

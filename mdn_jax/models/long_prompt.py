@@ -12,7 +12,8 @@ from jaxtyping import Array, Int
 from mdn_jax.layers.state_mixer import StateMixer
 from mdn_jax.models.arguments import check_prompts
 from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
-from mdn_jax.models.generate import GenerationState, Prompts, initial_state, prefill
+from mdn_jax.models.generation_state import GenerationState, initial_state
+from mdn_jax.models.prefill import Prompts, prefill
 from mdn_jax.ops.context import of_last_device
 
 

@@ -24,6 +24,7 @@ from mdn_jax.models.generation_state import (
     initial_state,
     resized,
 )
+from mdn_jax.models.kept_states import from_here
 from mdn_jax.models.structure import Structure
 
 Prompts = Sequence[Sequence[int]] | Int[Array, "B T"] | NDArray[np.integer]
@@ -113,12 +114,14 @@ def _prefill(
     logits = model.logits(jnp.take_along_axis(h, last, axis=1)[:, 0])
     rows = jnp.arange(tokens.shape[0])[:, None]
     own = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    return GenerationState(
+    after = GenerationState(
         cache=cache,
         logits=jnp.where(lengths[:, None] > 0, logits, state.logits),
         seen=state.seen.at[rows, tokens].max(own),
         position=state.position + lengths,
+        recent=state.recent,
     )
+    return from_here(after)
 
 
 def _with_room(

@@ -22,6 +22,8 @@ from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.models import npz
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.generation_state import GenerationState, initial_state
+from mdn_jax.models.kept_states import with_states
+from mdn_jax.ops.state import StateDtype
 
 _FORMAT = "mdn-jax generation state 1"
 _HEADER = "header"
@@ -33,6 +35,9 @@ _AS_INTEGERS = {np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16)}
 def save_state(path: str | os.PathLike[str], state: GenerationState, model: MDNForCausalLM) -> None:
     """Writes a state, complete or not at all: `.npz` with a header that names the model.
 
+    States of 16 bits are written as they are. Of `replay` only the states are written: what is read
+    again goes on, and does not go back.
+
     Args:
       path: file to write; one that is there is replaced.
       state: what to write.
@@ -41,6 +46,7 @@ def save_state(path: str | os.PathLike[str], state: GenerationState, model: MDNF
     Raises:
       OSError: the file cannot be written.
     """
+    state = with_states(model, state, replay=0)
     newest = int(np.max(np.asarray(state.position), initial=0))
     cache = tuple(  # without the entries that are still empty
         entry.resized(min(entry.k.shape[1], newest)) if isinstance(entry, AttentionCache) else entry
@@ -89,10 +95,11 @@ def load_state(path: str | os.PathLike[str], model: MDNForCausalLM) -> Generatio
             members = npz.members(archive)
             header = _read_header(archive, members.pop(_HEADER))
         _check_maker(header, model, path)
-        _check_names(members.keys(), model, path)
+        state_dtype = _state_dtype(header.dtypes)
+        _check_names(members.keys(), model, state_dtype, path)
         with npz.damage(expected):
             entries = {name: npz.entry(archive, info) for name, info in members.items()}
-        like = _template(model, entries, path)
+        like = _template(model, entries, state_dtype, path)
         _check_entries(like, entries, header.dtypes, path)
 
         def read(keys: Any, leaf: Any) -> Any:
@@ -137,9 +144,12 @@ def _check_maker(header: _Header, model: MDNForCausalLM, path: str | os.PathLike
 
 
 def _check_names(
-    names: Collection[str], model: MDNForCausalLM, path: str | os.PathLike[str]
+    names: Collection[str],
+    model: MDNForCausalLM,
+    state_dtype: StateDtype,
+    path: str | os.PathLike[str],
 ) -> None:
-    like = jax.eval_shape(lambda: initial_state(model, 1))
+    like = _like(model, 1, state_dtype)
     ours = {_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like)}
     for name in sorted(ours - set(names)):
         raise ValueError(f"state: expected an array {name!r} in {path}, got none")
@@ -185,13 +195,16 @@ def _named(tree: Any) -> dict[str, NDArray[Any]]:
 
 
 def _template(
-    model: MDNForCausalLM, entries: dict[str, npz.Entry], path: str | os.PathLike[str]
+    model: MDNForCausalLM,
+    entries: dict[str, npz.Entry],
+    state_dtype: StateDtype,
+    path: str | os.PathLike[str],
 ) -> GenerationState:
     """Shapes and types of the state; attention caches as long as those in the file."""
     rows = entries["position"].shape
     if len(rows) != 1:
         raise ValueError(f"state: expected position [B], got {list(rows)} in {path}")
-    state = jax.eval_shape(lambda: initial_state(model, rows[0]))
+    state = _like(model, rows[0], state_dtype)
     cache: list[Any] = list(state.cache)
     for i, entry in enumerate(cache):
         if isinstance(entry, AttentionCache) and len(entries[f"cache.{i}.k"].shape) == 4:
@@ -200,6 +213,23 @@ def _template(
             # a window goes on limiting the entries
             cache[i] = dataclasses.replace(cache[i], capacity=entry.capacity)
     return state._replace(cache=tuple(cache))
+
+
+def _state_dtype(dtypes: dict[str, str]) -> StateDtype:
+    """How the states of momentum delta rules in a file are kept, by the dtypes of its arrays."""
+    kept = {dtype for name, dtype in dtypes.items() if name.endswith(".state.m")}
+    if "bfloat16" in kept:
+        return "bfloat16"
+    return "float16_scaled" if "float16" in kept else "float32"
+
+
+def _like(model: MDNForCausalLM, rows: int, state_dtype: StateDtype) -> GenerationState:
+    """Shapes and types of a state."""
+    if state_dtype == "float32":  # of any model
+        return jax.eval_shape(lambda: initial_state(model, rows))
+    return jax.eval_shape(
+        lambda: with_states(model, initial_state(model, rows), state_dtype=state_dtype)
+    )
 
 
 def _zeros(tree: Any) -> Any:

@@ -17,6 +17,7 @@ from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.layers.context import own_stretch, whole_rows
 from mdn_jax.ops.arguments import outside
 from mdn_jax.ops.context import of_last_device
+from mdn_jax.ops.state import ReplayState
 
 
 def split_unknown(
@@ -76,4 +77,17 @@ def marked_cache(cache: Any, marks: Array) -> Any:
     def marked(x: Array) -> Array:
         return x.at[(slice(None), *(0,) * (x.ndim - 1))].add(marks.astype(x.dtype))
 
+    if isinstance(cache.state, ReplayState):
+        return cache._replace(state=_marked_steps(cache.state, marks))
     return cache._replace(state=jax.tree.map(marked, cache.state))
+
+
+def _marked_steps(state: ReplayState, marks: Array) -> ReplayState:
+    """The mark in what the last step wrote, so that it can be taken back; or in the base."""
+    first, kept = state.counts[:, 0, 0], state.counts[:, 0, 1]
+    rows, last = jnp.arange(marks.shape[0]), (first + kept - 1) % state.keys.shape[2]
+    steps = jnp.where(kept > 0, marks, 0).astype(state.v_new.dtype)
+    s = state.base.s.at[:, 0, 0, 0].add(jnp.where(kept > 0, 0, marks).astype(state.base.s.dtype))
+    return state._replace(
+        base=state.base._replace(s=s), v_new=state.v_new.at[rows, 0, last, 0].add(steps)
+    )

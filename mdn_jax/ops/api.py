@@ -9,22 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mdn_jax.ops.arguments import check_momentum_rule, check_options
-from mdn_jax.ops.chunkwise import chunkwise_rule
 from mdn_jax.ops.context import over_context, varying
 from mdn_jax.ops.fallback import reverse_mode_alone, warn_without_backend
-from mdn_jax.ops.inputs import (
-    RuleInputs,
-    compute_dtype,
-    document_starts,
-    entering_state,
-    grouped,
-    in_full_precision,
-    l2_normalize,
-    product_precision,
-)
+from mdn_jax.ops.inputs import compute_dtype, entering_state, in_full_precision
 from mdn_jax.ops.on_mesh import under_explicit_meshes
-from mdn_jax.ops.scan import scan_rule
-from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.portable import portable_rule
+from mdn_jax.ops.state import CompactState, Kept, MDNState, computed_in_full
 
 if TYPE_CHECKING:
     from pallas_kernels.momentum_delta import Numerics
@@ -46,13 +36,13 @@ def momentum_delta_rule(
     *,
     p: Float[Array, "B T _ K"] | None = None,
     scale: float | None = None,
-    initial_state: MDNState | None = None,
+    initial_state: Kept | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     normalize_qk: bool = True,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     context_axis: str | None = None,
-) -> tuple[Float[Array, "B T HV V"], MDNState]:
+) -> tuple[Float[Array, "B T HV V"], Any]:
     """Momentum delta rule: a memory updated by gradient descent with momentum.
 
     For every value head, with `alpha = exp(log_alpha)`, `mu = exp(log_mu)` and `k, q` normalised:
@@ -83,7 +73,8 @@ def momentum_delta_rule(
         the rule uses it (normalised if `normalize_qk`).
       scale: factor on the output; None means `K ** -0.5`.
       initial_state: state before the first step; None means zeros. With `segment_ids` it continues
-        the row's first document.
+        the row's first document. A `CompactState` is computed with in float32 and comes back as
+        one; without gradients where one kernel takes it (up to 16 steps).
       segment_ids: document of each step, any integers. A change along `T` starts a document and
         resets both states: packed documents never see each other. What is not finite stays in its
         document (but for one that starts within the same chunk: docs/algorithm.md). The returned
@@ -114,16 +105,16 @@ def momentum_delta_rule(
     check_momentum_rule(q, k, v, log_alpha, log_mu, beta, eta, p, initial_state, segment_ids)
     check_options(scale, chunk_size, implementation, get_args(Implementation))
     if context_axis is not None:
-        return _over_context(
-            (q, k, v, log_alpha, log_mu, beta, eta, p),
-            initial_state,
-            segment_ids,
-            context_axis,
+        over_devices = partial(
+            _over_context,
+            axis=context_axis,
             scale=scale,
             normalize_qk=normalize_qk,
             chunk_size=chunk_size,
             implementation=implementation,
         )
+        named = (q, k, v, log_alpha, log_mu, beta, eta, p)
+        return computed_in_full(over_devices, named, initial_state, segment_ids)
     return _run(
         *(q, k, v, log_alpha, log_mu, beta, eta),
         p=p,
@@ -147,13 +138,13 @@ def _run(
     *,
     p: Array | None,
     scale: float | Array | None,
-    initial_state: MDNState | None,
+    initial_state: Kept | None,
     segment_ids: Array | None,
     normalize_qk: bool,
     chunk_size: int | None,
     implementation: Implementation | None,
     **exchanged: Any,
-) -> tuple[Array, MDNState]:
+) -> tuple[Array, Any]:
     """What `momentum_delta_rule` does with arguments that fit.
 
     `exchanged` are the arguments of `kernel_rule` where every device has a stretch of each row.
@@ -162,8 +153,8 @@ def _run(
     implementation = _chosen(implementation, q, v, p, scale, chunk_size)
     compute = compute_dtype(q)
     gates = [jnp.asarray(x, compute) for x in (log_alpha, log_mu, beta, eta)]
-    state = None
-    if initial_state is not None:
+    state: Kept | None = initial_state
+    if initial_state is not None and not isinstance(initial_state, CompactState):
         state = MDNState(*(jnp.asarray(x, compute) for x in initial_state))
     arrays, state, segment_ids = varying(((q, k, v, p, *gates), state, segment_ids))
     with reverse_mode_alone("implementation", "scan", implementation):
@@ -177,14 +168,17 @@ def _run(
                 native=implementation == "triton",
                 **exchanged,
             )
-        return _portable(
+        return computed_in_full(
+            partial(
+                portable_rule,
+                scale=scale,
+                normalize=normalize_qk,
+                chunk_size=chunk_size,
+                definition=implementation == "scan",
+            ),
             arrays,
             state,
             segment_ids,
-            scale=scale,
-            normalize=normalize_qk,
-            chunk_size=chunk_size,
-            definition=implementation == "scan",
         )
 
 
@@ -192,6 +186,7 @@ def _over_context(
     arrays: tuple[Any, ...],
     state: MDNState | None,
     segment_ids: Array | None,
+    *,
     axis: str,
     **options: Any,
 ) -> tuple[Array, MDNState]:
@@ -253,45 +248,6 @@ def _chosen(
                 'use implementation="xla", or None for the best one that supports the call'
             )
     return implementation
-
-
-def _portable(
-    arrays: tuple[Any, ...],
-    state: MDNState | None,
-    segment_ids: Array | None,
-    *,
-    scale: float | Array,
-    normalize: bool,
-    chunk_size: int | None,
-    definition: bool,
-) -> tuple[Array, MDNState]:
-    """On any device: the definition, or the chunk algorithm."""
-    q, k, v, p, *gates = arrays
-    batch, _, heads, key_dim = q.shape
-    compute = compute_dtype(q)
-    shape = (batch, v.shape[2], key_dim, v.shape[3])
-    state = MDNState(*(entering_state(x, shape, compute, v) for x in state or (None, None)))
-    q, k = q.astype(compute), k.astype(compute)
-    log_alpha, log_mu, beta, eta = (grouped(x, heads, compute) for x in gates)
-    inputs = RuleInputs(
-        q=l2_normalize(q) if normalize else q,
-        k=l2_normalize(k) if normalize else k,
-        v=grouped(v, heads, compute),
-        log_alpha=log_alpha,
-        log_mu=log_mu,
-        beta=beta,
-        eta=eta,
-        p=None if p is None else grouped(p, heads, compute),
-        starts=document_starts(segment_ids, (batch, q.shape[1])),
-    )
-    if definition or q.shape[1] == 1:  # one step is no chunk
-        o, state = scan_rule(inputs, state, scale=scale, chunk_size=chunk_size)
-    else:
-        precision = product_precision(v)
-        o, state = chunkwise_rule(
-            inputs, state, scale=scale, chunk_size=chunk_size, precision=precision
-        )
-    return o.reshape(v.shape).astype(v.dtype), state
 
 
 def _capability() -> tuple[int, int] | None:
@@ -358,15 +314,16 @@ def kernels_lack(
 
 def _on_kernels(
     arrays: tuple[Any, ...],
-    state: MDNState | None,
+    state: Kept | None,
     segment_ids: Array | None,
     *,
     scale: float,
     normalize: bool,
     native: bool,
     **exchanged: Any,
-) -> tuple[Array, MDNState]:
+) -> tuple[Array, Any]:
     from mdn_jax.ops.kernels import kernel_rule  # not imported with the library
+    from pallas_kernels.momentum_delta import MAX_STEPS
 
     dtype = arrays[0].dtype
     numerics = _numerics(dtype)
@@ -374,24 +331,30 @@ def _on_kernels(
     def converted(y: Any) -> Any:
         return None if y is None else jnp.asarray(y, numerics.dtype)
 
-    q, k, v, p = map(converted, arrays[:4])
-    log_alpha, log_mu, beta, eta = arrays[4:]
-    o, state = kernel_rule(
-        q=q,
-        k=k,
-        v=v,
-        p=p,
-        log_alpha=log_alpha,
-        log_mu=log_mu,
-        beta=beta,
-        eta=eta,
-        initial_state=state,
-        segment_ids=segment_ids,
-        scale=scale,
-        normalize_qk=normalize,
-        precise=numerics.precise,
-        capability=_capability() or (9, 0),
-        native=native,
-        **exchanged,
-    )
+    def rule(arrays: tuple[Any, ...], state: Any, segment_ids: Array | None) -> tuple[Array, Any]:
+        q, k, v, p, log_alpha, log_mu, beta, eta = arrays
+        return kernel_rule(
+            q=q,
+            k=k,
+            v=v,
+            p=p,
+            log_alpha=log_alpha,
+            log_mu=log_mu,
+            beta=beta,
+            eta=eta,
+            initial_state=state,
+            segment_ids=segment_ids,
+            scale=scale,
+            normalize_qk=normalize,
+            precise=numerics.precise,
+            capability=_capability() or (9, 0),
+            native=native,
+            **exchanged,
+        )
+
+    inputs = (*map(converted, arrays[:4]), *arrays[4:])
+    if arrays[0].shape[1] <= MAX_STEPS and not native:  # one kernel, which takes any state
+        o, state = rule(inputs, state, segment_ids)
+    else:
+        o, state = computed_in_full(rule, inputs, state, segment_ids)
     return o.astype(dtype), state

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from mdn_jax.ops.inputs import wide_dtypes
-from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.state import CompactState, Kept
 
 VALUE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -119,7 +119,7 @@ def check_momentum_rule(
     beta: Array,
     eta: Array,
     p: Array | None,
-    initial_state: MDNState | None,
+    initial_state: Kept | None,
     segment_ids: Array | None,
 ) -> None:
     """Raises ValueError or TypeError for the first array that does not fit."""
@@ -140,13 +140,31 @@ def check_momentum_rule(
         check_array("p", p, (batch, length, allowed, key_dim), "[B, T, H or HV, K]")
         check_dtype("p", p, (q.dtype.name,), "(as q)")
     if initial_state is not None:
-        if not isinstance(initial_state, tuple) or len(initial_state) != 2:
-            raise TypeError(
-                f"initial_state: expected an MDNState(s, m), got {type(initial_state).__name__}"
-            )
-        for name, x in zip(("s", "m"), initial_state, strict=True):
-            shape = (batch, value_heads, key_dim, value_dim)
-            check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
-            check_dtype(f"initial_state.{name}", x, wide, f"(with {q.dtype.name} q)")
+        _check_state(initial_state, (batch, value_heads, key_dim, value_dim), q, wide)
     if segment_ids is not None:
         check_segment_ids(segment_ids, (batch, length))
+
+
+def _check_state(state: Any, shape: tuple[int, ...], q: Array, wide: tuple[str, ...]) -> None:
+    """Raises ValueError or TypeError for an entering state that does not fit."""
+    compact = isinstance(state, CompactState)
+    if not compact and (not isinstance(state, tuple) or len(state) != 2):
+        raise TypeError(
+            f"initial_state: expected an MDNState(s, m) or a CompactState, "
+            f"got {type(state).__name__}"
+        )
+    allowed, why = wide, f"(with {q.dtype.name} q)"
+    if compact:
+        if q.dtype == jnp.float64:
+            raise TypeError(
+                "initial_state: expected an MDNState with float64 q, got a CompactState"
+            )
+        allowed = ("bfloat16",) if state.scale is None else ("float16",)
+        why = f"(with{'out' * (state.scale is None)} scale)"
+    for name, x in (("s", state[0]), ("m", state[1])):
+        check_array(f"initial_state.{name}", x, shape, "[B, HV, K, V]")
+        check_dtype(f"initial_state.{name}", x, allowed, why)
+    if compact and state.scale is not None:
+        scales = (*shape[:2], 2, shape[3])
+        check_array("initial_state.scale", state.scale, scales, "[B, HV, 2, V]")
+        check_dtype("initial_state.scale", state.scale, ("float32",), "")

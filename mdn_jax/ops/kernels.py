@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mdn_jax.ops.inputs import document_starts
-from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.state import CompactState, Kept, MDNState, ReplayState
 from pallas_kernels import momentum_delta
-from pallas_kernels.momentum_delta import Memory, Tokens
+from pallas_kernels.momentum_delta import Memory, Ring, Tokens
 from pallas_kernels.momentum_delta.types import Exchange
 from pallas_kernels.tiling import Tiles
 
@@ -22,7 +23,7 @@ def kernel_rule(
     beta: Float[Array, "B T HV"],
     eta: Float[Array, "B T HV"],
     p: Float[Array, "B T _ K"] | None = None,
-    initial_state: MDNState | None = None,
+    initial_state: Kept | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     normalize_qk: bool = True,
@@ -34,7 +35,7 @@ def kernel_rule(
     interpret: bool = False,
     exchange: Exchange | None = None,
     seams: Any = None,
-) -> tuple[Float[Array, "B T HV V"], MDNState]:
+) -> tuple[Float[Array, "B T HV V"], Any]:
     """`momentum_delta_rule` on the kernels; its arguments are not checked.
 
     Args:
@@ -46,7 +47,7 @@ def kernel_rule(
       beta: step size.
       eta: write scale.
       p: erase key; None means `alpha` times the key.
-      initial_state: entering state; None means zeros.
+      initial_state: entering state; None means zeros; a `CompactState` for up to 16 steps.
       segment_ids: document of each step.
       scale: factor on the output; None means `K ** -0.5`.
       normalize_qk: l2-normalise `q` and `k`.
@@ -61,7 +62,7 @@ def kernel_rule(
       seams: what `exchange` is told.
 
     Returns:
-      The outputs in `v`'s dtype, and the final state in float32.
+      The outputs in `v`'s dtype, and the final state in float32, or a `CompactState` as came.
     """
     starts: Bool[Array, "B T"] | None = None
     if segment_ids is not None:
@@ -81,4 +82,44 @@ def kernel_rule(
         exchange=exchange,
         seams=seams,
     )
-    return o, MDNState(*memory)
+    if isinstance(initial_state, CompactState):
+        return o, CompactState(*memory)
+    return o, MDNState(memory.s, memory.m)
+
+
+def kernel_replay(
+    state: ReplayState,
+    x: tuple[Any, Array],
+    *,
+    scale: float,
+    normalize: bool,
+    interpret: bool = False,
+) -> tuple[ReplayState, Array]:
+    """One step of `replay_steps` on its kernel; its arguments are not checked.
+
+    Args:
+      state: with padded dims.
+      x: `q, k, v, p` and the gates `[B, ...]`, and the rows that are active.
+      scale: factor on the output.
+      normalize: l2-normalise `q` and `k`.
+      interpret: in Pallas' interpreter, on any device.
+
+    Returns:
+      The state after and the outputs `[B, HV, V]`.
+    """
+    arrays, active = x
+    tokens = Tokens(*(None if y is None else y[:, None] for y in arrays))
+    base = state.base
+    out = momentum_delta.replay_step(
+        tokens,
+        Memory(*base),
+        Ring(*state[1:]),
+        active.astype(jnp.int32),
+        scale=scale,
+        normalize=normalize,
+        interpret=interpret,
+    )
+    kept = (
+        CompactState(*out.memory) if isinstance(base, CompactState) else MDNState(*out.memory[:2])
+    )
+    return ReplayState(kept, *out.ring), out.o[:, 0]

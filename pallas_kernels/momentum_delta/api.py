@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.momentum_delta.coefficients import LOG_ZERO
 from pallas_kernels.momentum_delta.decode import MAX_STEPS, DecodeOptions, decode
 from pallas_kernels.momentum_delta.numerics import Numerics
+from pallas_kernels.momentum_delta.replay import Replayed, Ring, replay
 from pallas_kernels.momentum_delta.types import (
     CHUNK,
     Exchange,
@@ -65,7 +66,8 @@ def momentum_delta(
 
     Args:
       x: tokens and gates, any `T`, `K <= 256`, `V <= 512`.
-      memory: entering states; None stands for zeros.
+      memory: entering states; None stands for zeros. Up to `MAX_STEPS` steps in Pallas take
+        states of 16 bits, and give such, without gradients.
       starts: `[B, T]` bool, the first step of each document but a row's first; or None.
       scale: factor on the output.
       normalize: l2-normalise q and k.
@@ -87,6 +89,32 @@ def momentum_delta(
     if x.sizes.length <= MAX_STEPS:
         return _steps(call, x, memory)
     return _chunks(call, x, memory, seams)
+
+
+def replay_step(
+    x: Tokens,
+    memory: Memory,
+    ring: Ring,
+    active: jax.Array,
+    *,
+    scale: float,
+    normalize: bool,
+    interpret: bool = False,
+) -> Replayed:
+    """One step by the states of some steps ago and the steps since (replay.py).
+
+    Args:
+      x: tokens and gates of one step; dims that need no padding.
+      memory: states, float32 or of 16 bits.
+      ring: the steps since.
+      active: rows whose step counts, `[B, 1]` int32, 1 or 0.
+      scale: factor on the output.
+      normalize: l2-normalise q and k.
+      interpret: run the kernel in the interpreter.
+    """
+    z = x.sizes
+    tiles = decode_tiles(z.key_dim, z.value_dim, z.batch * z.value_heads)
+    return replay(x, memory, ring, active, DecodeOptions(scale, normalize, tiles, interpret))
 
 
 def _chunks(
@@ -132,6 +160,11 @@ def _steps(call: _Call, x: Tokens, memory: Memory | None) -> tuple[jax.Array, Me
 def _steps_forward(
     call: _Call, x: Tokens, memory: Memory | None
 ) -> tuple[tuple[jax.Array, Memory], Any]:
+    if memory is not None and memory.s.dtype != jnp.float32:
+        raise ValueError(
+            "initial_state: expected float32 states where a gradient is asked for, "
+            f"got {memory.s.dtype.name}"
+        )
     return jax.vjp(partial(_chunks, call), x, memory)
 
 
@@ -168,9 +201,11 @@ def _pad[M: Memory | None](x: Tokens, memory: M, steps: int) -> tuple[Tokens, M]
         margin = [(0, 0), (0, steps), (0, 0), (0, width)][: y.ndim]
         return jnp.pad(y, margin)
 
-    if key_dim or value_dim:
+    if memory is not None and (key_dim or value_dim):
         margin = ((0, 0), (0, 0), (0, key_dim), (0, value_dim))
-        memory = jax.tree.map(lambda y: jnp.pad(y, margin), memory)
+        s, m = (jnp.pad(y, margin) for y in memory[:2])
+        scale = None if memory.scale is None else pad(memory.scale, value_dim)
+        memory = memory._replace(s=s, m=m, scale=scale)
     return Tokens(
         pad(x.q, key_dim),
         pad(x.k, key_dim),
@@ -182,5 +217,7 @@ def _pad[M: Memory | None](x: Tokens, memory: M, steps: int) -> tuple[Tokens, M]
 
 def _cut(o: jax.Array, memory: Memory, z: Sizes) -> tuple[jax.Array, Memory]:
     """Without what `_pad` appended."""
-    memory = Memory(*(y[:, :, : z.key_dim, : z.value_dim] for y in memory))
+    s, m = (y[:, :, : z.key_dim, : z.value_dim] for y in memory[:2])
+    scale = None if memory.scale is None else memory.scale[..., : z.value_dim]
+    memory = Memory(s, m, scale)
     return o[:, : z.length, :, : z.value_dim], memory

@@ -4,7 +4,8 @@ Computes the recurrence as it is written (docs/algorithm.md, section 1), step af
 
     m = mu m + eta k (S^T p - v)^T       s = alpha s - beta m       o = scale s^T q
 
-    inputs   q, k, v, p, gates [B, T, ...], T at most 16; the memory [B, HV, K, V] float32
+    inputs   q, k, v, p, gates [B, T, ...], T at most 16; the memory [B, HV, K, V], float32 or
+             of 16 bits (kept.py), computed with in float32
     outputs  o [B, T, HV, V] in v's dtype; the memory, in the place of the entering one
     grid     flat, blocks of V x HV x B: a block of V of one head a program
 
@@ -28,6 +29,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lowering import kernel_call
 from pallas_kernels.momentum_delta.coefficients import inverse_norm
 from pallas_kernels.momentum_delta.isolation import clean, times
+from pallas_kernels.momentum_delta.kept import load_states, shapes_of, store_states
 from pallas_kernels.momentum_delta.types import Leaf, Memory, Tokens
 from pallas_kernels.tiling import DecodeTiles
 
@@ -71,7 +73,7 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
 
     Args:
       x: tokens and gates, `T` at most `MAX_STEPS`, `K` a power of two, `V` a multiple of the block.
-      memory: entering states, float32.
+      memory: entering states.
       options: static.
     """
     z, block_v = x.sizes, options.tiles.block_v
@@ -91,6 +93,8 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
     values = spec((None, z.length, None, block_v), lambda b, h, i: (b, 0, h, i))
     gate = spec((None, z.length, None), lambda b, h, i: (b, 0, h))
     state = spec((None, None, z.key_dim, block_v), lambda b, h, i: (b, h, 0, i))
+    scale = spec((None, None, 2, block_v), lambda b, h, i: (b, h, 0, i))
+    states = Memory(state, state, None if memory.scale is None else scale)
     p = None if x.p is None else keys(z.p_heads)
     entering = len(jax.tree.leaves(x))
     return kernel_call(
@@ -102,28 +106,30 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
         grid=(z.batch * z.value_heads * blocks,),
         in_specs=[
             Tokens(keys(z.heads), keys(z.heads), values, p, gate, gate, gate, gate),
-            Memory(state, state),
+            states,
         ],
-        out_specs=Decoded(values, Memory(state, state)),
-        out_shape=Decoded(z.per_head(z.value_dim, x.v.dtype), z.memory),
-        aliases={entering: 1, entering + 1: 2},
+        out_specs=Decoded(values, states),
+        out_shape=Decoded(z.per_head(z.value_dim, x.v.dtype), shapes_of(memory)),
+        aliases={entering + i: 1 + i for i in range(len(jax.tree.leaves(memory)))},
         warps=options.tiles.warps,
         stages=1,
         interpret=options.interpret,
     )
 
 
-def _decode(x, memory, out, *, options):
-    def normalized(y: jax.Array) -> jax.Array:
-        y = y.astype(jnp.float32)
-        if not options.normalize:
-            return y
-        short = SHORTER * y
-        return short * inverse_norm(jnp.sum(short * short), SHORTER**2 * 1e-6)
+def normalized(y: jax.Array, normalize: bool) -> jax.Array:
+    """A query or key `[K]` in float32, l2-normalised or as it is."""
+    y = y.astype(jnp.float32)
+    if not normalize:
+        return y
+    short = SHORTER * y
+    return short * inverse_norm(jnp.sum(short * short), SHORTER**2 * 1e-6)
 
+
+def _decode(x, memory, out, *, options):
     def step(t: jax.Array | int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         s, m = carry
-        q, k = normalized(x.q[t, :]), normalized(x.k[t, :])
+        q, k = (normalized(y[t, :], options.normalize) for y in (x.q, x.k))
         alpha, mu = jnp.exp(x.log_alpha[t]), jnp.exp(x.log_mu[t])
         p = alpha * k if x.p is None else x.p[t, :].astype(jnp.float32)
         seen = clean(jnp.sum(s * p[:, None], axis=0), (alpha == 0) & (mu == 0))
@@ -134,7 +140,7 @@ def _decode(x, memory, out, *, options):
         out.o[t, :] = o.astype(out.o.dtype)
         return s, m
 
-    carry = memory.s[...], memory.m[...]
+    carry = load_states(memory)
     steps = x.q.shape[0]
     s, m = step(0, carry) if steps == 1 else lax.fori_loop(0, steps, step, carry)
-    out.memory.s[...], out.memory.m[...] = s, m
+    store_states(out.memory, s, m)

@@ -23,7 +23,8 @@ def decode(x: Tokens, memory: Memory, options: DecodeOptions) -> Decoded:
         name="mdn_decode_triton",
         out_shape=[
             z.per_head(z.value_dim, x.v.dtype),
-            *z.memory,
+            z.memory.s,
+            z.memory.m,
         ],
         grid=(z.batch * z.value_heads * (z.value_dim // tiles.block_v),),
         input_output_aliases={8: 1, 9: 2},

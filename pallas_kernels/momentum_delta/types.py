@@ -104,10 +104,17 @@ class Tokens(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Memory and momentum as callers have them, `[B, HV, K, V]` float32."""
+    """Memory and momentum as callers have them.
+
+    Attributes:
+      s: `[B, HV, K, V]`, float32; in the decode kernels also bfloat16, or float16 with `scale`.
+      m: the same.
+      scale: of float16: of the columns of `s` and of `m`, `[B, HV, 2, V]` float32; None: 1.
+    """
 
     s: Leaf
     m: Leaf
+    scale: Leaf | None = None
 
 
 class States(NamedTuple):

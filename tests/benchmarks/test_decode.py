@@ -25,6 +25,34 @@ def test_rows_and_json(tmp_path, capsys):
     assert rows[0]["error"] <= 1e-5
 
 
+def test_states_of_16_bits_and_replay(tmp_path, capsys):
+    output = tmp_path / "decode.json"
+    command.decode(DecodeConfig(**TINY, state_dtype="bfloat16", replay=2, output=output))
+    assert "bfloat16 states" in capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads(output.read_text())["results"]}
+    assert list(rows) == ["xla", "xla, replay 2", "copy"]
+    states = 2 * 2 * 2 * 16 * 16  # both, read, of 16 bits, two heads
+    assert rows["xla"]["moved"] == 2 * states
+    # written and read again every second call; 2.5 of the ring's 4 slots on average
+    ring = 2 * 4 * (2 * 16 + 4 * 16 + 16) + 2 * 8
+    assert rows["xla, replay 2"]["moved"] == 2 * states + ring * 1.25 / 2
+
+
+def test_other_tiles_are_those_of_the_kernels(monkeypatch, capsys):
+    seen = []
+    chosen = command.kernel_api.decode_tiles
+    monkeypatch.setattr(
+        command,
+        "_run_shape",
+        lambda *_: seen.append(command.kernel_api.decode_tiles(1, 1, 1)) or ([], []),
+    )
+    command.decode(DecodeConfig(**TINY, tiles=("32,4", "64,8")))
+    assert seen == [(32, 4), (64, 8)]
+    assert command.kernel_api.decode_tiles is chosen
+    with pytest.raises(SystemExit, match="tiles: expected block_v,warps such as 64,8: 64"):
+        command.decode(DecodeConfig(**TINY, tiles=("64",)))
+
+
 def test_wrong_steps_are_not_timed(monkeypatch, capsys):
     def wrong(*, implementation, **inputs):
         o, state = right(**inputs, implementation=implementation)
@@ -58,7 +86,11 @@ def test_states_are_donated_not_lost():
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"tokens": 17}, "tokens: expected 1 to 16, got 17"), ({"runs": 1}, "runs: expected")],
+    [
+        ({"tokens": 17}, "tokens: expected 1 to 16, got 17"),
+        ({"runs": 1}, "runs: expected"),
+        ({"replay": 3}, "replay: expected 2, 4, 8 or 16 with tokens = 1, got 3"),
+    ],
 )
 def test_bad_options(change, words):
     with pytest.raises(ValueError, match=words):

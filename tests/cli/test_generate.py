@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mdn_jax import Sampling, generate
 from mdn_jax.cli.generate import main
+from mdn_jax.models import load_state
+from mdn_jax.ops.state import kept_as
 from mdn_jax.saved.model import find_checkpoint, load_model, save_model
 from mdn_jax.text.tokenizer import decode, encode
 from tests.tiny import break_model, chain_model
@@ -61,6 +63,14 @@ def test_states_save_the_prompt(checkpoint, tmp_path, capsys):
         capsys, checkpoint, *SCAN, "--max-new-tokens", 9, "--load-state", state, "--prompt", "!"
     )
     assert more.out.startswith("!")
+
+
+def test_states_of_16_bits_are_saved_so(checkpoint, tmp_path, capsys):
+    options = [*SCAN, "--prompt", "one two", "--max-new-tokens", 8, "--state-dtype", "bfloat16"]
+    output(capsys, checkpoint, *options, "--save-state", tmp_path / "state")
+    model = load_model(find_checkpoint(checkpoint), implementation="scan")
+    state = load_state(tmp_path / "state", model)
+    assert kept_as(state.cache[0].state) == "bfloat16"
 
 
 def test_log_probabilities_go_to_a_file(checkpoint, tmp_path, capsys):

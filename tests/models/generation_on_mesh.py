@@ -37,7 +37,7 @@ SAMPLINGS = [
 ]
 
 
-def made(model):
+def made(model, **options):
     piece = generate(
         model,
         PROMPTS,
@@ -47,9 +47,12 @@ def made(model):
         piece=8,
         block=8,
         logprobs=1,
+        **options,
     )
     numbers = [number for row in piece.logprobs for number in row.drawn]
-    memory = piece.state.cache[0].state.s.sharding.shard_shape(piece.state.cache[0].state.s.shape)
+    state = piece.state.cache[0].state
+    s = getattr(state, "base", state).s
+    memory = s.sharding.shard_shape(s.shape)
     return {"tokens": piece.tokens, "numbers": numbers, "memory": list(memory)}
 
 
@@ -62,6 +65,7 @@ def cases():
     auto = (AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=auto, devices=jax.devices()[:4])
     yield "data tensor", made(shard_model(model, mesh))
+    yield "data tensor, replay", made(shard_model(model, mesh), replay=4)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,10 @@ def generated():
     return report("tests.models.generation_on_mesh")
 
 
-def test_generation_over_devices_is_that_on_one(generated):
+@pytest.mark.parametrize("case", ["data tensor", "data tensor, replay"])
+def test_generation_over_devices_is_that_on_one(generated, case):
     """Rows lie over `data`, heads over `tensor`; the tokens are the same."""
-    expected, actual = generated["one"], generated["data tensor"]
+    expected, actual = generated["one"], generated[case]
     assert actual["tokens"] == expected["tokens"]
     np.testing.assert_allclose(actual["numbers"], expected["numbers"], atol=1e-9)
     assert (expected["memory"], actual["memory"]) == ([4, 2, 4, 4], [2, 1, 4, 4])
