@@ -116,9 +116,7 @@ class FusedDecoder(NamedTuple):
 
         def own(layer: Any) -> MDNCache:
             tail = jnp.take_along_axis(layer.tail, places[:, :, None], axis=1)
-            return MDNCache(
-                MDNState(layer.s, layer.m), *jnp.split(tail, (keys, 2 * keys), axis=-1)
-            )
+            return MDNCache(MDNState(layer.s, layer.m), *jnp.split(tail, (keys, 2 * keys), axis=-1))
 
         return tuple(map(own, memory.layers))
 

@@ -23,7 +23,7 @@ def logits(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Leaf:
     """The logits `[B, vocab]` float32 of the next token."""
     (batch, hidden), (vocab, _) = stream.h.shape, weights.shape
     shipped = product_tiles(batch, vocab, hidden, weights.dtype.itemsize)
-    product = Product(batch, vocab, hidden, plan.tiles_of(NAME, shipped))
+    product = Product(batch, vocab, hidden, plan.tiles_of(NAME, shipped), plan.interpret)
 
     def body(stream: Any, scale: Any, weights: Any, out: Any) -> None:
         prepare = normalized(stream, scale, product, plan.eps)
@@ -41,5 +41,4 @@ def logits(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Leaf:
         weights,
         name=NAME,
         out_shape=like((batch, vocab)),
-        interpret=plan.interpret,
     )

@@ -27,9 +27,7 @@ def layer(
     """
     projected = projections(stream, weights.mixer_norm, weights.projections, plan)
     mixed, memory = mixer(projected, weights, memory, slot, active, plan)
-    stream = output(
-        stream.h, mixed, projected.y, weights.output_norm, weights.output, plan
-    )
+    stream = output(stream.h, mixed, weights.output, plan)
     if weights.up is not None:
         activations = up(stream, weights.mlp_norm, weights.up, plan)
         stream = down(stream.h, activations, weights.down, plan)

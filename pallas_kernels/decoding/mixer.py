@@ -4,18 +4,22 @@ Computes for one token, with the convolutions over the ring of the last W inputs
 
     q, k, v = silu(bias + sum_w taps_w x_(t - W + 1 + w));    q -= correction k
     m = mu m + eta k (S^T p - v)^T       s = alpha s - beta m       o = scale s^T q
+    gated = o * norm scale * sigmoid(gate)
 
     inputs   y [B, ...] and gates [B, ...] of the projections; taps [W, channels], bias; the gates'
              parameters [HV]; slot [B], where the ring begins; active [B]; the states [B, HV, K, V]
              float32 and the ring [B, W, channels]
-    outputs  o [B, HV V] and sums of its squares [B, HV, blocks]; states and ring, in their places
+    outputs  gated [B, HV V] float32; sums of the squares of o, rounded to the compute dtype,
+             [B, HV, blocks]; states and ring, in their places
     grid     flat, blocks of V x HV x B: a block of V of one head of one row a program
 
 Why so: the states are the bytes; each is read once and written once. Programs of a head make its
 query and key again, from the cache. None of them waits for another: what a tap reads nobody writes,
 for the new input takes the slot of the one that no tap sees any more.
 
-A row that is not active stays as it is; its o is zero.
+What the gated norm of a head still lacks is the factor that all of its V columns share.
+
+A row that is not active stays as it is; its output is zero.
 
 Constraints: K a power of two; V a multiple of the block. Run it alone: `python -m benchmarks
 decoding`.
@@ -46,11 +50,11 @@ class Mixed(NamedTuple):
     """Outputs of the rule.
 
     Attributes:
-      o: `[B, HV V]` in the compute dtype.
-      squares: sums of the squares of some columns of a head each, `[B, HV, blocks]` float32.
+      gated: o times the scale of its norm and its gate, `[B, HV V]` float32.
+      squares: sums of the squares of some columns of o of a head each, `[B, HV, blocks]` float32.
     """
 
-    o: Leaf
+    gated: Leaf
     squares: Leaf
 
 
@@ -59,6 +63,7 @@ class _Inputs(NamedTuple):
     taps: Leaf
     bias: Leaf | None
     gates: Gates
+    norm: Leaf
     slot: Leaf
     active: Leaf
 
@@ -89,7 +94,15 @@ def mixer(
     batch = slot.shape[0]
     tiles = decode_tiles(plan.key_dim, plan.value_dim, batch * plan.value_heads)
     blocks = plan.value_dim // tiles.block_v
-    inputs = _Inputs(projected, weights.taps, weights.bias, weights.gates, slot, active)
+    inputs = _Inputs(
+        projected,
+        weights.taps,
+        weights.bias,
+        weights.gates,
+        weights.output_norm,
+        slot,
+        active,
+    )
     first = len(jax.tree.leaves(inputs))
     out: _Outputs = kernel_call(
         partial(_mixer, plan=plan, blocks=blocks, block_v=tiles.block_v),
@@ -104,7 +117,7 @@ def mixer(
         ),
         out_shape=_Outputs(
             Mixed(
-                like((batch, plan.values), projected.y.dtype),
+                like((batch, plan.values)),
                 like((batch, plan.value_heads, blocks)),
             ),
             LayerMemory(*(like(x.shape, x.dtype) for x in memory)),
@@ -128,15 +141,18 @@ def _mixer(x: Any, memory: Any, out: Any, *, plan: Plan, blocks: int, block_v: i
         values = pl.ds(block * block_v, block_v)
         s, m = memory.s[row, head, :, values], memory.m[row, head, :, values]
         s, m, o = _rule(x, memory.tail, out.memory.tail, s, m, (row, head, block), plan, block_v)
-        o = o.astype(out.mixed.o.dtype)
-        out.mixed.o[row, columns] = o
-        wide = o.astype(jnp.float32)
-        out.mixed.squares[row, head, block] = jnp.sum(wide * wide)
+        o = _rounded(o, x.projected.y.dtype)
+        out.mixed.squares[row, head, block] = jnp.sum(o * o)
+        o *= x.norm[values].astype(jnp.float32)
+        if plan.gated:
+            gate = pl.ds(plan.channels + head * plan.value_dim + block * block_v, block_v)
+            o *= _sigmoid(x.projected.y[row, gate].astype(jnp.float32))
+        out.mixed.gated[row, columns] = o
         out.memory.s[row, head, :, values], out.memory.m[row, head, :, values] = s, m
 
     @pl.when(jnp.logical_not(active))
     def _idle() -> None:
-        out.mixed.o[row, columns] = jnp.zeros((block_v,), out.mixed.o.dtype)
+        out.mixed.gated[row, columns] = jnp.zeros((block_v,), jnp.float32)
         out.mixed.squares[row, head, block] = 0.0
 
 

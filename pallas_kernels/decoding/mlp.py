@@ -40,7 +40,7 @@ def up(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Leaf:
     """The activations `[B, F]` between the two products."""
     (batch, hidden), width = stream.h.shape, weights.shape[0] // 2
     shipped = product_tiles(batch, width, hidden, weights.dtype.itemsize, matrices=2)
-    product = Product(batch, width, hidden, plan.tiles_of(UP, shipped))
+    product = Product(batch, width, hidden, plan.tiles_of(UP, shipped), plan.interpret)
 
     def body(stream: Any, scale: Any, weights: Any, out: Any) -> None:
         def finish(block: Block) -> None:
@@ -57,7 +57,6 @@ def up(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Leaf:
         weights,
         name=UP,
         out_shape=like((batch, width), stream.h.dtype),
-        interpret=plan.interpret,
     )
 
 
@@ -65,18 +64,17 @@ def down(h: Leaf, activations: Leaf, weights: Leaf, plan: Plan) -> Stream:
     """The residual stream after the MLP."""
     (batch, width), (hidden, _) = activations.shape, weights.shape
     shipped = product_tiles(batch, hidden, width, weights.dtype.itemsize)
-    product = Product(batch, hidden, width, plan.tiles_of(DOWN, shipped))
+    product = Product(batch, hidden, width, plan.tiles_of(DOWN, shipped), plan.interpret)
 
     def body(h: Any, activations: Any, weights: Any, out: Any) -> None:
         def prepare(rows: jax.Array) -> Inputs:
-            inside = rows < batch
-            return lambda _, columns: masked_load(
-                activations.at[rows, columns], inside & (columns >= 0)
-            )
+            def inputs(_: Any, columns: jax.Array) -> jax.Array:
+                place = activations.at[rows, columns]
+                return masked_load(place, (rows < batch) & (columns >= 0))
 
-        multiply(
-            product, [Matrix(weights, 0)], prepare, lambda block: add_to_stream(out, h, block)
-        )
+            return inputs
+
+        multiply(product, [Matrix(weights, 0)], prepare, lambda block: add_to_stream(out, h, block))
 
     stream: Stream = product.call(
         body,
@@ -85,6 +83,5 @@ def down(h: Leaf, activations: Leaf, weights: Leaf, plan: Plan) -> Stream:
         weights,
         name=DOWN,
         out_shape=Stream(like(h.shape, h.dtype), like((batch, product.blocks))),
-        interpret=plan.interpret,
     )
     return stream

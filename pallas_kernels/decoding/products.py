@@ -16,10 +16,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoding.tiles import Tiles
-from pallas_kernels.lowering import dot, kernel_call, masked_load, masked_store
+from pallas_kernels.lowering import (
+    dot,
+    kernel_call,
+    loads_so_far_are_issued,
+    masked_load,
+    masked_store,
+)
 
 Inputs = Callable[[Any, jax.Array], jax.Array]
-"""From the number and columns `[1, width]` of a step to the inputs `[rows, width]` there."""
+"""From the number and columns of a step, `[1 or rows, width]`, to the inputs `[rows, width]`."""
 Prepare = Callable[[jax.Array], Inputs]
 """From rows of the batch `[rows, 1]` to their inputs; what it loads first, all steps share."""
 
@@ -71,12 +77,14 @@ class Product(NamedTuple):
       outputs: of each matrix.
       width: that is summed over.
       tiles: of it.
+      interpret: run the kernel in the interpreter, on any device.
     """
 
     batch: int
     outputs: int
     width: int
     tiles: Tiles
+    interpret: bool
 
     @property
     def blocks(self) -> int:
@@ -94,7 +102,6 @@ class Product(NamedTuple):
         *operands: Any,
         name: str,
         out_shape: Any,
-        interpret: bool,
     ) -> Any:
         """Runs a kernel of one program for each block of outputs and of rows."""
         return kernel_call(
@@ -107,7 +114,7 @@ class Product(NamedTuple):
             out_shape=out_shape,
             warps=self.tiles.warps,
             stages=self.tiles.stages,
-            interpret=interpret,
+            interpret=self.interpret,
         )
 
 
@@ -124,8 +131,7 @@ def multiply(
     first = row_block * tiles.rows
 
     def weights(matrix: Matrix, step: jax.Array | int) -> jax.Array:  # [outputs, width]
-        columns = step * tiles.width + lax.broadcasted_iota(jnp.int32, (1, tiles.width), 1)
-        place = matrix.weights.at[matrix.first + outputs[:, None], columns]
+        place = matrix.weights.at[matrix.first + outputs[:, None], _columns(step, tiles.width)]
         return masked_load(place, (outputs < product.outputs)[:, None])
 
     def done(rows: jax.Array, values: tuple[jax.Array, ...]) -> None:
@@ -136,8 +142,8 @@ def multiply(
     run(product, matrices, weights, first, prepare, done)
 
 
-def _columns(step: jax.Array | int, width: int) -> jax.Array:
-    return step * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+def _columns(step: jax.Array | int, width: int, lines: int = 1) -> jax.Array:
+    return step * width + lax.broadcasted_iota(jnp.int32, (lines, width), 1)
 
 
 def _by_dot(
@@ -171,35 +177,36 @@ def _summed(
 ) -> None:
     tiles = product.tiles
     groups = product.width // (tiles.width * tiles.at_once)
-    all_rows = [first + i + jnp.zeros((1, 1), jnp.int32) for i in range(tiles.rows)]
-
-    def loaded(group: jax.Array | int) -> list[list[jax.Array]]:
-        steps = [group * tiles.at_once + i for i in range(tiles.at_once)]
-        return [[weights(matrix, step) for matrix in matrices] for step in steps]
+    # a row of the batch for every output: inputs are loaded as weights are, to the same lanes
+    lines = [jnp.full((tiles.outputs, 1), first + i) for i in range(tiles.rows)]
 
     def add(
-        sums: tuple[jax.Array, ...], group: jax.Array | int, arrived: list, inputs: list[Inputs]
+        group: jax.Array | int, inputs: list[Inputs] | None, sums: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        for i, pieces in enumerate(arrived):
-            step = group * tiles.at_once + i
-            columns = _columns(step, tiles.width)
-            wide = [piece.astype(jnp.float32) for piece in pieces]
+        steps = [group * tiles.at_once + i for i in range(tiles.at_once)]
+        arriving = [[weights(matrix, step) for matrix in matrices] for step in steps]
+        # all of them before anything that the inputs need
+        loads_so_far_are_issued(product.interpret)
+        inputs = inputs or [prepare(rows) for rows in lines]
+        for step, pieces in zip(steps, arriving, strict=True):
+            columns = _columns(step, tiles.width, tiles.outputs)
             rows = [own(step, columns).astype(jnp.float32) for own in inputs]
+            wide = [piece.astype(jnp.float32) for piece in pieces]
             products = [w * x for x in rows for w in wide]  # [outputs, width]
             sums = tuple(map(lax.add, sums, products)) if sums else tuple(products)
         return sums
 
     if groups == 1:
-        arrived = loaded(0)  # before anything that the inputs need
-        sums = add((), 0, arrived, [prepare(rows) for rows in all_rows])
+        sums = add(0, None, ())
     else:
-        inputs = [prepare(rows) for rows in all_rows]
-        count = tiles.rows * len(matrices)
-        zeros = (jnp.zeros((tiles.outputs, tiles.width), jnp.float32),) * count
-        sums = lax.fori_loop(0, groups, lambda g, sums: add(sums, g, loaded(g), inputs), zeros)
+        inputs = [prepare(rows) for rows in lines]
+        zeros = jnp.zeros((tiles.outputs, tiles.width), jnp.float32)
+        sums = (zeros,) * (tiles.rows * len(matrices))
+        sums = lax.fori_loop(0, groups, lambda group, sums: add(group, inputs, sums), sums)
     totals = [jnp.sum(x, axis=1)[None, :] for x in sums]
-    for i, rows in enumerate(all_rows):
-        done(rows, tuple(totals[i * len(matrices) : (i + 1) * len(matrices)]))
+    for i in range(tiles.rows):
+        row = first + i + jnp.zeros((1, 1), jnp.int32)
+        done(row, tuple(totals[i * len(matrices) : (i + 1) * len(matrices)]))
 
 
 def normalized(stream: Any, scale: Any, product: Product, eps: float) -> Prepare:
@@ -214,7 +221,7 @@ def normalized(stream: Any, scale: Any, product: Product, eps: float) -> Prepare
 
     def prepare(rows: jax.Array) -> Inputs:
         inside = rows < product.batch
-        inverse = inverse_root(stream.squares, rows, inside, product.width, eps)
+        inverse = inverse_root(stream.squares, (rows,), inside, product.width, eps)
 
         def inputs(_: Any, columns: jax.Array) -> jax.Array:
             h = masked_load(stream.h.at[rows, columns], inside & (columns >= 0))
@@ -228,12 +235,20 @@ def normalized(stream: Any, scale: Any, product: Product, eps: float) -> Prepare
 
 
 def inverse_root(
-    squares: Any, rows: jax.Array, inside: jax.Array, width: int, eps: float
+    squares: Any, place: tuple[Any, ...], inside: jax.Array, width: int, eps: float
 ) -> jax.Array:
-    """`1 / sqrt(mean + eps)` of each row, `[rows, 1]`, from sums of squares `[B, blocks]`."""
-    blocks = squares.shape[1]
+    """`1 / sqrt(mean + eps)`, `[rows, 1]`, from sums of squares.
+
+    Args:
+      squares: reference to them, `[B, blocks]` or `[B, HV, blocks]`.
+      place: rows of the batch `[rows, 1]`, and the head where there are heads.
+      inside: which rows there are.
+      width: numbers that were squared.
+      eps: inside the root.
+    """
+    blocks = squares.shape[-1]
     lane = lax.broadcasted_iota(jnp.int32, (1, pl.next_power_of_2(blocks)), 1)
-    parts = masked_load(squares.at[rows, lane], inside & (lane < blocks))
+    parts = masked_load(squares.at[*place, lane], inside & (lane < blocks))
     return lax.rsqrt(jnp.sum(parts, axis=1, keepdims=True) * (1.0 / width) + eps)
 
 

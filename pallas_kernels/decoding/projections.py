@@ -43,7 +43,7 @@ def projections(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Proje
     """The kernel on whole arrays."""
     (batch, hidden), (outputs, _) = stream.h.shape, weights.shape
     shipped = product_tiles(batch, outputs, hidden, weights.dtype.itemsize)
-    product = Product(batch, outputs, hidden, plan.tiles_of(NAME, shipped))
+    product = Product(batch, outputs, hidden, plan.tiles_of(NAME, shipped), plan.interpret)
     rounded = plan.rounded
 
     def body(stream: Any, scale: Any, weights: Any, out: Any) -> None:
@@ -68,6 +68,5 @@ def projections(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Proje
             like((batch, rounded), stream.h.dtype),
             like((batch, outputs - rounded), jnp.float32),
         ),
-        interpret=plan.interpret,
     )
     return projected

@@ -42,6 +42,15 @@ class Tiles(NamedTuple):
     stages: int
     dot: bool
 
+    def within(self, head: int, width: int) -> "Tiles":
+        """The same where a step has to lie within a head; as many weights at once."""
+        step = min(self.width, head & -head)
+        if step == self.width:
+            return self
+        most, steps = self.at_once * self.width // step, width // step
+        at_once = 1 if self.dot else next(n for n in range(most, 0, -1) if steps % n == 0)
+        return self._replace(width=step, at_once=at_once)
+
 
 def product_tiles(
     batch: int, outputs: int, width: int, itemsize: int, *, matrices: int = 1
@@ -56,20 +65,18 @@ def product_tiles(
       matrices: that a program multiplies with, at the same rows.
     """
     if batch == 1 or itemsize == 4:
-        return _summed(batch, outputs, width, itemsize, matrices)
+        return _summed(batch, width, itemsize, matrices)
     return _by_dot(batch, outputs, width, matrices)
 
 
-def _summed(batch: int, outputs: int, width: int, itemsize: int, matrices: int) -> Tiles:
-    rows = min(4, batch)
-    blocks = [16, 8, 4] if matrices == 1 else [8, 4]
-    block = next((n for n in blocks if outputs // n >= 2 * _PROGRAMS), blocks[-1])
-    step, warps = _step(width, 256), 4
+def _summed(batch: int, width: int, itemsize: int, matrices: int) -> Tiles:
+    rows, block, step = min(2, batch), 8, _step(width, 256)
     steps = width // step
-    lane = -(-matrices * block * step * itemsize // (32 * warps * 4))  # registers of a step
+    # registers of a step's weights where a warp has an output
+    lane = matrices * max(1, step * itemsize // (32 * 4))
     most = max(1, _REGISTERS // lane)
     at_once = next(n for n in range(min(most, steps), 0, -1) if steps % n == 0)
-    return Tiles(rows, block, step, at_once, warps, 1, dot=False)
+    return Tiles(rows, block, step, at_once, block, 1, dot=False)
 
 
 def _by_dot(batch: int, outputs: int, width: int, matrices: int) -> Tiles:
