@@ -13,8 +13,14 @@ import tyro
 from mdn_jax.cli.common import CheckpointConfig, open_checkpoint, parse, run
 from mdn_jax.cli.interrupt import Interrupt
 from mdn_jax.errors import RunError
-from mdn_jax.models import MDNForCausalLM, Sampling
-from mdn_jax.models.generate import GenerationState, Piece, prefill, stream
+from mdn_jax.models import (
+    GenerationState,
+    MDNForCausalLM,
+    Piece,
+    Sampling,
+    prefill,
+    stream,
+)
 from mdn_jax.models.state_file import load_state, save_state
 from mdn_jax.new_file import check_place
 from mdn_jax.text.decoding import Decoder

@@ -100,6 +100,9 @@ class ShortConv(nnx.Module):
         self, x: Batch, tail: Tail, starts: Bool[Array, "B T"] | None, lengths: Array | None
     ) -> Tail:
         """The last `W` inputs of each row's last document, of inputs in the compute dtype."""
+        if lengths is not None and x.shape[1] == 1:  # no gather where one token is decoded
+            shifted = jnp.concatenate([tail[:, 1:], x], axis=1)
+            return jnp.where((lengths > 0)[:, None, None], shifted, tail)
         if lengths is not None:  # the W inputs up to step `lengths` of tail and inputs
             steps = lengths[:, None] + jnp.arange(self.size)
             inputs = jnp.concatenate([tail, x], axis=1)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdn_jax.models.fields import require
+
 
 def is_whole(value: Any, least: int) -> bool:
     """Whether it is an int, of numpy's too, no bool, and not below `least`."""
@@ -15,10 +17,10 @@ def is_whole(value: Any, least: int) -> bool:
     return whole and int(value) >= least
 
 
-def is_real(value: Any) -> bool:
-    """Whether it is a finite number, of numpy's too, no bool, and not below 0."""
+def is_real(value: Any, least: float = 0.0) -> bool:
+    """Whether it is a finite number, of numpy's too, no bool, and not below `least`."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and 0 <= float(value) < math.inf
+    return real and least <= float(value) < math.inf
 
 
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
@@ -33,7 +35,37 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     return seeds
 
 
-def check_stop_tokens(stop_tokens: Sequence[int], vocab_size: int) -> list[int]:
+def row_limits(name: str, limits: int | Sequence[int], rows: int) -> NDArray[np.int32]:
+    """The number of every row, at least 1: one for all, or those given."""
+    expected = "an int >= 1"
+    if not isinstance(limits, Sequence | np.ndarray):
+        require(name, limits, expected, is_whole(limits, 1))
+        return np.full((rows,), limits, np.int32)
+    given = _ints(name, limits, f"{expected}, or one a row")
+    if given.shape != (rows,):
+        raise ValueError(f"{name}: expected an int or {rows} of them (rows), got {len(limits)}")
+    for value in given.tolist():
+        require(name, value, expected, value >= 1)
+    return given.astype(np.int32)
+
+
+def row_stop_tokens(
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]], rows: int, vocab_size: int
+) -> list[list[int]]:
+    """The stop tokens of every row: the same for all, or those given for each."""
+    given: Any = stop_tokens
+    nested = isinstance(given, Sequence) and [isinstance(one, list | tuple) for one in given]
+    if not nested or not all(nested):
+        return [check_stop_tokens(given, vocab_size)] * rows
+    if len(given) != rows:
+        raise ValueError(
+            f"stop_tokens: expected token ids, or {rows} lists of them (rows), "
+            f"got {len(given)} lists"
+        )
+    return [check_stop_tokens(one, vocab_size) for one in given]
+
+
+def check_stop_tokens(stop_tokens: Any, vocab_size: int) -> list[int]:
     """The stop tokens as ints."""
     expected = f"ids from 0 to {vocab_size - 1}"
     tokens = _ints("stop_tokens", stop_tokens, f"a list of {expected}")

@@ -1,41 +1,31 @@
-"""Generation: one call on the prompts, then a compiled loop of single tokens."""
+"""Generation: prompts are read, then a compiled loop takes single tokens."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
-from mdn_jax.layers.attention import AttentionCache
-from mdn_jax.models.arguments import check_prompts, check_stop_tokens, is_whole, row_seeds
-from mdn_jax.models.causal_lm import LayerCache, MDNForCausalLM, ModelCache
+from mdn_jax.models.arguments import is_whole, row_limits, row_stop_tokens
+from mdn_jax.models.blocks import Block, Decoder, stop_array
+from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.fields import require
-from mdn_jax.models.sampling import Sampling, draw
+from mdn_jax.models.generation_state import GenerationState, check_state, with_room
+from mdn_jax.models.prefill import Prompts, prefill
+from mdn_jax.models.sampling import Sampling, sampling_arrays
 
-Prompts = Sequence[Sequence[int]]
 
-
-class GenerationState(NamedTuple):
-    """What generation keeps of each row's tokens; a pytree.
+class RowLogprobs(NamedTuple):
+    """Log-probabilities of some tokens of a row: nats, of the model's own distribution.
 
     Attributes:
-      cache: of the model; every token so far has gone through it.
-      logits: of the next token, float32 (float64 for float64).
-      seen: tokens that the row has had.
-      position: number of tokens that the row has had.
+      drawn: of each token.
+      likeliest: for each token the likeliest tokens there with theirs, the likeliest first.
     """
 
-    cache: ModelCache
-    logits: Float[Array, "B vocab"]
-    seen: Bool[Array, "B vocab"]
-    position: Int[Array, " B"]
+    drawn: list[float]
+    likeliest: list[list[tuple[int, float]]]
 
 
 class Piece(NamedTuple):
@@ -45,46 +35,45 @@ class Piece(NamedTuple):
       tokens: of each row; a row that has ended gets none.
       ended: rows whose last token was a stop token.
       state: after these tokens.
+      logprobs: of the tokens of each row; None where not asked for.
     """
 
     tokens: list[list[int]]
     ended: list[bool]
     state: GenerationState
-
-
-class _Carry(NamedTuple):
-    state: GenerationState
-    ended: Bool[Array, " B"]
-    tokens: Int[Array, "B N"]
-    step: Int[Array, ""]
+    logprobs: list[RowLogprobs] | None = None
 
 
 def generate(
     model: MDNForCausalLM,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    stop_tokens: Sequence[int] = (),
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
     seed: int | Sequence[int] = 0,
     state: GenerationState | None = None,
     max_length: int | None = None,
     block: int = 16,
+    logprobs: int | None = None,
 ) -> Piece:
     """Continues prompts of any lengths; each row as if it were alone.
+
+    Sampling, stop tokens, seeds and numbers of tokens are data: new ones compile nothing.
 
     Args:
       model: the model.
       prompts: token ids of each row; a row may be empty if `state` is given.
-      max_new_tokens: tokens to generate for each row, at least 1.
-      sampling: how tokens are drawn; None: from the model's distribution.
-      stop_tokens: tokens that end a row; they are its last.
+      max_new_tokens: tokens to generate for each row, at least 1; or one number a row.
+      sampling: how tokens are drawn, or one a row; None: from the model's distribution.
+      stop_tokens: tokens that end a row; they are its last. Or a list of them a row.
       seed: of the first row; row `i` has `seed + i`. Or the seeds of all rows. A token depends on
         its row's seed and position, so that a run in pieces equals a run in one.
       state: from an earlier call, which the prompts continue.
       max_length: most tokens that a row may have, prompt included, for models in which softmax
         attention without a window keeps them all; None: as many as needed.
       block: tokens in one call of the compiled loop.
+      logprobs: None: none; n: log-probabilities of the tokens and of the n likeliest in each place.
 
     Returns:
       All tokens generated, and the state after them.
@@ -95,6 +84,7 @@ def generate(
     """
     state = prefill(model, prompts, state=state)
     tokens: list[list[int]] = [[] for _ in prompts]
+    numbers = [RowLogprobs([], []) for _ in prompts]
     ended = [False] * len(prompts)
     for piece in stream(
         model,
@@ -105,66 +95,28 @@ def generate(
         seed=seed,
         max_length=max_length,
         block=block,
+        logprobs=logprobs,
     ):
         for row, new in zip(tokens, piece.tokens, strict=True):
             row += new
+        for whole, part in zip(numbers, piece.logprobs or (), strict=False):
+            whole.drawn.extend(part.drawn)
+            whole.likeliest.extend(part.likeliest)
         ended, state = piece.ended, piece.state
-    return Piece(tokens, ended, state)
-
-
-def initial_state(model: MDNForCausalLM, batch_size: int) -> GenerationState:
-    """The state before the first token of every row; its logits are zeros."""
-    wide = jnp.promote_types(model.dtype, jnp.float32)
-    shape = (batch_size, model.config.vocab_size)
-    return GenerationState(
-        cache=model.init_cache(batch_size),
-        logits=jnp.zeros(shape, wide),
-        seen=jnp.zeros(shape, bool),
-        position=jnp.zeros((batch_size,), jnp.int32),
-    )
-
-
-def prefill(
-    model: MDNForCausalLM, prompts: Prompts, *, state: GenerationState | None = None
-) -> GenerationState:
-    """The state after the prompts, by one call of the model.
-
-    Rows are padded on the right to a common length, of which there are few, so that few shapes are
-    compiled; the padding leaves no trace.
-
-    Args:
-      model: the model.
-      prompts: token ids of each row; a row may be empty if `state` is given.
-      state: what the prompts continue; None: nothing.
-
-    Raises:
-      ValueError: prompts that do not fit, by name.
-    """
-    if state is not None:
-        _check_state(model, state)
-    had = None if state is None else np.asarray(state.position).tolist()
-    tokens = check_prompts(prompts, model.config.vocab_size, had)
-    longest = max(map(len, tokens))
-    if state is not None and not longest:
-        return state
-    padded = np.zeros((len(tokens), _bucket(longest)), np.int32)
-    for row, new in zip(padded, tokens, strict=True):
-        row[: len(new)] = new
-    graph, weights = nnx.split(model)
-    lengths = np.asarray([len(new) for new in tokens], np.int32)
-    return _prefill(graph, weights, state, padded, lengths)
+    return Piece(tokens, ended, state, None if logprobs is None else numbers)
 
 
 def stream(
     model: MDNForCausalLM,
     state: GenerationState,
     *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    stop_tokens: Sequence[int] = (),
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
     seed: int | Sequence[int] = 0,
     max_length: int | None = None,
     block: int = 16,
+    logprobs: int | None = None,
 ) -> Iterator[Piece]:
     """Generates from a state of `prefill`, `block` tokens at a time, the first token alone.
 
@@ -178,122 +130,29 @@ def stream(
       ValueError: an argument that does not fit, by name, or logits from which no token can be drawn
         (nan, or inf).
     """
-    _check_state(model, state)
-    rows = state.position.shape[0]
-    for name, value in (("max_new_tokens", max_new_tokens), ("block", block)):
-        require(name, value, "an int >= 1", is_whole(value, 1))
+    check_state(model, state)
+    rows, vocab = state.position.shape[0], model.config.vocab_size
+    left = row_limits("max_new_tokens", max_new_tokens, rows)
+    require("block", block, "an int >= 1", is_whole(block, 1))
     fits = max_length is None or is_whole(max_length, 1)
     require("max_length", max_length, "an int >= 1 or None", fits)
-    fits = sampling is None or isinstance(sampling, Sampling)
-    require("sampling", sampling, "a Sampling or None", fits)
-    seeds = np.asarray(row_seeds(seed, rows), np.uint32)
-    stop = np.zeros((model.config.vocab_size,), bool)
-    stop[check_stop_tokens(stop_tokens, model.config.vocab_size)] = True
-    state = _with_room(model, state, max_new_tokens, max_length)
-    graph, weights = nnx.split(model)
-    ended = state.position < 0  # False, and on the state's devices, as after a block
-    made, limit = 0, 1
-    while made < max_new_tokens and not np.asarray(ended).all():
-        carry = _decode(
-            graph,
-            weights,
-            state,
-            ended,
-            seeds,
-            stop,
-            limit,
-            sampling=sampling or Sampling(),
-            size=block,
-            # a single row leaves the loop when it ends, and needs no mask
-            masked=rows > 1 and bool(stop.any()),
+    arrays = sampling_arrays(sampling, rows, vocab_size=vocab, seed=seed, dtype=state.logits.dtype)
+    stop = stop_array(row_stop_tokens(stop_tokens, rows, vocab))
+    state = with_room(model, state, left, max_length)
+    decoder, most = Decoder(model), 1
+    ended = np.zeros((rows,), bool)
+    while left.any():
+        made = decoder.block(
+            state, np.minimum(left, most), arrays, stop, size=block, logprobs=logprobs
         )
-        before, after = np.asarray(state.position), np.asarray(carry.state.position)
-        counts = after - before
-        new = np.asarray(carry.tokens)
-        _check_drawn(new, counts, before)
-        state, ended = carry.state, carry.ended
-        made += int(carry.step)
-        limit = min(block, max_new_tokens - made)
-        tokens = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
-        yield Piece(tokens, np.asarray(ended).tolist(), state)
-
-
-@partial(jax.jit, static_argnums=0)
-def _prefill(
-    graph: Any,
-    weights: Any,
-    state: GenerationState | None,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-) -> GenerationState:
-    model = nnx.merge(graph, weights)
-    if state is None:
-        state = initial_state(model, tokens.shape[0])
-    h, cache = model.hidden(tokens, cache=_growing(model, state.cache), lengths=lengths)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    logits = model.logits(jnp.take_along_axis(h, last, axis=1)[:, 0])
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    own = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    return GenerationState(
-        cache=cache,
-        logits=jnp.where(lengths[:, None] > 0, logits, state.logits),
-        seen=state.seen.at[rows, tokens].max(own),
-        position=state.position + lengths,
-    )
-
-
-@partial(jax.jit, static_argnums=0, static_argnames=("sampling", "size", "masked"))
-def _decode(
-    graph: Any,
-    weights: Any,
-    state: GenerationState,
-    ended: Bool[Array, " B"],
-    seeds: Int[Array, " B"],
-    stop: Bool[Array, " vocab"],
-    limit: Int[Array, ""],
-    *,
-    sampling: Sampling,
-    size: int,
-    masked: bool,
-) -> _Carry:
-    model = nnx.merge(graph, weights)
-    rows = jnp.arange(ended.shape[0])
-
-    def goes_on(carry: _Carry) -> Array:
-        return (carry.step < limit) & ~jnp.all(carry.ended)
-
-    def step(carry: _Carry) -> _Carry:
-        state, active = carry.state, ~carry.ended
-        drawn = draw(state.logits, state.seen, seeds, state.position, sampling)
-        token = jnp.maximum(drawn, 0)
-        logits, cache = model(
-            token[:, None],
-            cache=state.cache,
-            lengths=active.astype(jnp.int32) if masked else None,
-        )
-        after = GenerationState(
-            cache=cache,
-            logits=jnp.where(active[:, None], logits[:, 0], state.logits),
-            seen=state.seen.at[rows, token].max(active),
-            position=state.position + active,
-        )
-        tokens = carry.tokens.at[:, carry.step].set(drawn)
-        ended = carry.ended | (active & (stop[token] | (drawn < 0)))
-        return _Carry(after, ended, tokens, carry.step + 1)
-
-    tokens = jnp.zeros((ended.shape[0], size), jnp.int32)
-    return lax.while_loop(goes_on, step, _Carry(state, ended, tokens, jnp.zeros((), jnp.int32)))
-
-
-def _check_state(model: MDNForCausalLM, state: GenerationState) -> None:
-    if not isinstance(state, GenerationState):
-        raise ValueError(f"state: expected a GenerationState, got {type(state).__name__}")
-    layers, vocab = len(model.layers), model.config.vocab_size
-    if (len(state.cache), state.logits.shape[-1]) != (layers, vocab):
-        raise ValueError(
-            f"state: expected one of this model ({layers} layers, {vocab} tokens), got "
-            f"{len(state.cache)} layers, {state.logits.shape[-1]} tokens"
-        )
+        position = np.asarray(state.position)
+        state, most = made.state, block
+        tokens, counts, new_ends = jax.device_get((made.tokens, made.counts, made.ended))
+        _check_drawn(tokens, counts, position)
+        ended = ended | new_ends
+        left = np.where(ended, 0, left - counts).astype(np.int32)
+        lists = [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
+        yield Piece(lists, ended.tolist(), state, _of_rows(made))
 
 
 def _check_drawn(
@@ -308,40 +167,16 @@ def _check_drawn(
             )
 
 
-def _windows(model: MDNForCausalLM) -> list[int | None]:
-    """The window of every layer; None: none."""
-    return [getattr(layer.mixer, "window_size", None) for layer in model.layers]
+def _of_rows(block: Block) -> list[RowLogprobs] | None:
+    if block.logprobs is None:
+        return None
+    counts, (drawn, likeliest, values) = jax.device_get((block.counts, block.logprobs))
 
+    def pairs(row: int, count: int) -> list[list[tuple[int, Any]]]:
+        steps = zip(likeliest[row, :count].tolist(), values[row, :count].tolist(), strict=True)
+        return [list(zip(*step, strict=True)) for step in steps]
 
-def _growing(model: MDNForCausalLM, cache: ModelCache) -> ModelCache:
-    """The same cache; attention without a window forgets nothing of what comes."""
-    return tuple(
-        dataclasses.replace(entry, capacity=None)
-        if isinstance(entry, AttentionCache) and window is None
-        else entry
-        for entry, window in zip(cache, _windows(model), strict=True)
-    )
-
-
-def _with_room(
-    model: MDNForCausalLM, state: GenerationState, new: int, max_length: int | None
-) -> GenerationState:
-    """The state with attention caches of a fixed size, in which `new` more tokens have room."""
-    before = int(np.max(np.asarray(state.position)))
-    room = -(-(before + new) // 64) * 64  # few shapes
-    cache: list[LayerCache] = []
-    for i, (entry, window) in enumerate(zip(state.cache, _windows(model), strict=True)):
-        if isinstance(entry, AttentionCache):
-            if window is None and max_length is not None and before + new > max_length:
-                raise ValueError(
-                    f"max_length: expected at least {before + new} ({before} tokens so far and "
-                    f"max_new_tokens = {new}: layer {i} attends to all of them), got {max_length}"
-                )
-            entry = entry.resized(room if window is None else window - 1)
-        cache.append(entry)
-    return state._replace(cache=tuple(cache))
-
-
-def _bucket(length: int) -> int:
-    """The length that a prompt is padded to: a power of two, or above 512 a multiple of 512."""
-    return 1 << (length - 1).bit_length() if length <= 512 else -(-length // 512) * 512
+    return [
+        RowLogprobs(drawn[row, :count].tolist(), pairs(row, count))
+        for row, count in enumerate(counts)
+    ]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.models import npz
 from mdn_jax.models.causal_lm import MDNForCausalLM
-from mdn_jax.models.generate import GenerationState, initial_state
+from mdn_jax.models.generation_state import GenerationState, initial_state
 
 _FORMAT = "mdn-jax generation state 1"
 _HEADER = "header"

@@ -10,12 +10,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdn_jax import Sampling
-from mdn_jax.models.sampling import draw, filtered_logits
+from mdn_jax.models.sampling import draw as draw_arrays
+from mdn_jax.models.sampling import filtered_logits as filtered_arrays
+from mdn_jax.models.sampling import sampling_arrays
 
 VOCAB = 13
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(3 * RNG.normal(size=(3, VOCAB)), jnp.float32)
 SEEN = jnp.asarray(RNG.random((3, VOCAB)) < 0.4)
+
+
+def arrays(logits, sampling, seeds=0):
+    rows, vocab = logits.shape
+    return sampling_arrays(sampling, rows, vocab_size=vocab, seed=seeds, dtype=logits.dtype)
+
+
+def filtered_logits(logits, seen, sampling):
+    return jit_filtered(logits, seen, arrays(logits, sampling))
+
+
+def draw(logits, seen, seeds, position, sampling):
+    return jit_draw(logits, seen, position, arrays(logits, sampling, seeds))
+
+
+jit_filtered, jit_draw = jax.jit(filtered_arrays), jax.jit(draw_arrays)
 
 
 def naive(logits, seen, sampling):
