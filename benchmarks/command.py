@@ -8,6 +8,7 @@ from benchmarks.context import context
 from benchmarks.convolution import convolution
 from benchmarks.corpus.command import corpus
 from benchmarks.decode import decode
+from benchmarks.decoding import decoding
 from benchmarks.generation import generation
 from benchmarks.guard import guard
 from benchmarks.inspect import inspect
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "convolution": convolution,
     "corpus": corpus,
     "decode": decode,
+    "decoding": decoding,
     "generation": generation,
     "guard": guard,
     "inspect": inspect,

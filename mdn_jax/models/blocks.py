@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.models.arguments import is_whole
-from mdn_jax.models.causal_lm import MDNForCausalLM
+from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
 from mdn_jax.models.fields import require
+from mdn_jax.models.fused import fused_cache_lacks
 from mdn_jax.models.generation_state import GenerationState, check_state
 from mdn_jax.models.sampling import SamplingArrays, draw, needed
+from mdn_jax.models.steps import LayerStructure, StepKind, fused_steps
 
 
 class Logprobs(NamedTuple):
@@ -61,11 +63,23 @@ class Decoder:
 
     Args:
       model: the model.
+      steps: of single tokens: "layers", the model's own; "fused", the GPU kernels of
+        `pallas_kernels.decoding`; None: those where they support the model.
+
+    Raises:
+      ValueError: "fused" for a model that the kernels do not support, with what they expect.
     """
 
-    def __init__(self, model: MDNForCausalLM) -> None:
+    def __init__(self, model: MDNForCausalLM, steps: StepKind | None = None) -> None:
         self.model = model
-        self._graph, self._weights = nnx.split(model)
+        graph, self._weights = nnx.split(model)
+        self._layers = LayerStructure(graph)
+        self._fused = fused_steps(model, steps)
+
+    def _steps_of(self, cache: ModelCache) -> tuple[Any, Any]:
+        if self._fused is None or fused_cache_lacks(cache):
+            return self._layers, self._weights
+        return self._fused
 
     def block(
         self,
@@ -109,9 +123,8 @@ class Decoder:
         fits = logprobs is None or (is_whole(logprobs, 0) and logprobs <= vocab)
         require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
         run = _decode_in_place if donate else _decode_copy
-        return run(
-            self._graph, self._weights, state, limits, sampling, stop, size=size, logprobs=logprobs
-        )
+        structure, arrays = self._steps_of(state.cache)
+        return run(structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs)
 
 
 def stop_array(stop_tokens: Sequence[Sequence[int]]) -> NDArray[np.int32]:
@@ -129,7 +142,7 @@ class _Carry(NamedTuple):
 
 
 def _decode_block(
-    graph: Any,
+    structure: Any,
     weights: Any,
     state: GenerationState,
     limits: Int[Array, " B"],
@@ -139,7 +152,7 @@ def _decode_block(
     size: int,
     logprobs: int | None,
 ) -> Block:
-    model = nnx.merge(graph, weights)
+    steps = structure.steps(weights)
     batch = limits.shape[0]
     rows = jnp.arange(batch)
     need = needed(sampling, limits > 0)
@@ -152,15 +165,11 @@ def _decode_block(
         before = block.state
         drawn = draw(before.logits, before.seen, before.position, sampling, need)
         token = jnp.maximum(drawn, 0)
-        logits, cache = model(
-            token[:, None],
-            cache=before.cache,
-            # a single row leaves the loop when it ends, and needs no mask
-            lengths=own.astype(jnp.int32) if batch > 1 else None,
-        )
+        # a single row leaves the loop when it ends, and needs no mask
+        logits, memory = steps.step(before.cache, token, own if batch > 1 else None)
         after = GenerationState(
-            cache=cache,
-            logits=jnp.where(own[:, None], logits[:, 0], before.logits),
+            cache=memory,
+            logits=jnp.where(own[:, None], logits, before.logits),
             seen=before.seen.at[rows, token].max(own),
             position=before.position + own,
         )
@@ -181,7 +190,7 @@ def _decode_block(
         tokens=ids[:, :, 0],
         counts=jnp.zeros((batch,), jnp.int32),
         ended=jnp.zeros((batch,), bool),
-        state=state,
+        state=state._replace(cache=steps.enter(state.cache)),
         logprobs=None
         if logprobs is None
         else Logprobs(numbers[:, :, 0], ids[:, :, 1:], numbers[:, :, 1:]),
@@ -190,7 +199,8 @@ def _decode_block(
     def goes_on(carry: _Carry) -> Array:
         return (carry.step < size) & jnp.any(active(carry))
 
-    return lax.while_loop(goes_on, step, _Carry(start, jnp.zeros((), jnp.int32))).block
+    made = lax.while_loop(goes_on, step, _Carry(start, jnp.zeros((), jnp.int32))).block
+    return made._replace(state=made.state._replace(cache=steps.leave(made.state.cache)))
 
 
 _decode_copy = partial(jax.jit, static_argnums=0, static_argnames=("size", "logprobs"))(

@@ -50,8 +50,8 @@ class FusedMemory(NamedTuple):
     slot: Int[Array, " B"]
 
 
-class FusedDecoder(NamedTuple):
-    """Steps of single tokens by the kernels; static, for `jax.jit`.
+class FusedStructure(NamedTuple):
+    """What is static of the kernels' steps in a compiled program.
 
     Attributes:
       plan: `pallas_kernels.decoding.Plan`.
@@ -60,6 +60,24 @@ class FusedDecoder(NamedTuple):
 
     plan: Any
     dtype: str
+
+    def steps(self, weights: FusedWeights) -> "FusedSteps":
+        """The steps with these weights."""
+        return FusedSteps(self.plan, self.dtype, weights)
+
+
+class FusedSteps(NamedTuple):
+    """Steps of single tokens by the kernels.
+
+    Attributes:
+      plan: `pallas_kernels.decoding.Plan`.
+      dtype: name of the compute dtype.
+      weights: of `fused_weights`.
+    """
+
+    plan: Any
+    dtype: str
+    weights: FusedWeights
 
     def enter(self, cache: ModelCache) -> FusedMemory:
         """The memory of a model's cache."""
@@ -73,16 +91,11 @@ class FusedDecoder(NamedTuple):
         return FusedMemory(tuple(map(own, cache)), jnp.zeros((rows,), jnp.int32))
 
     def step(
-        self,
-        weights: FusedWeights,
-        memory: FusedMemory,
-        tokens: Int[Array, " B"],
-        active: Array | None = None,
+        self, memory: FusedMemory, tokens: Int[Array, " B"], active: Array | None = None
     ) -> tuple[Float[Array, "B vocab"], FusedMemory]:
         """Logits after one more token of every row.
 
         Args:
-          weights: of `fused_weights`.
           memory: before the tokens.
           tokens: ids; one outside the vocabulary gives nan there and in what follows.
           active: `[B]`, rows that take their token; the memory of others stays as it is, and their
@@ -93,6 +106,7 @@ class FusedDecoder(NamedTuple):
         """
         from pallas_kernels.decoding import Stream, logits  # not with the library
 
+        weights, plan = self.weights, self.plan
         rows = tokens.shape[0]
         own = jnp.ones((rows,), jnp.int32) if active is None else active.astype(jnp.int32)
         inside = (tokens >= 0) & (tokens < weights.embeddings.shape[0])
@@ -102,12 +116,10 @@ class FusedDecoder(NamedTuple):
         squares = jnp.sum(jnp.square(h.astype(jnp.float32)), axis=1, keepdims=True)
         stream, layers = Stream(h, squares), []
         for layer, before in zip(weights.layers, memory.layers, strict=True):
-            stream, after = _layer(stream, layer, before, memory.slot, own, self.plan)
+            stream, after = _layer(stream, layer, before, memory.slot, own, plan)
             layers.append(after)
-        slot = (memory.slot + own) % self.plan.conv_size
-        return logits(stream, weights.norm, weights.head, self.plan), FusedMemory(
-            tuple(layers), slot
-        )
+        after = FusedMemory(tuple(layers), (memory.slot + own) % plan.conv_size)
+        return logits(stream, weights.norm, weights.head, plan), after
 
     def leave(self, memory: FusedMemory) -> ModelCache:
         """The model's cache of a memory."""
@@ -128,22 +140,21 @@ def _layer(*arguments: Any) -> Any:
     return layer(*arguments)
 
 
-def fused_lacks(model: MDNForCausalLM, cache: ModelCache, *, interpret: bool = False) -> str | None:
-    """What the kernels expect of a model and its cache that is not so; None if they can run."""
+def fused_lacks(model: MDNForCausalLM, *, interpret: bool = False) -> str | None:
+    """What the kernels expect of a model that is not so; None if they can run.
+
+    Args:
+      model: the model.
+      interpret: in Pallas' interpreter, on any device.
+    """
     from pallas_kernels.decoding import unsupported  # not with the library
 
     config = model.config
-    for i, (block, entry) in enumerate(zip(model.layers, cache, strict=True)):
-        mixer = block.mixer
-        if type(mixer) is not MomentumDeltaNet:
+    for i, block in enumerate(model.layers):
+        if type(block.mixer) is not MomentumDeltaNet:
             return f"Momentum DeltaNet in every layer, got {config.mixer_of(i)} in layer {i}"
-        if mixer.implementation not in (None, "pallas_triton"):
-            return f'implementation "pallas_triton" or None, got {mixer.implementation!r}'
-        if not isinstance(entry, MDNCache) or not isinstance(entry.state, MDNState):
-            return f"a cache of Momentum DeltaNet in layer {i}, got {type(entry).__name__}"
-        dtypes = {x.dtype.name for x in entry.state}
-        if dtypes != {"float32"}:
-            return f"float32 states, got {', '.join(sorted(dtypes))}"
+        if block.mixer.implementation not in (None, "pallas_triton"):
+            return f'implementation "pallas_triton" or None, got {block.mixer.implementation!r}'
     if not model.layers:
         return "at least one layer, got none"
     if not config.use_short_conv:
@@ -161,19 +172,30 @@ def fused_lacks(model: MDNForCausalLM, cache: ModelCache, *, interpret: bool = F
     capability = (9, 0) if interpret else api._capability()
     if not interpret and next(iter(devices)).platform != "gpu":
         capability = None
-    value_dim, hidden = config.value_dim, config.hidden_size
+    hidden, width = config.hidden_size, config.mlp_width
     return unsupported(
         dtype=model.dtype,
         capability=capability,
         key_dim=config.head_dim,
         value_dim=config.head_v_dim,
         conv_size=config.conv_size,
-        widths={"hidden_size": hidden, "HV * V": value_dim, "width of the MLP": config.mlp_width},
-        largest=hidden * max(config.vocab_size, 2 * config.mlp_width, 2 * config.key_dim),
+        widths={"hidden_size": hidden, "HV * V": config.value_dim, "width of the MLP": width},
+        largest=hidden * max(config.vocab_size, 2 * width, 2 * (config.key_dim + config.value_dim)),
     )
 
 
-def fused_decoder(model: MDNForCausalLM, *, interpret: bool = False) -> FusedDecoder:
+def fused_cache_lacks(cache: ModelCache) -> str | None:
+    """What the kernels expect of a cache that is not so; None if they can go on from it."""
+    for i, entry in enumerate(cache):
+        if not isinstance(entry, MDNCache) or not isinstance(entry.state, MDNState):
+            return f"a cache of Momentum DeltaNet in layer {i}, got {type(entry).__name__}"
+        dtypes = {x.dtype.name for x in entry.state}
+        if dtypes != {"float32"}:
+            return f"float32 states, got {', '.join(sorted(dtypes))}"
+    return None
+
+
+def fused_structure(model: MDNForCausalLM, *, interpret: bool = False) -> FusedStructure:
     """The kernels' steps for a model that lacks nothing.
 
     Args:
@@ -200,7 +222,7 @@ def fused_decoder(model: MDNForCausalLM, *, interpret: bool = False) -> FusedDec
         erase_by_alpha=config.use_p_times_alpha,
         interpret=interpret,
     )
-    return FusedDecoder(plan, jnp.dtype(model.dtype).name)
+    return FusedStructure(plan, jnp.dtype(model.dtype).name)
 
 
 _JOINED: weakref.WeakKeyDictionary[MDNForCausalLM, Any] = weakref.WeakKeyDictionary()
