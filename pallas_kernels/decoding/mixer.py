@@ -25,6 +25,7 @@ Constraints: K a power of two; V a multiple of the block. Run it alone: `python 
 decoding`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.decoding.projections import Projected
 from pallas_kernels.decoding.types import Gates, LayerMemory, LayerWeights, Leaf, Plan, like
-from pallas_kernels.lowering import kernel_call
+from pallas_kernels.lowering import kernel_call, loads_so_far_are_issued
 from pallas_kernels.momentum_delta.coefficients import inverse_norm
 from pallas_kernels.momentum_delta.decode import SHORTER
 from pallas_kernels.momentum_delta.isolation import clean, times
@@ -135,19 +136,23 @@ def _mixer(x: Any, memory: Any, out: Any, *, plan: Plan, blocks: int, block_v: i
     row, head = lax.div(rest, plan.value_heads), lax.rem(rest, plan.value_heads)
     active = x.active[row] != 0
     columns = pl.ds(head * plan.value_dim + block * block_v, block_v)
+    values = pl.ds(block * block_v, block_v)
+    entering = memory.s[row, head, :, values], memory.m[row, head, :, values]
+    loads_so_far_are_issued(plan.interpret)  # before anything else: these take longest
 
     @pl.when(active)
     def _step() -> None:
-        values = pl.ds(block * block_v, block_v)
-        s, m = memory.s[row, head, :, values], memory.m[row, head, :, values]
-        s, m, o = _rule(x, memory.tail, out.memory.tail, s, m, (row, head, block), plan, block_v)
+        norm = x.norm[values].astype(jnp.float32)
+        gate = None
+        if plan.gated:
+            place = pl.ds(plan.channels + head * plan.value_dim + block * block_v, block_v)
+            gate = x.projected.y[row, place].astype(jnp.float32)
+        place = row, head, block
+        s, m, o = _rule(x, memory.tail, out.memory.tail, *entering, place, plan, block_v)
         o = _rounded(o, x.projected.y.dtype)
         out.mixed.squares[row, head, block] = jnp.sum(o * o)
-        o *= x.norm[values].astype(jnp.float32)
-        if plan.gated:
-            gate = pl.ds(plan.channels + head * plan.value_dim + block * block_v, block_v)
-            o *= _sigmoid(x.projected.y[row, gate].astype(jnp.float32))
-        out.mixed.gated[row, columns] = o
+        o *= norm
+        out.mixed.gated[row, columns] = o if gate is None else o * _sigmoid(gate)
         out.memory.s[row, head, :, values], out.memory.m[row, head, :, values] = s, m
 
     @pl.when(jnp.logical_not(active))
@@ -168,37 +173,23 @@ def _rule(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """States and output of one step; writes the inputs that the program owns into the ring."""
     row, head, block = place
-    group = plan.value_heads // plan.heads
+    group, dtype = plan.value_heads // plan.heads, x.projected.y.dtype
     key_head = lax.div(head, group)
     owns_keys = (block == 0) & (lax.rem(head, group) == 0)
-    slot = x.slot[row]
+    convolved = partial(_convolved, x, tail, new_tail, row, plan.conv_size)
+    key, value = key_head * plan.key_dim, head * plan.value_dim + block * block_v
+    # everything is on its way before the first of it is used
+    make_gates = _gates(x.gates, x.projected.gates, row, head, plan)
+    make_q = convolved(key, plan.key_dim, owns_keys)
+    make_k = convolved(plan.keys + key, plan.key_dim, owns_keys)
+    make_v = convolved(2 * plan.keys + value, block_v, None)
+    correction = None if x.gates.correction is None else x.gates.correction[head]
+    loads_so_far_are_issued(plan.interpret)
 
-    def convolved(column: jax.Array, size: int, owned: jax.Array | None) -> jax.Array:
-        channels = pl.ds(column, size)
-        new = x.projected.y[row, channels]
-        total = jnp.zeros((size,), jnp.float32) if x.bias is None else x.bias[channels]
-        for tap in range(plan.conv_size - 1):
-            seen = tail[row, lax.rem(slot + tap + 1, plan.conv_size), channels]
-            total += seen.astype(jnp.float32) * x.taps[tap, channels]
-        total += new.astype(jnp.float32) * x.taps[plan.conv_size - 1, channels]
-
-        def keep() -> None:
-            new_tail[row, slot, channels] = new
-
-        if owned is None:
-            keep()
-        else:
-            pl.when(owned)(keep)
-        return _rounded(_silu(_rounded(total, new.dtype)), new.dtype)
-
-    dtype = x.projected.y.dtype
-    q = convolved(key_head * plan.key_dim, plan.key_dim, owns_keys)
-    k = convolved(plan.keys + key_head * plan.key_dim, plan.key_dim, owns_keys)
-    v = convolved(2 * plan.keys + head * plan.value_dim + block * block_v, block_v, None)
-    if x.gates.correction is not None:
-        q = _rounded(q - x.gates.correction[head] * k, dtype)
+    q, k, v, gates = make_q(), make_k(), make_v(), make_gates()
+    if correction is not None:
+        q = _rounded(q - correction * k, dtype)
     q, k = _unit(q), _unit(k)
-    gates = _gates(x.gates, x.projected.gates, row, head, plan)
     # an erase key of its own comes rounded to the rule
     p = gates.alpha * k if plan.erase_by_alpha else _rounded(k, dtype)
     dead = (gates.alpha == 0) & (gates.mu == 0)
@@ -208,33 +199,74 @@ def _rule(
     return s, m, plan.key_dim**-0.5 * jnp.sum(s * q[:, None], axis=0)
 
 
-def _gates(gates: Any, projected: Any, row: jax.Array, head: jax.Array, plan: Plan) -> _Gated:
-    """As `mdn_jax.layers.gates.MomentumGates` has them."""
-    a, b, e = (projected[row, i * plan.value_heads + head] for i in range(3))
-    eta = 1.0 + _tanh(e / plan.tau)
-    log_alpha = -gates.rate[head] * _softplus(a + gates.rate_bias[head])
-    stable = gates.step_bias is not None
-    mu = jnp.zeros((), jnp.float32)
-    if gates.momentum_rate is not None:
-        projection = projected[row, 3 * plan.value_heads + head] + gates.momentum_bias[head]
-        log_mu = -gates.momentum_rate[head] * _softplus(projection)
-        if plan.min_log_mu is not None:
-            log_mu = jnp.maximum(log_mu, plan.min_log_mu)
-        mu = jnp.exp(log_mu - plan.least_decay if stable else log_mu)
-    if stable:
-        alpha = jnp.exp(log_alpha)
-        edge = (1.0 - plan.margin) * (1.0 + alpha) * (1.0 + mu)
-        erase = eta * alpha if plan.erase_by_alpha else eta
-        most = jnp.minimum(edge / jnp.maximum(erase, 0.5), _LARGEST_BETA)
-        return _Gated(alpha, mu, _sigmoid(b + gates.step_bias[head]) * most, eta)
-    tangent = eta * gates.factor[head]
-    square = tangent * tangent
-    beta = _sigmoid(b)
-    if plan.bound in ("published", "beta"):
-        beta *= square / (1.0 + square)
-    if plan.bound in ("published", "alpha"):
-        log_alpha -= jnp.log1p(square)
-    return _Gated(jnp.exp(log_alpha), mu, beta, eta)
+def _convolved(
+    x: Any,
+    tail: Any,
+    new_tail: Any,
+    row: jax.Array,
+    taps: int,
+    column: jax.Array,
+    size: int,
+    owned: jax.Array | None,
+) -> Callable[[], jax.Array]:
+    """Loads some channels, and keeps their new inputs where owned; makes their outputs then."""
+    channels, slot = pl.ds(column, size), x.slot[row]
+    new = x.projected.y[row, channels]
+    seen = [tail[row, lax.rem(slot + tap + 1, taps), channels] for tap in range(taps - 1)]
+    factors = [x.taps[tap, channels] for tap in range(taps)]
+    bias = None if x.bias is None else x.bias[channels]
+
+    def keep() -> None:
+        new_tail[row, slot, channels] = new
+
+    def make() -> jax.Array:
+        if owned is None:
+            keep()
+        else:
+            pl.when(owned)(keep)
+        total = jnp.zeros((size,), jnp.float32) if bias is None else bias
+        for inputs, factor in zip([*seen, new], factors, strict=True):
+            total += inputs.astype(jnp.float32) * factor
+        total = _rounded(total, new.dtype)
+        return _rounded(total * _sigmoid(total), new.dtype)
+
+    return make
+
+
+def _gates(
+    gates: Any, projected: Any, row: jax.Array, head: jax.Array, plan: Plan
+) -> Callable[[], _Gated]:
+    """Loads what a head's gates need; makes them then, as `mdn_jax.layers.gates` has them."""
+    own: Gates = jax.tree.map(lambda parameter: parameter[head], gates)
+    count = 3 if own.momentum_rate is None else 4
+    a, b, e, *m = (projected[row, i * plan.value_heads + head] for i in range(count))
+    stable = own.step_bias is not None
+
+    def make() -> _Gated:
+        eta = 1.0 + jnp.tanh(e / plan.tau)
+        log_alpha = -own.rate * _softplus(a + own.rate_bias)
+        mu = jnp.zeros((), jnp.float32)
+        if own.momentum_rate is not None:
+            log_mu = -own.momentum_rate * _softplus(m[0] + own.momentum_bias)
+            if plan.min_log_mu is not None:
+                log_mu = jnp.maximum(log_mu, plan.min_log_mu)
+            mu = jnp.exp(log_mu - plan.least_decay if stable else log_mu)
+        if stable:
+            alpha = jnp.exp(log_alpha)
+            edge = (1.0 - plan.margin) * (1.0 + alpha) * (1.0 + mu)
+            erase = eta * alpha if plan.erase_by_alpha else eta
+            most = jnp.minimum(edge / jnp.maximum(erase, 0.5), _LARGEST_BETA)
+            return _Gated(alpha, mu, _sigmoid(b + own.step_bias) * most, eta)
+        tangent = eta * own.factor
+        square = tangent * tangent
+        beta = _sigmoid(b)
+        if plan.bound in ("published", "beta"):
+            beta *= square / (1.0 + square)
+        if plan.bound in ("published", "alpha"):
+            log_alpha -= jnp.log1p(square)
+        return _Gated(jnp.exp(log_alpha), mu, beta, eta)
+
+    return make
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -250,13 +282,5 @@ def _sigmoid(x: jax.Array) -> jax.Array:
     return 1.0 / (1.0 + jnp.exp(-x))
 
 
-def _silu(x: jax.Array) -> jax.Array:
-    return x * _sigmoid(x)
-
-
 def _softplus(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
-
-
-def _tanh(x: jax.Array) -> jax.Array:
-    return jnp.tanh(x)
