@@ -22,7 +22,7 @@ from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
 from mdn_jax.models.fused import fused_lacks, fused_structure, fused_weights
-from mdn_jax.models.steps import LayerSteps
+from mdn_jax.models.structure import LayerSteps
 from pallas_kernels.decoding import LayerMemory, Plan, Stream, Tiles, kernels, product_tiles
 
 LIMITS = {"bfloat16": 2e-2, "float32": 1e-4}

@@ -22,7 +22,8 @@ from tabulate import tabulate
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
-from mdn_jax.models import GenerationState, prefill, stream
+from mdn_jax.models import Decoder, GenerationState, prefill, stream
+from mdn_jax.models.steps import StepKind
 from mdn_jax.ops.api import Implementation
 
 
@@ -36,6 +37,8 @@ class GenerationConfig:
     """Of parameters and computation."""
     implementation: Implementation | None = None
     """Of the momentum delta rule; None: the best one."""
+    decoder: StepKind | None = None
+    """What takes single tokens: the model's layers, the fused kernels; None: the best."""
     batch_sizes: tuple[int, ...] | None = None
     """Rows decoded at once; None: 1 and 64, on a CPU 1."""
     positions: tuple[int, ...] | None = None
@@ -127,12 +130,13 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
 
 def _run(config: GenerationConfig, model: MDNForCausalLM, batch_size: int, position: int) -> Row:
     state, prompt_speed = _read(config, model, batch_size, position)
+    decoder = Decoder(model, steps=config.decoder)
     # compiles, which takes memory of its own; nothing is kept
-    deque(stream(model, state, max_new_tokens=config.block + 1, block=config.block), maxlen=0)
+    deque(stream(decoder, state, max_new_tokens=config.block + 1, block=config.block), maxlen=0)
     times = []
     with _most_bytes_in_use() as memory:
         began = time.perf_counter()
-        for piece in stream(model, state, max_new_tokens=config.tokens + 1, block=config.block):
+        for piece in stream(decoder, state, max_new_tokens=config.tokens + 1, block=config.block):
             state = jax.block_until_ready(piece.state)
             now = time.perf_counter()
             if len(piece.tokens[0]) == config.block:  # not the first token, nor a short last block

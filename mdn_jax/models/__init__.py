@@ -1,8 +1,9 @@
 """Language models."""
 
-from mdn_jax.models.blocks import Block, Decoder, Logprobs, stop_array
+from mdn_jax.models.blocks import Block, Logprobs, stop_array
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.config import AttentionConfig, MDNConfig, Mixer
+from mdn_jax.models.decoder import Decoder
 from mdn_jax.models.generate import Piece, RowLogprobs, generate, stream
 from mdn_jax.models.generation_state import GenerationState, initial_state, with_room
 from mdn_jax.models.prefill import prefill

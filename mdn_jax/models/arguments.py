@@ -103,6 +103,34 @@ def check_prompts(prompts: Any, vocab_size: int, had: list[int] | None) -> list[
     return checked
 
 
+def without_padding(prompts: Any, attention_mask: Any) -> list[NDArray[Any]]:
+    """The tokens of each row that count, of prompts `[B, T]` and a mask of the same shape."""
+    try:
+        tokens, mask = np.asarray(prompts), np.asarray(attention_mask)
+    except ValueError:  # lists of different lengths
+        raise ValueError(
+            "attention_mask: expected with it prompts [B, T] and a mask of the same shape, "
+            "got rows of different lengths"
+        ) from None
+    if tokens.ndim != 2 or mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape [B, T] of prompts, got {list(mask.shape)} "
+            f"and prompts {list(tokens.shape)}"
+        )
+    rows = []
+    for row, (ids, counts) in enumerate(zip(tokens, mask, strict=True)):
+        if not np.isin(counts, (0, 1)).all():
+            raise ValueError(f"attention_mask[{row}]: expected 0 and 1, got {counts.tolist()}")
+        own = np.flatnonzero(counts)
+        if own.size and own[-1] - own[0] + 1 != own.size:
+            raise ValueError(
+                f"attention_mask[{row}]: expected padding on the left and on the right, "
+                f"got a 0 between ones at {int(own[0] + np.argmin(counts[own[0] :]))}"
+            )
+        rows.append(ids[own])
+    return rows
+
+
 def _ints(name: str, values: Any, expected: str) -> NDArray[np.integer]:
     """An int or a list of them as an array."""
     try:

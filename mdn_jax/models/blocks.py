@@ -7,19 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
-from mdn_jax.layers.attention import AttentionCache
-from mdn_jax.models.arguments import is_whole
-from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
-from mdn_jax.models.fields import require
-from mdn_jax.models.fused import fused_cache_lacks
-from mdn_jax.models.generation_state import GenerationState, check_state
+from mdn_jax.models.fused import FusedStructure
+from mdn_jax.models.generation_state import GenerationState
 from mdn_jax.models.sampling import SamplingArrays, draw, needed
-from mdn_jax.models.steps import LayerStructure, StepKind, fused_steps
+from mdn_jax.models.structure import Structure
 
 
 class Logprobs(NamedTuple):
@@ -58,75 +53,6 @@ class Block(NamedTuple):
     logprobs: Logprobs | None
 
 
-class Decoder:
-    """A model ready to take single tokens; its parameters are those at this time.
-
-    Args:
-      model: the model.
-      steps: of single tokens: "layers", the model's own; "fused", the GPU kernels of
-        `pallas_kernels.decoding`; None: those where they support the model.
-
-    Raises:
-      ValueError: "fused" for a model that the kernels do not support, with what they expect.
-    """
-
-    def __init__(self, model: MDNForCausalLM, steps: StepKind | None = None) -> None:
-        self.model = model
-        graph, self._weights = nnx.split(model)
-        self._layers = LayerStructure(graph)
-        self._fused = fused_steps(model, steps)
-
-    def _steps_of(self, cache: ModelCache) -> tuple[Any, Any]:
-        if self._fused is None or fused_cache_lacks(cache):
-            return self._layers, self._weights
-        return self._fused
-
-    def block(
-        self,
-        state: GenerationState,
-        limits: Int[Array, " B"] | NDArray[np.int32],
-        sampling: SamplingArrays,
-        stop: Int[Array, "B S"] | NDArray[np.int32],
-        *,
-        size: int = 16,
-        logprobs: int | None = None,
-        donate: bool = False,
-    ) -> Block:
-        """Up to `size` tokens of every row, by one call of a compiled loop.
-
-        What decides on the tokens is data: another limit, temperature, seed or stop token compiles
-        nothing. A program belongs to the shapes (rows, `S`, room of attention caches), `size`,
-        `logprobs`, `donate`, and whether there are biases. The loop ends when no row goes on.
-
-        Args:
-          state: attention caches without a window must have room for the tokens
-            (`init_cache(rows, max_length)`, or `with_room`), else they forget the oldest.
-          limits: most tokens that each row gets; 0: the row is not active, and stays as it is.
-          sampling: how tokens are drawn, of `sampling_arrays`.
-          stop: tokens that end a row, of `stop_array`.
-          size: tokens in the block.
-          logprobs: None: none; n: of what was drawn and of the n likeliest.
-          donate: the state's memory is used for the new one's; the state given is lost.
-
-        Raises:
-          ValueError: a state of another model, or options that do not fit, by name.
-        """
-        check_state(self.model, state)
-        for entry in state.cache:
-            if isinstance(entry, AttentionCache) and entry.capacity is None:
-                raise ValueError(
-                    "state: expected attention caches of a fixed size (of with_room), "
-                    "got one that grows"
-                )
-        require("size", size, "an int >= 1", is_whole(size, 1))
-        vocab = self.model.config.vocab_size
-        fits = logprobs is None or (is_whole(logprobs, 0) and logprobs <= vocab)
-        require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
-        run = _decode_in_place if donate else _decode_copy
-        structure, arrays = self._steps_of(state.cache)
-        return run(structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs)
-
-
 def stop_array(stop_tokens: Sequence[Sequence[int]]) -> NDArray[np.int32]:
     """Stop tokens of every row as an array `[B, S]`, behind them -1; `S` is 8, 16, 32, ..."""
     longest = max(map(len, stop_tokens), default=0)
@@ -141,9 +67,9 @@ class _Carry(NamedTuple):
     step: Int[Array, ""]
 
 
-def _decode_block(
-    structure: Any,
-    weights: Any,
+def _block(
+    structure: Structure | FusedStructure,
+    arrays: Any,
     state: GenerationState,
     limits: Int[Array, " B"],
     sampling: SamplingArrays,
@@ -152,7 +78,7 @@ def _decode_block(
     size: int,
     logprobs: int | None,
 ) -> Block:
-    steps = structure.steps(weights)
+    steps = structure.steps(arrays)
     batch = limits.shape[0]
     rows = jnp.arange(batch)
     need = needed(sampling, limits > 0)
@@ -203,12 +129,10 @@ def _decode_block(
     return made._replace(state=made.state._replace(cache=steps.leave(made.state.cache)))
 
 
-_decode_copy = partial(jax.jit, static_argnums=0, static_argnames=("size", "logprobs"))(
-    _decode_block
-)
-_decode_in_place = partial(
+decode_block = partial(jax.jit, static_argnums=0, static_argnames=("size", "logprobs"))(_block)
+decode_block_in_place = partial(
     jax.jit, static_argnums=0, static_argnames=("size", "logprobs"), donate_argnames="state"
-)(_decode_block)
+)(_block)
 
 
 def _logprobs(logits: Float[Array, "B vocab"], token: Int[Array, " B"], n: int) -> Logprobs:

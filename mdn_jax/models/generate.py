@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdn_jax.models.arguments import is_whole, row_limits, row_stop_tokens
-from mdn_jax.models.blocks import Block, Decoder, stop_array
+from mdn_jax.models.blocks import Block, stop_array
 from mdn_jax.models.causal_lm import MDNForCausalLM
+from mdn_jax.models.decoder import Decoder, as_decoder
 from mdn_jax.models.fields import require
 from mdn_jax.models.generation_state import GenerationState, check_state, with_room
-from mdn_jax.models.prefill import Prompts, prefill
+from mdn_jax.models.prefill import PIECE, Prompts, prefill
 from mdn_jax.models.sampling import Sampling, sampling_arrays
 
 
@@ -45,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def generate(
-    model: MDNForCausalLM,
+    model: MDNForCausalLM | Decoder,
     prompts: Prompts,
     *,
     max_new_tokens: int | Sequence[int],
@@ -56,13 +57,15 @@ def generate(
     max_length: int | None = None,
     block: int = 16,
     logprobs: int | None = None,
+    attention_mask: Any = None,
+    piece: int = PIECE,
 ) -> Piece:
     """Continues prompts of any lengths; each row as if it were alone.
 
     Sampling, stop tokens, seeds and numbers of tokens are data: new ones compile nothing.
 
     Args:
-      model: the model.
+      model: the model, or a decoder of it.
       prompts: token ids of each row; a row may be empty if `state` is given.
       max_new_tokens: tokens to generate for each row, at least 1; or one number a row.
       sampling: how tokens are drawn, or one a row; None: from the model's distribution.
@@ -74,6 +77,8 @@ def generate(
         attention without a window keeps them all; None: as many as needed.
       block: tokens in one call of the compiled loop.
       logprobs: None: none; n: log-probabilities of the tokens and of the n likeliest in each place.
+      attention_mask: of padded prompts, see `prefill`.
+      piece: most tokens of the prompts in one call of the model, see `prefill`.
 
     Returns:
       All tokens generated, and the state after them.
@@ -82,11 +87,12 @@ def generate(
       ValueError: an argument that does not fit, by name, or logits from which no token can be drawn
         (nan, or inf).
     """
-    state = prefill(model, prompts, state=state)
+    model = as_decoder(model)
+    state = prefill(model, prompts, attention_mask=attention_mask, state=state, piece=piece)
     tokens: list[list[int]] = [[] for _ in prompts]
     numbers = [RowLogprobs([], []) for _ in prompts]
     ended = [False] * len(prompts)
-    for piece in stream(
+    for part in stream(
         model,
         state,
         max_new_tokens=max_new_tokens,
@@ -97,17 +103,17 @@ def generate(
         block=block,
         logprobs=logprobs,
     ):
-        for row, new in zip(tokens, piece.tokens, strict=True):
+        for row, new in zip(tokens, part.tokens, strict=True):
             row += new
-        for whole, part in zip(numbers, piece.logprobs or (), strict=False):
-            whole.drawn.extend(part.drawn)
-            whole.likeliest.extend(part.likeliest)
-        ended, state = piece.ended, piece.state
+        for number, new_numbers in zip(numbers, part.logprobs or (), strict=False):
+            number.drawn.extend(new_numbers.drawn)
+            number.likeliest.extend(new_numbers.likeliest)
+        ended, state = part.ended, part.state
     return Piece(tokens, ended, state, None if logprobs is None else numbers)
 
 
 def stream(
-    model: MDNForCausalLM,
+    model: MDNForCausalLM | Decoder,
     state: GenerationState,
     *,
     max_new_tokens: int | Sequence[int],
@@ -130,16 +136,17 @@ def stream(
       ValueError: an argument that does not fit, by name, or logits from which no token can be drawn
         (nan, or inf).
     """
-    check_state(model, state)
-    rows, vocab = state.position.shape[0], model.config.vocab_size
+    decoder = as_decoder(model)
+    check_state(decoder.model, state)
+    rows, vocab = state.position.shape[0], decoder.config.vocab_size
     left = row_limits("max_new_tokens", max_new_tokens, rows)
     require("block", block, "an int >= 1", is_whole(block, 1))
     fits = max_length is None or is_whole(max_length, 1)
     require("max_length", max_length, "an int >= 1 or None", fits)
     arrays = sampling_arrays(sampling, rows, vocab_size=vocab, seed=seed, dtype=state.logits.dtype)
     stop = stop_array(row_stop_tokens(stop_tokens, rows, vocab))
-    state = with_room(model, state, left, max_length)
-    decoder, most = Decoder(model), 1
+    state = with_room(decoder.model, state, left, max_length)
+    most = 1
     ended = np.zeros((rows,), bool)
     while left.any():
         made = decoder.block(

@@ -1,6 +1,7 @@
 """What generation keeps of each row: the state before the next token."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -57,14 +58,26 @@ def _windows(model: MDNForCausalLM) -> list[int | None]:
     return [getattr(layer.mixer, "window_size", None) for layer in model.layers]
 
 
-def growing(model: MDNForCausalLM, cache: ModelCache) -> ModelCache:
-    """The same cache; attention without a window forgets nothing of what comes."""
-    return tuple(
-        dataclasses.replace(entry, capacity=None)
-        if isinstance(entry, AttentionCache) and window is None
-        else entry
-        for entry, window in zip(cache, _windows(model), strict=True)
-    )
+def growing(model: MDNForCausalLM, state: GenerationState) -> GenerationState:
+    """The same state; attention without a window forgets nothing of what comes."""
+    return _of_unlimited(model, state, lambda entry: dataclasses.replace(entry, capacity=None))
+
+
+def resized(model: MDNForCausalLM, state: GenerationState, room: int) -> GenerationState:
+    """The state with attention caches without a window of `room` entries."""
+    return _of_unlimited(model, state, lambda entry: entry.resized(room))
+
+
+def _of_unlimited(
+    model: MDNForCausalLM,
+    state: GenerationState,
+    change: Callable[[AttentionCache], AttentionCache],
+) -> GenerationState:
+    cache: list[LayerCache] = [
+        change(entry) if isinstance(entry, AttentionCache) and window is None else entry
+        for entry, window in zip(state.cache, _windows(model), strict=True)
+    ]
+    return state._replace(cache=tuple(cache))
 
 
 def with_room(

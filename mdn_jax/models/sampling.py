@@ -273,6 +273,6 @@ def _by_rank(logits: Array, sampling: SamplingArrays) -> Array:
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept &= (before < top_p) | (top_p == 1)
-    ranks = jnp.argsort(order, axis=-1)
-    kept = jnp.take_along_axis(kept, ranks, axis=-1)
+    rows = jnp.arange(len(kept))[:, None]
+    kept = jnp.zeros_like(kept).at[rows, order].set(kept, unique_indices=True)  # by token
     return _likely(jnp.where(kept, logits, -jnp.inf), sampling)

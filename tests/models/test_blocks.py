@@ -13,14 +13,16 @@ from mdn_jax import MDNForCausalLM, Sampling, generate
 from mdn_jax.models import Decoder, prefill, sampling_arrays, stop_array, with_room
 from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
 
-CONFIG = dataclasses.replace(TINY, attn=dataclasses.replace(TINY_ATTENTION, window_size=None))
+CONFIG = dataclasses.replace(
+    TINY, num_hidden_layers=2, attn=dataclasses.replace(TINY_ATTENTION, window_size=None)
+)
 MODEL = MDNForCausalLM(CONFIG, implementation="scan", rngs=nnx.Rngs(0))
 VOCAB = CONFIG.vocab_size
-PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3, 3, 3, 3], [11, 12]]
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [3, 3, 3], [11, 12, 13, 14]]
 SAMPLINGS = [
-    Sampling(temperature=0.0),
-    Sampling(temperature=0.7, top_k=5, top_p=0.9),
-    Sampling(vocab_limit=9, repetition_penalty=1.4),
+    Sampling(temperature=0.0, logit_bias={0: 0.0}),  # as the others: of one program
+    Sampling(temperature=0.7, top_k=5, top_p=0.9, logit_bias={0: -100}),
+    Sampling(vocab_limit=9, repetition_penalty=1.4, logit_bias={0: 0.0}),
     Sampling(temperature=1.3, min_p=0.2, logit_bias={4: 100.0, 5: 99.0}),
 ]
 

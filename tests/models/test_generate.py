@@ -10,7 +10,7 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM, Sampling, generate
 from mdn_jax.models import initial_state, prefill, stream
-from mdn_jax.models.blocks import _decode_copy
+from mdn_jax.models.blocks import decode_block
 from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
 
 FULL_ATTENTION = dataclasses.replace(TINY_ATTENTION, window_size=None)
@@ -254,7 +254,7 @@ def test_the_loop_is_compiled_once():
     graph, weights = nnx.split(MODELS["mdn"])
     model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
     state = prefill(model, [PROMPTS[0]])
-    before = _decode_copy._cache_size()
+    before = decode_block._cache_size()
     for _ in stream(model, state, max_new_tokens=20, block=6):
         pass
-    assert _decode_copy._cache_size() == before + 1
+    assert decode_block._cache_size() == before + 1

@@ -16,7 +16,7 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM, generate
 from mdn_jax.models import load_state, prefill, save_state, stream
-from mdn_jax.models.blocks import _decode_copy
+from mdn_jax.models.blocks import decode_block
 from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close
 
 CONFIG = dataclasses.replace(TINY, attn=dataclasses.replace(TINY_ATTENTION, window_size=None))
@@ -57,10 +57,10 @@ def test_a_loaded_state_compiles_the_loop_once(tmp_path):
     model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
     save_state(tmp_path / "s", prefill(model, [[1, 2, 3]]), model)
     loaded = load_state(tmp_path / "s", model)
-    before = _decode_copy._cache_size()
+    before = decode_block._cache_size()
     for _ in stream(model, loaded, max_new_tokens=9, block=3):
         pass
-    assert _decode_copy._cache_size() == before + 1
+    assert decode_block._cache_size() == before + 1
 
 
 def test_bfloat16(tmp_path):

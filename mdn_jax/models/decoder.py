@@ -1,0 +1,112 @@
+"""A model taken apart once for many calls of compiled programs."""
+
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+from numpy.typing import NDArray
+
+from mdn_jax.layers.attention import AttentionCache
+from mdn_jax.models.arguments import is_whole
+from mdn_jax.models.blocks import Block, decode_block, decode_block_in_place
+from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
+from mdn_jax.models.fields import require
+from mdn_jax.models.fused import fused_cache_lacks
+from mdn_jax.models.generation_state import GenerationState, check_state
+from mdn_jax.models.sampling import SamplingArrays
+from mdn_jax.models.steps import StepKind, check_steps, fused_steps
+from mdn_jax.models.structure import Structure
+
+
+class Decoder:
+    """A model ready for many calls of `prefill`, `stream` and `generate`, which take it for one.
+
+    A model they take apart in every call, which costs milliseconds for many layers. The
+    parameters of a decoder are those of the time at which it was made.
+
+    Args:
+      model: the model.
+      steps: what takes single tokens: "layers", the model's own; "fused", few, wide GPU kernels,
+        which keep the weights once more (docs/inference.md); None: these where they support the
+        model and its cache.
+
+    Raises:
+      ValueError: "fused" for a model that the kernels do not support, with what they expect.
+
+    Attributes:
+      model: the model.
+      config: its configuration.
+      structure: what is static of it.
+      arrays: the rest.
+    """
+
+    def __init__(self, model: MDNForCausalLM, *, steps: StepKind | None = None) -> None:
+        check_steps(model, steps)
+        self.model, self._steps = model, steps
+        self.config = model.config
+        graph, weights = nnx.split(model)
+        self.arrays, tree = jax.tree.flatten(weights)
+        self.structure = Structure(graph, tree)
+
+    @cached_property
+    def _fused(self) -> tuple[Any, Any] | None:
+        return fused_steps(self.model, self._steps)
+
+    def _steps_from(self, cache: ModelCache) -> tuple[Any, Any]:
+        """Structure and arrays of what takes single tokens, on from a cache."""
+        if self._fused is None or fused_cache_lacks(cache):
+            return self.structure, self.arrays
+        return self._fused
+
+    def block(
+        self,
+        state: GenerationState,
+        limits: Int[Array, " B"] | NDArray[np.int32],
+        sampling: SamplingArrays,
+        stop: Int[Array, "B S"] | NDArray[np.int32],
+        *,
+        size: int = 16,
+        logprobs: int | None = None,
+        donate: bool = False,
+    ) -> Block:
+        """Up to `size` tokens of every row, by one call of a compiled loop.
+
+        What decides on the tokens is data: another limit, temperature, seed or stop token compiles
+        nothing. A program belongs to the shapes (rows, `S`, room of attention caches), `size`,
+        `logprobs`, `donate`, and whether there are biases. The loop ends when no row goes on.
+
+        Args:
+          state: attention caches without a window must have room for the tokens
+            (`init_cache(rows, max_length)`, or `with_room`), else they forget the oldest.
+          limits: most tokens that each row gets; 0: the row is not active, and stays as it is.
+          sampling: how tokens are drawn, of `sampling_arrays`.
+          stop: tokens that end a row, of `stop_array`.
+          size: tokens in the block.
+          logprobs: None: none; n: of what was drawn and of the n likeliest.
+          donate: the state's memory is used for the new one's; the state given is lost.
+
+        Raises:
+          ValueError: a state of another model, or options that do not fit, by name.
+        """
+        check_state(self.model, state)
+        for entry in state.cache:
+            if isinstance(entry, AttentionCache) and entry.capacity is None:
+                raise ValueError(
+                    "state: expected attention caches of a fixed size (of with_room), "
+                    "got one that grows"
+                )
+        require("size", size, "an int >= 1", is_whole(size, 1))
+        vocab = self.model.config.vocab_size
+        fits = logprobs is None or (is_whole(logprobs, 0) and logprobs <= vocab)
+        require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
+        run = decode_block_in_place if donate else decode_block
+        structure, arrays = self._steps_from(state.cache)
+        return run(structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs)
+
+
+def as_decoder(model: MDNForCausalLM | Decoder) -> Decoder:
+    """The decoder given, or one of the model given."""
+    return model if isinstance(model, Decoder) else Decoder(model)
