@@ -78,7 +78,7 @@ def _block(
     size: int,
     logprobs: int | None,
 ) -> Block:
-    steps = structure.steps(arrays)
+    steps: Any = structure.steps(arrays)  # what they keep in place of a cache is their own
     batch = limits.shape[0]
     rows = jnp.arange(batch)
     need = needed(sampling, limits > 0)

@@ -85,7 +85,8 @@ class FusedSteps(NamedTuple):
 
         def own(entry: Any) -> Any:
             tail = jnp.concatenate([entry.q_tail, entry.k_tail, entry.v_tail], axis=-1)
-            return LayerMemory(*entry.state, tail.astype(self.dtype))
+            s, m = entry.state
+            return LayerMemory(s, m, tail.astype(self.dtype))
 
         rows = cache[0].q_tail.shape[0]  # type: ignore[union-attr]
         return FusedMemory(tuple(map(own, cache)), jnp.zeros((rows,), jnp.int32))

@@ -145,8 +145,8 @@ def _mixer(x: Any, memory: Any, out: Any, *, plan: Plan, blocks: int, block_v: i
         norm = x.norm[values].astype(jnp.float32)
         gate = None
         if plan.gated:
-            place = pl.ds(plan.channels + head * plan.value_dim + block * block_v, block_v)
-            gate = x.projected.y[row, place].astype(jnp.float32)
+            gates = pl.ds(plan.channels + head * plan.value_dim + block * block_v, block_v)
+            gate = x.projected.y[row, gates].astype(jnp.float32)
         place = row, head, block
         s, m, o = _rule(x, memory.tail, out.memory.tail, *entering, place, plan, block_v)
         o = _rounded(o, x.projected.y.dtype)
@@ -257,6 +257,7 @@ def _gates(
             erase = eta * alpha if plan.erase_by_alpha else eta
             most = jnp.minimum(edge / jnp.maximum(erase, 0.5), _LARGEST_BETA)
             return _Gated(alpha, mu, _sigmoid(b + own.step_bias) * most, eta)
+        assert own.factor is not None  # without a step bias
         tangent = eta * own.factor
         square = tangent * tangent
         beta = _sigmoid(b)
