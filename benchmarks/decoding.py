@@ -155,7 +155,7 @@ def _steps(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> list[Ro
     graph, state = nnx.split(model)
     token = jnp.zeros((batch,), jnp.int32)
     cache = model.init_cache(batch)
-    moved = sum(x.nbytes for x in jax.tree.leaves((weights.layers, weights.norm, weights.head)))
+    moved = sum(x.nbytes for x in jax.tree.leaves((weights.layers, weights.head)))
     moved += 2 * sum(x.nbytes for x in jax.tree.leaves([entry.state for entry in cache]))
 
     def again(make: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -272,7 +272,7 @@ def _cases(weights: Any, model: MDNForCausalLM, batch: int, plan: Plan) -> Itera
 
     def projections(plan: Plan, own: Any, carry: Any, _: int) -> Any:
         (x,) = carry
-        out = kernels.projections(x, own.mixer_norm, own.projections, plan)
+        out = kernels.projections(x, own.projections, plan)
         return (nudged(x, out.gates[:, :1]),)
 
     yield _Case(
@@ -284,7 +284,7 @@ def _cases(weights: Any, model: MDNForCausalLM, batch: int, plan: Plan) -> Itera
         sizes(first.projections),
     )
 
-    projected = kernels.projections(stream(), first.mixer_norm, first.projections, plan)
+    projected = kernels.projections(stream(), first.projections, plan)
     states = [jnp.zeros((batch, plan.value_heads, plan.key_dim, plan.value_dim)) for _ in range(2)]
 
     def mixer(plan: Plan, own: Any, carry: Any, i: int) -> Any:
@@ -322,13 +322,13 @@ def _cases(weights: Any, model: MDNForCausalLM, batch: int, plan: Plan) -> Itera
 
     def up(plan: Plan, own: Any, carry: Any, _: int) -> Any:
         (x,) = carry
-        return (nudged(x, kernels.up(x, own.mlp_norm, own.up, plan)[:, :1]),)
+        return (nudged(x, kernels.up(x, own.up, plan)[:, :1]),)
 
     yield _Case(
         "mdn_decode_up", layers, up, lambda: (stream(),), bytes_of("up"), sizes(first.up, 2)
     )
 
-    activations = kernels.up(stream(), first.mlp_norm, first.up, plan)
+    activations = kernels.up(stream(), first.up, plan)
 
     def down(plan: Plan, own: Any, carry: Any, _: int) -> Any:
         h, activations = carry
@@ -345,7 +345,7 @@ def _cases(weights: Any, model: MDNForCausalLM, batch: int, plan: Plan) -> Itera
 
     def head(plan: Plan, own: Any, carry: Any, _: int) -> Any:
         (x,) = carry
-        return (nudged(x, kernels.logits(x, weights.norm, own, plan)[:, :1]),)
+        return (nudged(x, kernels.logits(x, own, plan)[:, :1]),)
 
     yield _Case(
         "mdn_decode_head",

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.gates import MomentumGates
 from mdn_jax.layers.momentum_deltanet import MDNCache, MomentumDeltaNet
+from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.stable_gates import LEAST_DECAY
 from mdn_jax.models.causal_lm import Block, MDNForCausalLM, ModelCache
 from mdn_jax.ops import api
@@ -28,13 +29,12 @@ class FusedWeights(NamedTuple):
     Attributes:
       embeddings: the model's own, `[vocab, hidden]`.
       layers: of every layer, `pallas_kernels.decoding.LayerWeights`.
-      norm: scale of the last norm, `[hidden]`.
-      head: output projection `[vocab, hidden]` in the compute dtype.
+      head: output projection times the scale of the norm before it, `[vocab, hidden]`, in the
+        compute dtype.
     """
 
     embeddings: Float[Array, "vocab hidden"]
     layers: tuple[Any, ...]
-    norm: Float[Array, " hidden"]
     head: Float[Array, "vocab hidden"]
 
 
@@ -120,7 +120,7 @@ class FusedSteps(NamedTuple):
             stream, after = _layer(stream, layer, before, memory.slot, own, plan)
             layers.append(after)
         after = FusedMemory(tuple(layers), (memory.slot + own) % plan.conv_size)
-        return logits(stream, weights.norm, weights.head, plan), after
+        return logits(stream, weights.head, plan), after
 
     def leave(self, memory: FusedMemory) -> ModelCache:
         """The model's cache of a memory."""
@@ -243,11 +243,7 @@ def fused_weights(model: MDNForCausalLM) -> FusedWeights:
     )
     if not same:
         _JOINED.pop(model, None)  # first, so that both are not there at once
-        joined: FusedWeights = _join(graph, state)
-        head = joined.head
-        if model.lm_head is None and model.embeddings[...].dtype == jnp.dtype(model.dtype):
-            head = model.embeddings[...]
-        weights = joined._replace(embeddings=model.embeddings[...], head=head)
+        weights = _join(graph, state)._replace(embeddings=model.embeddings[...])
         _JOINED[model] = (tuple(map(weakref.ref, parameters)), weights)
     assert weights is not None
     return weights
@@ -257,17 +253,24 @@ def fused_weights(model: MDNForCausalLM) -> FusedWeights:
 def _join(graph: Any, state: Any) -> FusedWeights:
     model: MDNForCausalLM = nnx.merge(graph, state)
     dtype = model.dtype
-    shared = model.lm_head is None and model.embeddings[...].dtype == jnp.dtype(dtype)
     return FusedWeights(
         embeddings=jnp.zeros(()),  # the model's own
         layers=tuple(_of_layer(block, dtype) for block in model.layers),
-        norm=model.norm.scale[...],
-        head=jnp.zeros(()) if shared else _rows([model.output_kernel()], dtype),
+        head=_rows([model.output_kernel()], dtype, model.norm),
     )
 
 
-def _rows(kernels: list[Array], dtype: Any) -> Array:
-    """Matrices `[inputs, outputs]` with a row for each output, one below the other."""
+def _rows(kernels: list[Array], dtype: Any, norm: RMSNorm | None = None) -> Array:
+    """Matrices `[inputs, outputs]` with a row for each output, one below the other.
+
+    Args:
+      kernels: matrices.
+      dtype: of the result.
+      norm: before them, whose scale goes into them; None: none.
+    """
+    if norm is not None:
+        scale = norm.scale[...].astype(jnp.float32)[:, None]
+        kernels = [scale * kernel.astype(jnp.float32) for kernel in kernels]
     return jnp.concatenate([kernel.astype(dtype).T for kernel in kernels], axis=0)
 
 
@@ -290,10 +293,9 @@ def _of_layer(block: Block, dtype: Any) -> Any:
     def bias(parameter: Any) -> Array | None:
         return None if parameter is None else parameter[...].astype(wide)
 
-    mlp, norm = block.mlp, block.mlp_norm
+    mlp = block.mlp
     return LayerWeights(
-        mixer_norm=block.mixer_norm.scale[...],
-        projections=_rows(columns, dtype),
+        projections=_rows(columns, dtype, block.mixer_norm),
         taps=jnp.concatenate([conv.kernel[...].astype(wide) for conv in convs], axis=1),
         bias=None
         if convs[0].bias is None
@@ -309,10 +311,9 @@ def _of_layer(block: Block, dtype: Any) -> Any:
         ),
         output_norm=mixer.o_norm.scale[...],
         output=_rows([mixer.o_proj.kernel[...]], dtype),
-        mlp_norm=None if norm is None else norm.scale[...],
         up=None
         if mlp is None
-        else _rows([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], dtype),
+        else _rows([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], dtype, block.mlp_norm),
         down=None if mlp is None else _rows([mlp.down_proj.kernel[...]], dtype),
     )
 

@@ -25,10 +25,10 @@ def layer(
       active: `[B]` int32, zero for rows whose memory stays as it is.
       plan: what is fixed.
     """
-    projected = projections(stream, weights.mixer_norm, weights.projections, plan)
+    projected = projections(stream, weights.projections, plan)
     mixed, memory = mixer(projected, weights, memory, slot, active, plan)
     stream = output(stream.h, mixed, weights.output, plan)
     if weights.up is not None:
-        activations = up(stream, weights.mlp_norm, weights.up, plan)
+        activations = up(stream, weights.up, plan)
         stream = down(stream.h, activations, weights.down, plan)
     return stream, memory

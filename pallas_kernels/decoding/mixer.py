@@ -9,8 +9,8 @@ Computes for one token, with the convolutions over the ring of the last W inputs
     inputs   y [B, ...] and gates [B, ...] of the projections; taps [W, channels], bias; the gates'
              parameters [HV]; slot [B], where the ring begins; active [B]; the states [B, HV, K, V]
              float32 and the ring [B, W, channels]
-    outputs  gated [B, HV V] float32; sums of the squares of o, rounded to the compute dtype,
-             [B, HV, blocks]; states and ring, in their places
+    outputs  gated [B, HV V] in the compute dtype; sums of the squares of o, rounded to it,
+             [B, HV, blocks] float32; states and ring, in their places
     grid     flat, blocks of V x HV x B: a block of V of one head of one row a program
 
 Why so: the states are the bytes; each is read once and written once. Programs of a head make its
@@ -51,7 +51,7 @@ class Mixed(NamedTuple):
     """Outputs of the rule.
 
     Attributes:
-      gated: o times the scale of its norm and its gate, `[B, HV V]` float32.
+      gated: o times the scale of its norm and its gate, `[B, HV V]` in the compute dtype.
       squares: sums of the squares of some columns of o of a head each, `[B, HV, blocks]` float32.
     """
 
@@ -118,7 +118,7 @@ def mixer(
         ),
         out_shape=_Outputs(
             Mixed(
-                like((batch, plan.values)),
+                like((batch, plan.values), projected.y.dtype),
                 like((batch, plan.value_heads, blocks)),
             ),
             LayerMemory(*(like(x.shape, x.dtype) for x in memory)),
@@ -152,12 +152,13 @@ def _mixer(x: Any, memory: Any, out: Any, *, plan: Plan, blocks: int, block_v: i
         o = _rounded(o, x.projected.y.dtype)
         out.mixed.squares[row, head, block] = jnp.sum(o * o)
         o *= norm
-        out.mixed.gated[row, columns] = o if gate is None else o * _sigmoid(gate)
+        gated = o if gate is None else o * _sigmoid(gate)
+        out.mixed.gated[row, columns] = gated.astype(out.mixed.gated.dtype)
         out.memory.s[row, head, :, values], out.memory.m[row, head, :, values] = s, m
 
     @pl.when(jnp.logical_not(active))
     def _idle() -> None:
-        out.mixed.gated[row, columns] = jnp.zeros((block_v,), jnp.float32)
+        out.mixed.gated[row, columns] = jnp.zeros((block_v,), out.mixed.gated.dtype)
         out.mixed.squares[row, head, block] = 0.0
 
 

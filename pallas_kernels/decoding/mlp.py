@@ -1,11 +1,11 @@
 """The MLP of a layer in two kernels (`mdn_decode_up`, `mdn_decode_down`).
 
-Computes, with x = rms_norm(h), everything rounded to the compute dtype where the layers round:
+Computes, with x = rms_norm(h), whose scale is in the weights:
 
     up      a = silu(x gate) * (x up)              down    h + a down
 
-    inputs   the residual stream h [B, hidden] with its sums of squares; the norm's scale; both
-             matrices [2 F, hidden], or a [B, F] and the matrix [hidden, F]
+    inputs   the residual stream h [B, hidden] with its sums of squares and both matrices
+             [2 F, hidden]; or a [B, F] and the matrix [hidden, F]
     outputs  a [B, F]; or the new residual stream
     grid     flat, blocks of rows x blocks of outputs; up: the same block of gate and of up
 
@@ -28,32 +28,31 @@ from pallas_kernels.decoding.products import (
     add_to_stream,
     multiply,
     normalized,
+    of_rows,
 )
 from pallas_kernels.decoding.tiles import product_tiles
 from pallas_kernels.decoding.types import Leaf, Plan, Stream, like
-from pallas_kernels.lowering import masked_load
 
 UP, DOWN = "mdn_decode_up", "mdn_decode_down"
 
 
-def up(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Leaf:
+def up(stream: Stream, weights: Leaf, plan: Plan) -> Leaf:
     """The activations `[B, F]` between the two products."""
     (batch, hidden), width = stream.h.shape, weights.shape[0] // 2
     shipped = product_tiles(batch, width, hidden, weights.dtype.itemsize, matrices=2)
     product = Product(batch, width, hidden, plan.tiles_of(UP, shipped), plan.interpret)
 
-    def body(stream: Any, scale: Any, weights: Any, out: Any) -> None:
+    def body(stream: Any, weights: Any, out: Any) -> None:
         def finish(block: Block) -> None:
             gate, value = (y.astype(out.dtype).astype(jnp.float32) for y in block.values)
             block.store(out, gate / (1.0 + jnp.exp(-gate)) * value)
 
         matrices = [Matrix(weights, 0), Matrix(weights, width)]
-        multiply(product, matrices, normalized(stream, scale, product, plan.eps), finish)
+        multiply(product, matrices, normalized(stream, product, plan.eps), finish)
 
     return product.call(
         body,
         stream,
-        scale,
         weights,
         name=UP,
         out_shape=like((batch, width), stream.h.dtype),
@@ -68,11 +67,7 @@ def down(h: Leaf, activations: Leaf, weights: Leaf, plan: Plan) -> Stream:
 
     def body(h: Any, activations: Any, weights: Any, out: Any) -> None:
         def prepare(rows: jax.Array) -> Inputs:
-            def inputs(_: Any, columns: jax.Array) -> jax.Array:
-                place = activations.at[rows, columns]
-                return masked_load(place, (rows < batch) & (columns >= 0))
-
-            return inputs
+            return Inputs(of_rows(activations, rows, batch))
 
         multiply(product, [Matrix(weights, 0)], prepare, lambda block: add_to_stream(out, h, block))
 

@@ -4,13 +4,13 @@ Computes, with the norm of every head's V columns:
 
     h + (gated * rsqrt(mean o^2 + eps)) output
 
-    inputs   gated [B, HV V] float32 and the sums of squares of o [B, HV, blocks], of the mixer; the
-             matrix [hidden, HV V]; h [B, hidden]
+    inputs   gated [B, HV V] and the sums of squares of o [B, HV, blocks], of the mixer; the matrix
+             [hidden, HV V]; h [B, hidden]
     outputs  the residual stream: the new h and sums of its squares
     grid     flat, blocks of rows x blocks of outputs
 
-Why so: each program makes the norm again while its weights come from memory, so it has little left
-to do: scale and gate are in what the mixer gives.
+Why so: scale and gate are in what the mixer gives, and a head's root is a factor of the products
+with its columns, so that gated goes into them as it is.
 
 Constraints: a step of the width lies within a head.
 
@@ -20,6 +20,9 @@ Run it alone: `python -m benchmarks decoding`.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.decoding.mixer import Mixed
 from pallas_kernels.decoding.products import (
@@ -27,8 +30,8 @@ from pallas_kernels.decoding.products import (
     Matrix,
     Product,
     add_to_stream,
-    inverse_root,
     multiply,
+    of_rows,
 )
 from pallas_kernels.decoding.tiles import product_tiles
 from pallas_kernels.decoding.types import Leaf, Plan, Stream, like
@@ -46,16 +49,13 @@ def output(h: Leaf, mixed: Mixed, weights: Leaf, plan: Plan) -> Stream:
 
     def body(h: Any, mixed: Any, weights: Any, out: Any) -> None:
         def prepare(rows: jax.Array) -> Inputs:
-            inside = rows < batch
+            heads, inverse = _roots(mixed.squares, rows, batch, plan)
 
-            def inputs(step: Any, columns: jax.Array) -> jax.Array:
-                head = step * tiles.width // plan.value_dim
-                place = (rows, head)
-                inverse = inverse_root(mixed.squares, place, inside, plan.value_dim, plan.eps)
-                gated = masked_load(mixed.gated.at[rows, columns], inside & (columns >= 0))
-                return (gated * inverse).astype(h.dtype)
+            def factor(step: Any) -> jax.Array:
+                own = heads == step * tiles.width // plan.value_dim
+                return jnp.sum(jnp.where(own, inverse, 0.0), axis=1, keepdims=True)
 
-            return inputs
+            return Inputs(of_rows(mixed.gated, rows, batch), factor)
 
         multiply(product, [Matrix(weights, 0)], prepare, lambda block: add_to_stream(out, h, block))
 
@@ -68,3 +68,14 @@ def output(h: Leaf, mixed: Mixed, weights: Leaf, plan: Plan) -> Stream:
         out_shape=Stream(like(h.shape, h.dtype), like((batch, product.blocks))),
     )
     return stream
+
+
+def _roots(squares: Any, rows: jax.Array, batch: int, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """The numbers of the heads, `[1, heads]`, and one over their norms, `[rows, heads]`."""
+    _, heads, blocks = squares.shape
+    head = lax.broadcasted_iota(jnp.int32, (1, pl.next_power_of_2(heads)), 1)
+    total = jnp.zeros((), jnp.float32)
+    for block in range(blocks):
+        place = squares.at[rows, head, block]
+        total += masked_load(place, (rows < batch) & (head < heads))
+    return head, lax.rsqrt(total * (1.0 / plan.value_dim) + plan.eps)

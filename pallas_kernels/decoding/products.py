@@ -24,8 +24,22 @@ from pallas_kernels.lowering import (
     masked_store,
 )
 
-Inputs = Callable[[Any, jax.Array], jax.Array]
-"""From the number and columns of a step, `[1 or rows, width]`, to the inputs `[rows, width]`."""
+
+class Inputs(NamedTuple):
+    """Of some rows of the batch.
+
+    Attributes:
+      load: from the number and columns of a step, `[1 or rows, width]`, to the inputs there,
+        `[rows, width]`, which go into the product as they are.
+      factor: of the products of a step, `[rows, 1]`; None: 1.
+      last: of the sums of all steps, `[rows]`; loaded before the product; None: 1.
+    """
+
+    load: Callable[[Any, jax.Array], jax.Array]
+    factor: Callable[[Any], jax.Array] | None = None
+    last: Callable[[], jax.Array] | None = None
+
+
 Prepare = Callable[[jax.Array], Inputs]
 """From rows of the batch `[rows, 1]` to their inputs; what it loads first, all steps share."""
 
@@ -159,12 +173,19 @@ def _by_dot(
     inputs = prepare(rows)
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x = inputs(i, _columns(i, tiles.width))
-        parts = (dot(x, weights(matrix, i).T, None) for matrix in matrices)
+        x = inputs.load(i, _columns(i, tiles.width))
+        parts = [dot(x, weights(matrix, i).T, None) for matrix in matrices]
+        if inputs.factor is not None:
+            factor = inputs.factor(i)
+            parts = [factor * part for part in parts]
         return tuple(total + part for total, part in zip(sums, parts, strict=True))
 
-    zeros = (jnp.zeros((tiles.rows, tiles.outputs), jnp.float32),) * len(matrices)
-    done(rows, lax.fori_loop(0, product.width // tiles.width, step, zeros))
+    sums = (jnp.zeros((tiles.rows, tiles.outputs), jnp.float32),) * len(matrices)
+    sums = lax.fori_loop(0, product.width // tiles.width, step, sums)
+    if inputs.last is not None:
+        last = inputs.last()[:, None]
+        sums = tuple(last * total for total in sums)
+    done(rows, sums)
 
 
 def _summed(
@@ -182,7 +203,7 @@ def _summed(
 
     def add(
         group: jax.Array | int, inputs: list[Inputs] | None, sums: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[list[Inputs], tuple[jax.Array, ...]]:
         steps = [group * tiles.at_once + i for i in range(tiles.at_once)]
         arriving = [[weights(matrix, step) for matrix in matrices] for step in steps]
         # all of them before anything that the inputs need
@@ -190,66 +211,62 @@ def _summed(
         inputs = inputs or [prepare(rows) for rows in lines]
         for step, pieces in zip(steps, arriving, strict=True):
             columns = _columns(step, tiles.width, tiles.outputs)
-            rows = [own(step, columns).astype(jnp.float32) for own in inputs]
             wide = [piece.astype(jnp.float32) for piece in pieces]
-            products = [w * x for x in rows for w in wide]  # [outputs, width]
+            products = []  # [outputs, width]
+            for own in inputs:
+                x = own.load(step, columns).astype(jnp.float32)
+                if own.factor is not None:
+                    x *= own.factor(step)
+                products += [w * x for w in wide]
             sums = tuple(map(lax.add, sums, products)) if sums else tuple(products)
-        return sums
+        return inputs, sums
 
     if groups == 1:
-        sums = add(0, None, ())
+        inputs, sums = add(0, None, ())
     else:
         inputs = [prepare(rows) for rows in lines]
         zeros = jnp.zeros((tiles.outputs, tiles.width), jnp.float32)
         sums = (zeros,) * (tiles.rows * len(matrices))
-        sums = lax.fori_loop(0, groups, lambda group, sums: add(group, inputs, sums), sums)
-    totals = [jnp.sum(x, axis=1)[None, :] for x in sums]
-    for i in range(tiles.rows):
+        sums = lax.fori_loop(0, groups, lambda group, sums: add(group, inputs, sums)[1], sums)
+    for i, own in enumerate(inputs):
+        totals = [jnp.sum(x, axis=1) for x in sums[i * len(matrices) : (i + 1) * len(matrices)]]
+        if own.last is not None:
+            last = own.last()
+            totals = [last * total for total in totals]
         row = first + i + jnp.zeros((1, 1), jnp.int32)
-        done(row, tuple(totals[i * len(matrices) : (i + 1) * len(matrices)]))
+        done(row, tuple(total[None, :] for total in totals))
 
 
-def normalized(stream: Any, scale: Any, product: Product, eps: float) -> Prepare:
-    """Inputs of a product behind the norm of the residual stream, rounded as the norm's output.
+def of_rows(reference: Any, rows: jax.Array, batch: int) -> Callable[[Any, jax.Array], jax.Array]:
+    """Loads columns of some rows of `[B, _]`."""
+    inside = rows < batch
+    return lambda _, columns: masked_load(reference.at[rows, columns], inside & (columns >= 0))
+
+
+def normalized(stream: Any, product: Product, eps: float) -> Prepare:
+    """Inputs of a product behind the norm of the residual stream.
+
+    The scale of the norm is in the weights, and the root is a factor of the sums, so that the
+    stream goes into the product as it is.
 
     Args:
       stream: references to the residual stream and its sums of squares.
-      scale: reference to the norm's, `[width]`.
       product: whose inputs.
       eps: inside the root.
     """
 
     def prepare(rows: jax.Array) -> Inputs:
-        inside = rows < product.batch
-        inverse = inverse_root(stream.squares, (rows,), inside, product.width, eps)
+        blocks = stream.squares.shape[1]
+        lane = lax.broadcasted_iota(jnp.int32, (1, pl.next_power_of_2(blocks)), 1)
+        inside = (rows < product.batch) & (lane < blocks)
+        parts = masked_load(stream.squares.at[rows, lane], inside)
 
-        def inputs(_: Any, columns: jax.Array) -> jax.Array:
-            h = masked_load(stream.h.at[rows, columns], inside & (columns >= 0))
-            y = h.astype(jnp.float32) * inverse
-            y *= masked_load(scale.at[columns], columns >= 0).astype(jnp.float32)
-            return y.astype(h.dtype)
+        def last() -> jax.Array:
+            return lax.rsqrt(jnp.sum(parts, axis=1) * (1.0 / product.width) + eps)
 
-        return inputs
+        return Inputs(of_rows(stream.h, rows, product.batch), last=last)
 
     return prepare
-
-
-def inverse_root(
-    squares: Any, place: tuple[Any, ...], inside: jax.Array, width: int, eps: float
-) -> jax.Array:
-    """`1 / sqrt(mean + eps)`, `[rows, 1]`, from sums of squares.
-
-    Args:
-      squares: reference to them, `[B, blocks]` or `[B, HV, blocks]`.
-      place: rows of the batch `[rows, 1]`, and the head where there are heads.
-      inside: which rows there are.
-      width: numbers that were squared.
-      eps: inside the root.
-    """
-    blocks = squares.shape[-1]
-    lane = lax.broadcasted_iota(jnp.int32, (1, pl.next_power_of_2(blocks)), 1)
-    parts = masked_load(squares.at[*place, lane], inside & (lane < blocks))
-    return lax.rsqrt(jnp.sum(parts, axis=1, keepdims=True) * (1.0 / width) + eps)
 
 
 def add_to_stream(stream: Any, before: Any, block: Block) -> None:

@@ -1,11 +1,11 @@
 """The norm and the joined projections of a mixer (`mdn_decode_projections`).
 
-Computes, with x = rms_norm(h) rounded to the compute dtype:
+Computes, with x = rms_norm(h), whose scale is in the weights:
 
     y = x [q | k | v | output gate]        gates = x [a | b | e | m]
 
-    inputs   the residual stream h [B, hidden] with its sums of squares; the norm's scale; the
-             matrix [outputs, hidden]
+    inputs   the residual stream h [B, hidden] with its sums of squares; the matrix
+             [outputs, hidden]
     outputs  y [B, ...] in the compute dtype; gates [B, gates HV] float32
     grid     flat, blocks of rows x blocks of outputs
 
@@ -39,14 +39,14 @@ class Projected(NamedTuple):
     gates: Leaf
 
 
-def projections(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Projected:
+def projections(stream: Stream, weights: Leaf, plan: Plan) -> Projected:
     """The kernel on whole arrays."""
     (batch, hidden), (outputs, _) = stream.h.shape, weights.shape
     shipped = product_tiles(batch, outputs, hidden, weights.dtype.itemsize)
     product = Product(batch, outputs, hidden, plan.tiles_of(NAME, shipped), plan.interpret)
     rounded = plan.rounded
 
-    def body(stream: Any, scale: Any, weights: Any, out: Any) -> None:
+    def body(stream: Any, weights: Any, out: Any) -> None:
         def finish(block: Block) -> None:
             gates = block.outputs >= rounded
             (y,) = block.values
@@ -55,13 +55,12 @@ def projections(stream: Stream, scale: Leaf, weights: Leaf, plan: Plan) -> Proje
             place = out.gates.at[block.rows, block.outputs - rounded]
             masked_store(place, y, block.inside & gates)
 
-        prepare = normalized(stream, scale, product, plan.eps)
+        prepare = normalized(stream, product, plan.eps)
         multiply(product, [Matrix(weights, 0)], prepare, finish)
 
     projected: Projected = product.call(
         body,
         stream,
-        scale,
         weights,
         name=NAME,
         out_shape=Projected(

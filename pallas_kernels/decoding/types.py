@@ -40,27 +40,24 @@ class LayerWeights(NamedTuple):
     """Of a layer; matrices have a row for each output, in the compute dtype.
 
     Attributes:
-      mixer_norm: `[hidden]`.
-      projections: q, k, v, output gate (if there is one) and gates, one below the other,
+      projections: times the scale of the norm before them: q, k, v, output gate (if there is one) and gates, one below the other,
         `[2 H K + HV V (+ HV V) + gates HV, hidden]`.
       taps: of the convolutions of q, k and v side by side, `[W, 2 H K + HV V]` float32.
       bias: `[2 H K + HV V]` float32, or None.
       gates: of the heads.
       output_norm: `[V]`.
       output: `[hidden, HV V]`.
-      mlp_norm: `[hidden]`; None, as the next two, without an MLP.
-      up: gate and up projections one below the other, `[2 F, hidden]`.
+      up: times the scale of the norm before them: gate and up projections one below the other,
+        `[2 F, hidden]`; None, as the next one, without an MLP.
       down: `[hidden, F]`.
     """
 
-    mixer_norm: Leaf
     projections: Leaf
     taps: Leaf
     bias: Leaf | None
     gates: Gates
     output_norm: Leaf
     output: Leaf
-    mlp_norm: Leaf | None
     up: Leaf | None
     down: Leaf | None
 
