@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,20 +19,21 @@ from jaxtyping import Array
 from tabulate import tabulate
 
 from benchmarks.costs import PEAKS
+from benchmarks.decoding_cases import cases, others
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
 from mdn_jax.models.fused import fused_lacks, fused_structure, fused_weights
 from mdn_jax.models.structure import LayerSteps
-from pallas_kernels.decoding import LayerMemory, Plan, Stream, Tiles, kernels, product_tiles
+from pallas_kernels.decoding import Tiles
 
-LIMITS = {"bfloat16": 2e-2, "float32": 1e-4}
-"""Of the largest difference of log-probabilities."""
+ALLOWED = 1.2
+"""How much further from float32 the kernels may be than the model's own layers are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig:
-    """Checks the fused step against the model's layers, then times it and its kernels."""
+    """Times the fused step and its kernels, and compares it with float32 and the layers."""
 
     model: str | None = None
     """Name of a configuration, as for `python -m train`; None: mdn_400m, on a CPU smoke."""
@@ -39,18 +41,25 @@ class DecodingConfig:
     """Of parameters and computation."""
     batch_sizes: tuple[int, ...] = (1, 8, 64)
     """Rows decoded at once."""
-    check_tokens: int = 64
-    """Tokens over which both paths are compared, each fed the same tokens; 0: none."""
+    parts: tuple[Literal["check", "layers", "fused", "kernels", "sweep"], ...] = (
+        "check",
+        "layers",
+        "fused",
+        "kernels",
+    )
+    """What to do: compare; time whole steps by either; time each kernel, with other tiles too."""
+    check_tokens: int = 32
+    """Tokens over which the paths are compared, each fed the same tokens."""
     loop: int = 64
     """Runs of a step, or of a kernel on each layer's weights, in one compiled loop."""
     runs: int = 10
     """Timed runs of the loop after the warm-up; the median is shown."""
     layers: int | None = None
     """Layers of the model; None: all."""
-    sweep: bool = False
-    """Time products with other tiles, too."""
-    kernels: bool = True
-    """Time each kernel by itself."""
+    kernels: tuple[str, ...] = ()
+    """Of which kernels, by parts of their names; none: all."""
+    threads: int = 8
+    """Programs compiled at once."""
     interpret: bool = False
     """In the interpreter: that the command works, no figures."""
     output: Path | None = None
@@ -77,8 +86,26 @@ class Row(NamedTuple):
     launches: int
 
 
+class Job(NamedTuple):
+    """What is to be timed.
+
+    Attributes:
+      row: without its time.
+      run: a loop of weights and a carry, which is donated.
+      weights: what it does not donate.
+      carry: makes the first carry.
+      calls: launches or steps of a turn.
+    """
+
+    row: Row
+    run: Any
+    weights: Any
+    carry: Callable[[], tuple[Any, ...]]
+    calls: int
+
+
 def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
-    """Fails where the fused step is wrong; what it times is right."""
+    """Fails where the fused step is further from float32 than it may be."""
     name = config.model or model_for_device()
     sizes = CONFIGS[name]().model
     if config.layers is not None:
@@ -88,18 +115,16 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
     if lacking := fused_lacks(model, interpret=config.interpret):
         raise SystemExit(f"model: the kernels expect {lacking}")
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {name}, {config.dtype}")
+    print(f"{device}, jax {jax.__version__}, {name}, {config.dtype}", flush=True)
     rows: list[Row] = []
     wrong: list[str] = []
     for batch in config.batch_sizes:
-        if config.check_tokens:
+        if "check" in config.parts:
             line, right = _check(config, model, batch)
             print(line, flush=True)
             if not right:
                 wrong.append(line)
-        rows += _steps(config, model, batch)
-        if config.kernels:
-            rows += _kernels(config, model, batch)
+        rows += _timed(config, list(_jobs(config, model, batch)))
         print(table([row for row in rows if row.batch == batch], device), flush=True)
     if config.output:
         report = {
@@ -114,49 +139,58 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def _check(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> tuple[str, bool]:
-    """Log-probabilities of both paths, each fed the likeliest tokens of the model's layers."""
+    """Log-probabilities of both paths and of float32, each fed float32's likeliest tokens."""
+    exact = MDNForCausalLM(model.config, rngs=nnx.Rngs(0))
+    nnx.update(exact, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model)))
     structure = fused_structure(model, interpret=config.interpret)
-    weights, cache = fused_weights(model), model.init_cache(batch)
-    graph, state = nnx.split(model)
+    weights = fused_weights(model)
+    memory = jax.jit(structure.steps(weights).enter)(model.init_cache(batch))
 
-    @jax.jit
-    def by_layers(state: Any, cache: Any, tokens: Array) -> tuple[Array, Any]:
-        return LayerSteps(nnx.merge(graph, state)).step(cache, tokens)
+    def by_layers(model: MDNForCausalLM) -> tuple[Any, Any]:
+        graph, state = nnx.split(model)
 
-    @jax.jit
+        def run(state: Any, cache: Any, tokens: Array) -> tuple[Array, Any]:
+            return LayerSteps(nnx.merge(graph, state)).step(cache, tokens)
+
+        return jax.jit(run), state
+
     def by_kernels(weights: Any, memory: Any, tokens: Array) -> tuple[Array, Any]:
         return structure.steps(weights).step(memory, tokens)
 
-    memory = jax.jit(structure.steps(weights).enter)(cache)
-    tokens = jnp.asarray(
-        np.random.default_rng(0).integers(model.config.vocab_size, size=batch), jnp.int32
-    )
-    worst, same, total = 0.0, 0, 0
+    (own, state), (best, wide) = by_layers(model), by_layers(exact)
+    cache, exactly = model.init_cache(batch), exact.init_cache(batch)
+    random = np.random.default_rng(0)
+    tokens = jnp.asarray(random.integers(model.config.vocab_size, size=batch), jnp.int32)
+    fused = jax.jit(by_kernels)
+    squares, worst, same = np.zeros(2), np.zeros(2), 0
     for _ in range(config.check_tokens):
-        expected, cache = by_layers(state, cache, tokens)
-        got, memory = by_kernels(weights, memory, tokens)
-        difference = jax.nn.log_softmax(got) - jax.nn.log_softmax(expected)
-        worst = max(worst, float(jnp.max(jnp.abs(difference))))
-        tokens = jnp.argmax(expected, axis=-1).astype(jnp.int32)
-        same += int(jnp.sum(jnp.argmax(got, axis=-1) == tokens))
-        total += batch
-    right = worst <= LIMITS[config.dtype]
+        with jax.default_matmul_precision("highest"):
+            true, exactly = best(wide, exactly, tokens)
+        got, memory = fused(weights, memory, tokens)
+        layers, cache = own(state, cache, tokens)
+        same += int(jnp.sum(jnp.argmax(got, axis=-1) == jnp.argmax(layers, axis=-1)))
+        errors = [jax.nn.log_softmax(x) - jax.nn.log_softmax(true) for x in (got, layers)]
+        squares += [float(jnp.mean(x * x)) for x in errors]
+        worst = np.maximum(worst, [float(jnp.max(jnp.abs(x))) for x in errors])
+        tokens = jnp.argmax(true, axis=-1).astype(jnp.int32)
+    kernels, own_error = np.sqrt(squares / config.check_tokens)
+    right = bool(kernels <= ALLOWED * own_error + 1e-5)
     line = (
-        f"batch {batch}: log-probabilities over {config.check_tokens} tokens differ by at most "
-        f"{worst:.1e}, the likeliest token is the same in {same:,} of {total:,}"
+        f"batch {batch}, {config.check_tokens} tokens: log-probabilities are {kernels:.1e} (root "
+        f"mean square; at most {worst[0]:.1e}) from float32, those of the layers {own_error:.1e} "
+        f"({worst[1]:.1e}); the likeliest token is the same in {same:,} of "
+        f"{batch * config.check_tokens:,}"
     )
-    return line + ("" if right else f": WRONG, expected {LIMITS[config.dtype]:.0e}"), right
+    return line + ("" if right else f": WRONG, expected at most {ALLOWED} times the layers'"), right
 
 
-def _steps(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> list[Row]:
-    """Whole steps, with the likeliest token, in a compiled loop."""
+def _jobs(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> Iterator[Job]:
     structure = fused_structure(model, interpret=config.interpret)
     weights = fused_weights(model)
     graph, state = nnx.split(model)
-    token = jnp.zeros((batch,), jnp.int32)
-    cache = model.init_cache(batch)
+    cache: Any = jax.eval_shape(lambda: model.init_cache(batch))
     moved = sum(x.nbytes for x in jax.tree.leaves((weights.layers, weights.head)))
-    moved += 2 * sum(x.nbytes for x in jax.tree.leaves([entry.state for entry in cache]))
+    moved += 2 * sum(4 * x.size for entry in cache for x in jax.tree.leaves(entry.state))
 
     def again(make: Callable[[Any], Any]) -> Callable[..., Any]:
         def run(weights: Any, memory: Any, token: Array) -> Any:
@@ -169,217 +203,66 @@ def _steps(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> list[Ro
 
             return lax.fori_loop(0, config.loop, body, (memory, token))
 
-        return jax.jit(run, donate_argnums=1)
+        return jax.jit(run, donate_argnums=(1, 2))
 
-    memory = structure.steps(weights).enter(cache)
-    fused = _time(config, again(structure.steps), weights, memory, jnp.copy(token))
-    by_layers = again(lambda state: LayerSteps(nnx.merge(graph, state)))
-    layers = _time(config, by_layers, state, model.init_cache(batch), token)
-    return [
-        Row(batch, "step, layers", "", layers, moved, 1),
-        Row(batch, "step, fused", "", fused, moved, 1),
-    ]
+    def token() -> Array:
+        return jnp.zeros((batch,), jnp.int32)
 
+    def entered() -> tuple[Any, ...]:
+        return structure.steps(weights).enter(model.init_cache(batch)), token()
 
-def _time(config: DecodingConfig, run: Callable[..., Any], weights: Any, *carry: Any) -> float:
-    """Median seconds of one turn of the loop; the carry is donated."""
-    times = []
-    for _ in range(config.runs + 2):
-        start = time.perf_counter()
-        carry = jax.block_until_ready(run(weights, *carry))
-        times.append((time.perf_counter() - start) / config.loop)
-    return statistics.median(times[2:])
+    def row(name: str, moved: int, launches: int, tiles: str = "") -> Row:
+        return Row(batch, name, tiles, 0.0, moved, launches)
 
-
-def _kernels(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> list[Row]:
-    """Each kernel by itself: one launch for each layer a turn, so that no cache has the weights."""
-    structure = fused_structure(model, interpret=config.interpret)
-    weights = fused_weights(model)
-    rows = []
-    for kernel in _cases(weights, model, batch, structure.plan):
+    if "fused" in config.parts:
+        run = again(structure.steps)
+        yield Job(row("step, fused", moved, 1), run, weights, entered, 1)
+    if "layers" in config.parts:
+        run = again(lambda state: LayerSteps(nnx.merge(graph, state)))
+        carry = lambda: (model.init_cache(batch), token())  # noqa: E731
+        yield Job(row("step, layers", moved, 1), run, state, carry, 1)
+    if not {"kernels", "sweep"} & {*config.parts}:
+        return
+    for kernel in cases(weights, model, batch, structure.plan):
+        if config.kernels and not any(part in kernel.name for part in config.kernels):
+            continue
         tiles: list[Tiles | None] = [None]
-        if config.sweep and kernel.product is not None:
+        if "sweep" in config.parts and kernel.product is not None:
             tiles += list(others(batch, *kernel.product))
         for choice in tiles:
             plan = structure.plan
             if choice is not None:
                 plan = plan._replace(tiles=((kernel.name, choice),))
-            try:
-                run = kernel.loop(plan, config.loop)
-                seconds = _time(config, run, kernel.weights, *kernel.carry())
-            except Exception as failure:  # of any kind: the others still count
-                print(f"{kernel.name} {choice}: {type(failure).__name__}: {str(failure)[:200]}")
-                continue
-            words = "shipped" if choice is None else " ".join(map(str, choice))
             count = len(kernel.weights)
-            moved = kernel.moved // count
-            rows.append(Row(batch, kernel.name, words, seconds / count, moved, count))
+            words = "shipped" if choice is None else " ".join(map(str, choice))
+            line = row(kernel.name, kernel.moved // count, count, words)
+            run = kernel.loop(plan, config.loop)
+            yield Job(line, run, kernel.weights, kernel.carry, count)
+
+
+def _timed(config: DecodingConfig, jobs: list[Job]) -> list[Row]:
+    """The rows with their times; jobs that fail are named and left out."""
+    rows = []
+    with ThreadPoolExecutor(config.threads) as pool:
+        compiled: list[Future[Any]] = []
+        for job in jobs:
+            lowered = job.run.lower(job.weights, *jax.eval_shape(job.carry))
+            compiled.append(pool.submit(lowered.compile))
+        for job, program in zip(jobs, compiled, strict=True):
+            try:
+                run = program.result()
+                times, carry = [], job.carry()
+                for _ in range(config.runs + 2):
+                    start = time.perf_counter()
+                    carry = jax.block_until_ready(run(job.weights, *carry))
+                    times.append((time.perf_counter() - start) / config.loop)
+            except Exception as failure:  # of any kind: the others still count
+                kind = type(failure).__name__
+                print(f"{job.row.name} {job.row.tiles}: {kind}: {str(failure)[:200]}")
+                continue
+            rows.append(job.row._replace(seconds=statistics.median(times[2:]) / job.calls))
+            print(*table(rows[-1:], jax.devices()[0].device_kind).splitlines()[2:], flush=True)
     return rows
-
-
-class _Case(NamedTuple):
-    """A kernel with what it runs on.
-
-    Attributes:
-      name: of the kernel.
-      weights: of every layer.
-      run: of a plan, a layer's weights, a carry and the layer, to the next carry.
-      carry: makes the first carry.
-      moved: bytes, over all layers.
-      product: outputs, width, bytes of a weight, matrices; None: no product.
-    """
-
-    name: str
-    weights: list[Any]
-    run: Callable[[Plan, Any, Any, int], Any]
-    carry: Callable[[], tuple[Any, ...]]
-    moved: int
-    product: tuple[int, int, int, int] | None
-
-    def loop(self, plan: Plan, count: int) -> Callable[..., Any]:
-        """`count` turns, each over all layers."""
-
-        def turns(weights: Any, *carry: Any) -> Any:
-            def body(_: Any, carry: Any) -> Any:
-                for i, own in enumerate(weights):
-                    carry = self.run(plan, own, carry, i)
-                return carry
-
-            return lax.fori_loop(0, count, body, carry)
-
-        return jax.jit(turns, donate_argnums=tuple(range(1, 1 + len(self.carry()))))
-
-
-def _cases(weights: Any, model: MDNForCausalLM, batch: int, plan: Plan) -> Iterator[_Case]:
-    hidden, dtype = model.config.hidden_size, model.dtype
-    layers, first = list(weights.layers), weights.layers[0]
-    itemsize = jnp.dtype(dtype).itemsize
-    key = jax.random.key(0)
-
-    def stream() -> Stream:
-        h = jax.random.normal(key, (batch, hidden)).astype(dtype)
-        return Stream(h, jnp.sum(jnp.square(h.astype(jnp.float32)), axis=1, keepdims=True))
-
-    def sizes(matrix: Array, matrices: int = 1) -> tuple[int, int, int, int]:
-        return matrix.shape[0] // matrices, matrix.shape[1], itemsize, matrices
-
-    def nudged(stream: Stream, by: Array) -> Stream:
-        """A stream that depends on a result, so that nothing is left out."""
-        return Stream(stream.h, stream.squares + 1e-30 * by.astype(jnp.float32))
-
-    def bytes_of(*names: str) -> int:
-        return sum(getattr(x, name).nbytes for x in layers for name in names)
-
-    def projections(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        (x,) = carry
-        out = kernels.projections(x, own.projections, plan)
-        return (nudged(x, out.gates[:, :1]),)
-
-    yield _Case(
-        "mdn_decode_projections",
-        layers,
-        projections,
-        lambda: (stream(),),
-        bytes_of("projections"),
-        sizes(first.projections),
-    )
-
-    projected = kernels.projections(stream(), first.projections, plan)
-    states = [jnp.zeros((batch, plan.value_heads, plan.key_dim, plan.value_dim)) for _ in range(2)]
-
-    def mixer(plan: Plan, own: Any, carry: Any, i: int) -> Any:
-        memories, projected, slot, active = carry
-        mixed, memory = kernels.mixer(projected, own, memories[i], slot, active, plan)
-        memories = (*memories[:i], memory, *memories[i + 1 :])
-        gates = projected.gates + 1e-30 * mixed.gated[:, :1]
-        return memories, projected._replace(gates=gates), slot, active
-
-    def memories() -> tuple[Any, ...]:
-        tail = (batch, plan.conv_size, plan.channels)
-        each = tuple(LayerMemory(*map(jnp.copy, states), jnp.zeros(tail, dtype)) for _ in layers)
-        copies = jax.tree.map(jnp.copy, projected)
-        return each, copies, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32)
-
-    moved = 2 * sum(x.nbytes for x in states) * len(layers)
-    yield _Case("mdn_decode_mixer", layers, mixer, memories, moved, None)
-
-    memory = memories()[0][0]
-    ones = jnp.ones((batch,), jnp.int32)
-    mixed, _ = kernels.mixer(projected, first, memory, 0 * ones, ones, plan)
-
-    def output(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        h, mixed = carry
-        return kernels.output(h, mixed, own.output, plan).h, mixed
-
-    yield _Case(
-        "mdn_decode_output",
-        layers,
-        output,
-        lambda: (stream().h, jax.tree.map(jnp.copy, mixed)),
-        bytes_of("output"),
-        sizes(first.output),
-    )
-
-    def up(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        (x,) = carry
-        return (nudged(x, kernels.up(x, own.up, plan)[:, :1]),)
-
-    yield _Case(
-        "mdn_decode_up", layers, up, lambda: (stream(),), bytes_of("up"), sizes(first.up, 2)
-    )
-
-    activations = kernels.up(stream(), first.up, plan)
-
-    def down(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        h, activations = carry
-        return kernels.down(h, activations, own.down, plan).h, activations
-
-    yield _Case(
-        "mdn_decode_down",
-        layers,
-        down,
-        lambda: (stream().h, jnp.copy(activations)),
-        bytes_of("down"),
-        sizes(first.down),
-    )
-
-    def head(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        (x,) = carry
-        return (nudged(x, kernels.logits(x, own, plan)[:, :1]),)
-
-    yield _Case(
-        "mdn_decode_head",
-        [weights.head],
-        head,
-        lambda: (stream(),),
-        weights.head.nbytes,
-        sizes(weights.head),
-    )
-
-
-def others(batch: int, outputs: int, width: int, itemsize: int, matrices: int) -> Iterator[Tiles]:
-    """Tiles near those that ship."""
-    shipped = product_tiles(batch, outputs, width, itemsize, matrices=matrices)
-    if not shipped.dot:
-        for block, warps in ((4, 4), (16, 16), (16, 8), (8, 4), (4, 8)):
-            if (block, warps) != (shipped.outputs, shipped.warps):
-                yield shipped._replace(outputs=block, warps=warps)
-        for dot in (16, 32):
-            yield Tiles(16, dot, min(width & -width, 256), 1, 4, 4, dot=True)
-        return
-    for rows in (16, 32, 64):
-        if rows > 16 and rows // 2 >= batch:
-            continue
-        for block in (16, 32, 64, 128):
-            for step, stages in ((128, 4), (256, 3), (64, 6)):
-                if step > (width & -width) or (rows + matrices * block) * step * stages > 100_000:
-                    continue
-                for warps in (4, 8):
-                    if warps == 8 and block * matrices < 64:
-                        continue
-                    tiles = Tiles(rows, block, step, 1, warps, stages, dot=True)
-                    if tiles != shipped:
-                        yield tiles
 
 
 def table(rows: list[Row], device: str) -> str:

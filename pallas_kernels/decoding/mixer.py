@@ -35,12 +35,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoding.projections import Projected
+from pallas_kernels.decoding.tiles import mixer_tiles
 from pallas_kernels.decoding.types import Gates, LayerMemory, LayerWeights, Leaf, Plan, like
 from pallas_kernels.lowering import kernel_call, loads_so_far_are_issued
 from pallas_kernels.momentum_delta.coefficients import inverse_norm
 from pallas_kernels.momentum_delta.decode import SHORTER
 from pallas_kernels.momentum_delta.isolation import clean, times
-from pallas_kernels.tiling import decode_tiles
 
 NAME = "mdn_decode_mixer"
 _LARGEST_BETA = 2.0
@@ -93,7 +93,7 @@ def mixer(
 ) -> tuple[Mixed, LayerMemory]:
     """The kernel on whole arrays; the memory's are overwritten."""
     batch = slot.shape[0]
-    tiles = decode_tiles(plan.key_dim, plan.value_dim, batch * plan.value_heads)
+    tiles = mixer_tiles(plan.key_dim, plan.value_dim, batch * plan.value_heads)
     blocks = plan.value_dim // tiles.block_v
     inputs = _Inputs(
         projected,

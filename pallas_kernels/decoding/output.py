@@ -53,7 +53,7 @@ def output(h: Leaf, mixed: Mixed, weights: Leaf, plan: Plan) -> Stream:
 
             def factor(step: Any) -> jax.Array:
                 own = heads == step * tiles.width // plan.value_dim
-                return jnp.sum(jnp.where(own, inverse, 0.0), axis=1, keepdims=True)
+                return jnp.sum(jnp.where(own, inverse, 0.0), axis=1)
 
             return Inputs(of_rows(mixed.gated, rows, batch), factor)
 

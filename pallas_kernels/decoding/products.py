@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     Attributes:
       load: from the number and columns of a step, `[1 or rows, width]`, to the inputs there,
         `[rows, width]`, which go into the product as they are.
-      factor: of the products of a step, `[rows, 1]`; None: 1.
+      factor: of the products of a step, `[rows]`; None: 1.
       last: of the sums of all steps, `[rows]`; loaded before the product; None: 1.
     """
 
@@ -61,10 +61,10 @@ class Block(NamedTuple):
 
     Attributes:
       number: of the block of outputs.
-      rows: of the batch, `[rows, 1]`.
-      outputs: their numbers, `[1, outputs]`.
-      inside: which of both there are, `[rows, outputs]`.
-      values: for each matrix `[rows, outputs]` float32.
+      rows: of the batch, `[1, rows]`.
+      outputs: their numbers, `[outputs, 1]`.
+      inside: which of both there are, `[outputs, rows]`.
+      values: for each matrix `[outputs, rows]` float32.
     """
 
     number: jax.Array
@@ -149,8 +149,8 @@ def multiply(
         return masked_load(place, (outputs < product.outputs)[:, None])
 
     def done(rows: jax.Array, values: tuple[jax.Array, ...]) -> None:
-        inside = (rows < product.batch) & (outputs < product.outputs)[None, :]
-        finish(Block(number, rows, outputs[None, :], inside, values))
+        inside = (outputs < product.outputs)[:, None] & (rows < product.batch)
+        finish(Block(number, rows, outputs[:, None], inside, values))
 
     run = _by_dot if tiles.dot else _summed
     run(product, matrices, weights, first, prepare, done)
@@ -169,23 +169,22 @@ def _by_dot(
     done: Callable[..., None],
 ) -> None:
     tiles = product.tiles
-    rows = first + lax.broadcasted_iota(jnp.int32, (tiles.rows, 1), 0)
-    inputs = prepare(rows)
+    inputs = prepare(first + lax.broadcasted_iota(jnp.int32, (tiles.rows, 1), 0))
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x = inputs.load(i, _columns(i, tiles.width))
-        parts = [dot(x, weights(matrix, i).T, None) for matrix in matrices]
+        x = inputs.load(i, _columns(i, tiles.width)).T
+        parts = [dot(weights(matrix, i), x, None) for matrix in matrices]  # [outputs, rows]
         if inputs.factor is not None:
-            factor = inputs.factor(i)
+            factor = inputs.factor(i)[None, :]
             parts = [factor * part for part in parts]
         return tuple(total + part for total, part in zip(sums, parts, strict=True))
 
-    sums = (jnp.zeros((tiles.rows, tiles.outputs), jnp.float32),) * len(matrices)
+    sums = (jnp.zeros((tiles.outputs, tiles.rows), jnp.float32),) * len(matrices)
     sums = lax.fori_loop(0, product.width // tiles.width, step, sums)
     if inputs.last is not None:
-        last = inputs.last()[:, None]
+        last = inputs.last()[None, :]
         sums = tuple(last * total for total in sums)
-    done(rows, sums)
+    done(first + lax.broadcasted_iota(jnp.int32, (1, tiles.rows), 1), sums)
 
 
 def _summed(
@@ -216,7 +215,7 @@ def _summed(
             for own in inputs:
                 x = own.load(step, columns).astype(jnp.float32)
                 if own.factor is not None:
-                    x *= own.factor(step)
+                    x *= own.factor(step)[:, None]
                 products += [w * x for w in wide]
             sums = tuple(map(lax.add, sums, products)) if sums else tuple(products)
         return inputs, sums
@@ -234,7 +233,7 @@ def _summed(
             last = own.last()
             totals = [last * total for total in totals]
         row = first + i + jnp.zeros((1, 1), jnp.int32)
-        done(row, tuple(total[None, :] for total in totals))
+        done(row, tuple(total[:, None] for total in totals))
 
 
 def of_rows(reference: Any, rows: jax.Array, batch: int) -> Callable[[Any, jax.Array], jax.Array]:
@@ -276,6 +275,6 @@ def add_to_stream(stream: Any, before: Any, block: Block) -> None:
     h = (block.load(before) + y).astype(dtype)
     block.store(stream.h, h)
     wide = jnp.where(block.inside, h.astype(jnp.float32), 0.0)
-    square = jnp.sum(wide * wide, axis=1, keepdims=True)
+    square = jnp.sum(wide * wide, axis=0, keepdims=True)
     own = block.rows < before.shape[0]
     masked_store(stream.squares.at[block.rows, block.rows * 0 + block.number], square, own)

@@ -9,7 +9,13 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.backends import triton_lacks
-from pallas_kernels.tiling import KEY_DIMS, MAX_VALUE_DIM, SHARED_MEMORY, padded_value_dim
+from pallas_kernels.tiling import (
+    KEY_DIMS,
+    MAX_VALUE_DIM,
+    SHARED_MEMORY,
+    DecodeTiles,
+    padded_value_dim,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_TAPS = 8
@@ -17,6 +23,8 @@ LEAST_WIDTH = 16
 """Widths of products are multiples of this."""
 _PROGRAMS = 120
 """Enough for every multiprocessor to have about one."""
+_FEW, _MANY = 2048, 16_384
+"""Outputs of a product that are too few for every multiprocessor, or a vocabulary."""
 _REGISTERS = 96
 """Of a lane, for weights on their way."""
 
@@ -69,6 +77,20 @@ def product_tiles(
     return _by_dot(batch, outputs, width, matrices)
 
 
+def mixer_tiles(key_dim: int, value_dim: int, heads: int) -> DecodeTiles:
+    """The block of V and the warps of the mixer's kernel.
+
+    Args:
+      key_dim: K.
+      value_dim: V.
+      heads: value heads of all rows, `B * HV`.
+    """
+    block_v = 32 if value_dim >= 32 and heads * value_dim // 32 >= 2 * _PROGRAMS else 16
+    # 32 elements of each state to a thread, or 16 where the device is not full
+    share = 1024 if heads * value_dim // block_v >= 2 * _PROGRAMS else 512
+    return DecodeTiles(block_v, max(1, min(8, key_dim * block_v // share)))
+
+
 def _summed(batch: int, width: int, itemsize: int, matrices: int) -> Tiles:
     rows, block, step = min(2, batch), 8, _step(width, 256)
     steps = width // step
@@ -80,12 +102,16 @@ def _summed(batch: int, width: int, itemsize: int, matrices: int) -> Tiles:
 
 
 def _by_dot(batch: int, outputs: int, width: int, matrices: int) -> Tiles:
-    rows = 16 if batch <= 16 or outputs <= 2048 else 32
-    programs = -(-batch // rows)
+    if outputs >= _MANY and batch > 32:
+        return Tiles(64, 128, _step(width, 64), 1, 4, 4, dot=True)
+    rows = 16 if batch <= 16 or outputs <= _FEW else 32
     blocks = [64, 32, 16] if matrices == 1 else [32, 16]
+    programs = -(-batch // rows)
     block = next((n for n in blocks if programs * outputs // n >= _PROGRAMS), 16)
     step = _step(width, 128 if rows + matrices * block > 64 else 256)
-    return Tiles(rows, block, step, 1, 4, 4, dot=True)
+    stages = 6 if rows + matrices * block <= 32 else 4
+    # 16 outputs a warp
+    return Tiles(rows, block, step, 1, max(2, matrices * block // 16), stages, dot=True)
 
 
 def _step(width: int, most: int) -> int:

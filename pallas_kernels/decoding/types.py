@@ -40,8 +40,8 @@ class LayerWeights(NamedTuple):
     """Of a layer; matrices have a row for each output, in the compute dtype.
 
     Attributes:
-      projections: times the scale of the norm before them: q, k, v, output gate (if there is one) and gates, one below the other,
-        `[2 H K + HV V (+ HV V) + gates HV, hidden]`.
+      projections: times the scale of the norm before them: q, k, v, output gate (if there is
+        one) and gates, one below the other, `[2 H K + HV V (+ HV V) + gates HV, hidden]`.
       taps: of the convolutions of q, k and v side by side, `[W, 2 H K + HV V]` float32.
       bias: `[2 H K + HV V]` float32, or None.
       gates: of the heads.

@@ -50,6 +50,8 @@ def drawn(config: MDNConfig, dtype: str = "float32") -> MDNForCausalLM:
 def test_the_mixer_is_that_of_the_layer(options):
     config = dataclasses.replace(CONFIG, **options)
     model = drawn(config)
+    norm = model.layers[0].mixer_norm.scale  # which goes into the projections
+    norm[...] = jnp.ones_like(norm[...])
     layer = model.layers[0].mixer
     structure, weights = fused_structure(model, interpret=True), fused_weights(model).layers[0]
     plan = structure.plan
