@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from benchmarks.costs import PEAKS
 from benchmarks.decoding_cases import cases, others
+from benchmarks.decoding_inspect import report
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
@@ -41,13 +42,14 @@ class DecodingConfig:
     """Of parameters and computation."""
     batch_sizes: tuple[int, ...] = (1, 8, 64)
     """Rows decoded at once."""
-    parts: tuple[Literal["check", "layers", "fused", "kernels", "sweep"], ...] = (
+    parts: tuple[Literal["inspect", "check", "layers", "fused", "kernels", "sweep"], ...] = (
         "check",
         "layers",
         "fused",
         "kernels",
     )
-    """What to do: compare; time whole steps by either; time each kernel, with other tiles too."""
+    """What to do: compile without a GPU for registers and spills, and nothing else; compare; time
+    whole steps by either; time each kernel; with other tiles, too."""
     check_tokens: int = 32
     """Tokens over which the paths are compared, each fed the same tokens."""
     loop: int = 64
@@ -110,6 +112,9 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
     sizes = CONFIGS[name]().model
     if config.layers is not None:
         sizes = dataclasses.replace(sizes, num_hidden_layers=config.layers)
+    if "inspect" in config.parts:
+        print(report(sizes, config.dtype, config.batch_sizes))
+        return
     dtype = jnp.dtype(config.dtype)
     model = MDNForCausalLM(sizes, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     if lacking := fused_lacks(model, interpret=config.interpret):
@@ -127,13 +132,13 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
         rows += _timed(config, list(_jobs(config, model, batch)))
         print(table([row for row in rows if row.batch == batch], device), flush=True)
     if config.output:
-        report = {
+        results = {
             "device": device,
             "jax": jax.__version__,
             "config": dataclasses.asdict(config),
             "results": [row._asdict() for row in rows],
         }
-        config.output.write_text(json.dumps(report, indent=1, default=str))
+        config.output.write_text(json.dumps(results, indent=1, default=str))
     if wrong:
         raise SystemExit("\n".join(wrong))
 

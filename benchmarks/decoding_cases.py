@@ -94,7 +94,10 @@ def cases(weights: Any, model: MDNForCausalLM, batch: int, plan: Plan) -> Iterat
 
     def memories() -> tuple[Any, ...]:
         tail = (batch, plan.conv_size, plan.channels)
-        each = tuple(LayerMemory(*map(jnp.copy, states), jnp.zeros(tail, dtype)) for _ in layers)
+        each = tuple(
+            LayerMemory(jnp.copy(states[0]), jnp.copy(states[1]), jnp.zeros(tail, dtype))
+            for _ in layers
+        )
         copies = jax.tree.map(jnp.copy, projected)
         return each, copies, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32)
 

@@ -249,6 +249,13 @@ def fused_weights(model: MDNForCausalLM) -> FusedWeights:
     return weights
 
 
+def fused_weights_shape(model: MDNForCausalLM) -> FusedWeights:
+    """Shapes of the joined weights, all but the embeddings', of a model that may be of shapes."""
+    graph, state = nnx.split(model)
+    shapes: FusedWeights = jax.eval_shape(partial(_join, graph), state)
+    return shapes
+
+
 @partial(jax.jit, static_argnums=0)
 def _join(graph: Any, state: Any) -> FusedWeights:
     model: MDNForCausalLM = nnx.merge(graph, state)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.decoding_inspect import lowered_step
 from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models.fused import fused_structure, fused_weights
 from pallas_kernels.decoding import product_tiles, unsupported
 from pallas_kernels.decoding.kernels import Projected, mixer
+from tests.kernels import compiled
 
 CONFIG = MDNConfig(
     vocab_size=19,
@@ -128,3 +130,19 @@ def test_what_does_not_run_is_named(changes, expected):
     else:
         with pytest.raises(ValueError, match=expected):
             raise ValueError(lacking)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", compiled.STEPS, ids=lambda case: f"K{case[0].head_dim}-{case[1:]}")
+def test_kernels_compile_without_spills_and_fit(case):
+    """Compiling needs Triton and is left out where that does not install; see `compiled`."""
+    kernels = lowered_step(*case)
+    assert [kernel.name for kernel in kernels] == [
+        f"mdn_decode_{name}" for name in ("projections", "mixer", "output", "up", "down", "head")
+    ]
+    assert [kernel.in_place for kernel in kernels] == [0, 3, 0, 0, 0, 0]
+    pytest.importorskip("triton", reason="the development version is for x86-64 Linux")
+    for kernel in kernels:
+        report = compiled.report(kernel, (9, 0))
+        assert not report.spilled, report
+        assert not report.over_limit, report

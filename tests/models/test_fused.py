@@ -56,15 +56,17 @@ def test_tokens_one_by_one_are_those_of_the_model(dtype, batch, options):
         if dtype == "float32":
             np.testing.assert_allclose(got, expected, atol=2e-4)
             np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
-        errors.append([np.abs(x - true).max(initial=0) for x in (got, expected)])
-    kernels, layers_own = np.mean(errors, axis=0)
-    assert kernels <= (1e-4 if dtype == "float32" else 1.5 * layers_own)
+        errors.append([np.square(x - true).sum() for x in (got, expected)])
+    kernels, layers_own = np.sqrt(np.sum(errors, axis=0))
+    assert dtype == "float32" or kernels <= 1.2 * layers_own
     after = structure.steps(weights).leave(memory)
     for x, y, z in zip(*map(jax.tree.leaves, (after, cache, exactly)), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         x, y, z = (np.asarray(a, np.float32) for a in (x, y, z))
-        allowed = 2e-4 if dtype == "float32" else 1.5 * np.abs(y - z).max() + 1e-3
-        np.testing.assert_allclose(x, z, atol=allowed)
+        if dtype == "float32":
+            np.testing.assert_allclose(x, y, atol=2e-4)
+        else:
+            assert np.linalg.norm(x - z) <= 1.2 * np.linalg.norm(y - z)
 
 
 def test_a_token_outside_the_vocabulary_gives_nan_in_its_row_alone():
@@ -108,7 +110,7 @@ def test_weights_are_joined_once_for_the_same_parameters():
     weights = fused_weights(model)
     assert fused_weights(model) is weights
     model.norm.scale[...] = 2 * model.norm.scale[...]
-    np.testing.assert_array_equal(fused_weights(model).norm, 2 * weights.norm)
+    np.testing.assert_array_equal(fused_weights(model).head, 2 * weights.head)
 
 
 @pytest.mark.parametrize(
