@@ -22,9 +22,13 @@ from tabulate import tabulate
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
-from mdn_jax.models import Decoder, GenerationState, prefill, stream
+from mdn_jax.models import Decoder, GenerationState, generate, prefill, stream
+from mdn_jax.models.prefill import piece_width
 from mdn_jax.models.steps import StepKind
 from mdn_jax.ops.api import Implementation
+
+FIRST = 100
+"""Tokens of the prompt whose first token is timed."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class GenerationConfig:
     decoder: StepKind | None = None
     """What takes single tokens: the model's layers, the fused kernels; None: the best."""
     batch_sizes: tuple[int, ...] | None = None
-    """Rows decoded at once; None: 1 and 64, on a CPU 1."""
+    """Rows decoded at once; None: 1, 8 and 64, on a CPU 1."""
     positions: tuple[int, ...] | None = None
     """Tokens before those that are timed; None: 1,000 and 100,000, on a CPU 1,000."""
     tokens: int = 256
@@ -99,9 +103,14 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
         f"{config.dtype}; {config.tokens} tokens of each row in blocks of {config.block}, the "
         "first block not counted; memory: the most in use while decoding"
     )
+    decoder = Decoder(model, steps=config.decoder)
+    first = _first_token(decoder)
+    print(
+        f"a prompt of {FIRST} tokens, its first token after {first * 1e3:.1f} ms (median, compiled)"
+    )
     rows = [
-        _run(config, model, batch_size, position)
-        for batch_size in config.batch_sizes or ((1,) if on_cpu else (1, 64))
+        _run(config, decoder, batch_size, position)
+        for batch_size in config.batch_sizes or ((1,) if on_cpu else (1, 8, 64))
         for position in config.positions or ((1_000,) if on_cpu else (1_000, 100_000))
     ]
     headers = ["batch", "position", "prefill tokens/s", "ms a token", "tokens/s", "MB", "MB states"]
@@ -123,46 +132,63 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
             "device": device,
             "jax": jax.__version__,
             "config": asdict(config),
+            "first_token": first,
             "results": [row._asdict() for row in rows],
         }
         config.output.write_text(json.dumps(report, indent=1, default=str))
 
 
-def _run(config: GenerationConfig, model: MDNForCausalLM, batch_size: int, position: int) -> Row:
-    state, prompt_speed = _read(config, model, batch_size, position)
-    decoder = Decoder(model, steps=config.decoder)
+def _first_token(decoder: Decoder, times: int = 10) -> float:
+    """Median seconds from a prompt to its first token, compiled before."""
+    vocab, rng = decoder.config.vocab_size, np.random.default_rng(0)
+    prompts = [rng.integers(vocab, size=FIRST).tolist() for _ in range(times)]
+    seconds = []
+    for prompt in [prompts[0], *prompts]:
+        began = time.perf_counter()
+        generate(decoder, [prompt], max_new_tokens=1)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def _run(config: GenerationConfig, decoder: Decoder, batch_size: int, position: int) -> Row:
+    state, prompt_speed = _read(config, decoder, batch_size, position)
     # compiles, which takes memory of its own; nothing is kept
     deque(stream(decoder, state, max_new_tokens=config.block + 1, block=config.block), maxlen=0)
     times = []
     with _most_bytes_in_use() as memory:
         began = time.perf_counter()
         for piece in stream(decoder, state, max_new_tokens=config.tokens + 1, block=config.block):
-            state = jax.block_until_ready(piece.state)
+            jax.block_until_ready(piece.state)
             now = time.perf_counter()
+            memory.append(_bytes_in_use())  # of the state before and the one after
+            state = piece.state
             if len(piece.tokens[0]) == config.block:  # not the first token, nor a short last block
                 times.append((now - began) / config.block)
-            began = now
+            began = time.perf_counter()
     cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
     step = statistics.median(times[1:])
     return Row(batch_size, position, prompt_speed, step, max(memory), cache)
 
 
 def _read(
-    config: GenerationConfig, model: MDNForCausalLM, batch_size: int, position: int
+    config: GenerationConfig, decoder: Decoder, batch_size: int, position: int
 ) -> tuple[GenerationState, float | None]:
     """The state after random prompts, and tokens a second of whole pieces but the first."""
     rng = np.random.default_rng(position)
-    piece = max(1, config.piece // batch_size)
-    state, seconds, read = None, 0.0, 0
-    for start in range(0, position, piece):
-        count = min(piece, position - start)
-        prompts = rng.integers(model.config.vocab_size, size=(batch_size, count)).tolist()
-        began = time.perf_counter()
-        state = jax.block_until_ready(prefill(model, prompts, state=state))
-        if start and count == piece:  # others are compiled for
-            seconds, read = seconds + time.perf_counter() - began, read + batch_size * count
-    assert state is not None
-    return state, read / seconds if seconds else None
+    prompts = rng.integers(decoder.config.vocab_size, size=(batch_size, position))
+    width = min(piece_width(config.piece, batch_size), position)
+    # compiles; the pieces between have the shape of the first
+    state = jax.block_until_ready(prefill(decoder, prompts[:, :width], piece=config.piece))
+    whole = position // width * width
+    seconds = 0.0
+    for start, stop in ((width, whole), (whole, position)):
+        if start < stop:
+            began = time.perf_counter()
+            state = prefill(decoder, prompts[:, start:stop], state=state, piece=config.piece)
+            jax.block_until_ready(state)
+            if start == width:
+                seconds = time.perf_counter() - began
+    return state, batch_size * (whole - width) / seconds if whole > width else None
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """`mdn-generate`: continues text with a checkpoint."""
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self, TextIO
 
 import tyro
 
@@ -21,6 +22,8 @@ from mdn_jax.models import (
     prefill,
     stream,
 )
+from mdn_jax.models.decoder import as_decoder
+from mdn_jax.models.fields import require
 from mdn_jax.models.state_file import load_state, save_state
 from mdn_jax.new_file import check_place
 from mdn_jax.text.decoding import Decoder
@@ -65,6 +68,16 @@ class GenerateConfig(CheckpointConfig):
 
     block: int = 16
     """Tokens in one call of the compiled loop: the steps in which text appears."""
+
+    piece: int = 8192
+    """Most tokens of the prompts in one call of the model, over all of them."""
+
+    logprobs: Path | None = None
+    """Write a line of JSON for each token to this file: its row, id, log-probability (nats, of the
+    model's own distribution), and the likeliest tokens there with theirs."""
+
+    likeliest: int = 5
+    """How many likeliest tokens go into `logprobs`."""
 
     load_state: Path | None = None
     """Continue from a file of `save_state`; the prompts come after what it has had."""
@@ -123,8 +136,11 @@ def generate_text(config: GenerateConfig) -> int:
     texts = _prompts(config)
     if config.save_state is not None:
         check_place(config.save_state)
+    require("likeliest", config.likeliest, "an int >= 0", config.likeliest >= 0)
+    if config.logprobs is not None:
+        check_place(config.logprobs)
     model, text = open_checkpoint(config)
-    state = None
+    decoder, state = as_decoder(model), None
     if config.load_state is not None:
         state = load_state(config.load_state.expanduser(), model)
     if state is not None and not texts:
@@ -133,10 +149,10 @@ def generate_text(config: GenerateConfig) -> int:
     prompts = [encode(prompt, special=config.special_tokens) for prompt in texts or [""]]
     sampling = _limited(config.sampling, text)
     timing = _Timing(time.perf_counter())
-    with Interrupt() as interrupt:
-        state = prefill(model, prompts, state=state)
+    with Interrupt() as interrupt, _Logprobs(config.logprobs) as numbers:
+        state = prefill(decoder, prompts, state=state, piece=config.piece)
         pieces = stream(
-            model,
+            decoder,
             state,
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
@@ -144,6 +160,7 @@ def generate_text(config: GenerateConfig) -> int:
             seed=config.seed,
             max_length=config.max_length,
             block=config.block,
+            logprobs=None if config.logprobs is None else config.likeliest,
         )
         # what a state has had without a prompt is not known
         shown = [prompt if prompt or config.load_state is None else None for prompt in prompts]
@@ -151,6 +168,7 @@ def generate_text(config: GenerateConfig) -> int:
         for piece in pieces:
             timing.count(piece)
             rows.add(piece)
+            numbers.add(piece)
             state = piece.state
             if interrupt.signal is not None:
                 break
@@ -191,6 +209,31 @@ class _Rows:
         self._texts[row] += new
         if self._alone:
             _show(new)
+
+
+class _Logprobs:
+    """A file of log-probabilities, written as they come; or none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        if self._path is not None:
+            self._file = self._path.expanduser().open("w")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, piece: Piece) -> None:
+        if self._file is None or piece.logprobs is None:
+            return
+        for row, (tokens, numbers) in enumerate(zip(piece.tokens, piece.logprobs, strict=True)):
+            for token, number, likeliest in zip(tokens, *numbers, strict=True):
+                line = {"row": row, "token": token, "logprob": number, "likeliest": likeliest}
+                self._file.write(json.dumps(line) + "\n")
 
 
 def _show(text: str) -> None:

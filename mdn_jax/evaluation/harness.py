@@ -21,6 +21,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.evaluation.token_losses import Row, row_after, strided_rows, token_losses, width_of
 from mdn_jax.extras import install
 from mdn_jax.models import MDNForCausalLM, Sampling, generate
+from mdn_jax.models.decoder import as_decoder
 from mdn_jax.models.loss import IGNORED
 from mdn_jax.text.text import Text
 
@@ -63,6 +64,7 @@ class Harness:
                 f"{text.vocab_size - 1}"
             )
         self._model, self._text = model, text
+        self._decoder = as_decoder(model)
         self._rows, self._window, self._new = batch_size, window, max_new_tokens
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -149,7 +151,7 @@ class Harness:
         while left > 0 and not ended:
             count = min(left, 16)
             piece = generate(
-                self._model,
+                self._decoder,
                 [prompt],
                 max_new_tokens=count,
                 sampling=sampling,

@@ -1,5 +1,6 @@
 """A model taken apart once for many calls of compiled programs."""
 
+import contextlib
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
 from mdn_jax.models.fields import require
 from mdn_jax.models.fused import fused_cache_lacks
 from mdn_jax.models.generation_state import GenerationState, check_state
+from mdn_jax.models.on_mesh import mesh_of
 from mdn_jax.models.sampling import SamplingArrays
 from mdn_jax.models.steps import StepKind, check_steps, fused_steps
 from mdn_jax.models.structure import Structure
@@ -41,6 +43,7 @@ class Decoder:
       config: its configuration.
       structure: what is static of it.
       arrays: the rest.
+      mesh: over which the parameters lie (`shard_model`); None: over none.
     """
 
     def __init__(self, model: MDNForCausalLM, *, steps: StepKind | None = None) -> None:
@@ -50,6 +53,11 @@ class Decoder:
         graph, weights = nnx.split(model)
         self.arrays, tree = jax.tree.flatten(weights)
         self.structure = Structure(graph, tree)
+        self.mesh = mesh_of(self.arrays)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, the mesh over which the parameters lie is the ambient one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @cached_property
     def _fused(self) -> tuple[Any, Any] | None:
@@ -104,7 +112,10 @@ class Decoder:
         require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
         run = decode_block_in_place if donate else decode_block
         structure, arrays = self._steps_from(state.cache)
-        return run(structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs)
+        with self.on_mesh():
+            return run(
+                structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs
+            )
 
 
 def as_decoder(model: MDNForCausalLM | Decoder) -> Decoder:

@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
+from mdn_jax.layers import sharding
 from mdn_jax.models.arguments import check_prompts, is_whole, without_padding
 from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.decoder import Decoder, as_decoder
@@ -69,25 +72,31 @@ def prefill(
     longest = int(lengths.max())
     if state is not None and not longest:
         return state
-    width = _shape(max(piece // len(rows), min(piece, _LEAST)))
+    width = piece_width(piece, len(rows))
     padded = np.zeros((len(rows), longest), np.int32)
     for row, new in zip(padded, rows, strict=True):
         row[: len(new)] = new
-    if state is None:
-        state = _initial(decoder.structure, decoder.arrays, len(rows))
-    if longest > width:
-        state = _with_room(decoder.model, state, longest, width)
-    for start in range(0, longest, width):
-        part = padded[:, start : start + width]
-        part = np.pad(part, ((0, 0), (0, _bucket(part.shape[1]) - part.shape[1])))
-        counts = np.clip(lengths - start, 0, width)
-        state = _prefill(decoder.structure, decoder.arrays, state, part, counts)
+    structure, arrays = decoder.structure, decoder.arrays
+    with decoder.on_mesh():
+        if state is None:
+            state = _initial(structure, arrays, len(rows))
+        if longest > width:
+            state = _with_room(decoder.model, state, longest, width)
+        for start in range(0, longest, width):
+            part = padded[:, start : start + width]
+            part = np.pad(part, ((0, 0), (0, _bucket(part.shape[1]) - part.shape[1])))
+            counts = np.clip(lengths - start, 0, width)
+            state = _prefill(structure, arrays, state, part, counts)
     return growing(decoder.model, state)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _initial(structure: Structure, arrays: list[Array], rows: int) -> GenerationState:
-    return initial_state(structure.model(arrays), rows)
+    state = initial_state(structure.model(arrays), rows)
+    cut = PartitionSpec(sharding.cut(sharding.named_axes().rows, rows))
+    if cut == PartitionSpec(None):
+        return state
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cut), state)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -125,6 +134,7 @@ def _bucket(length: int) -> int:
     return 1 << (length - 1).bit_length() if length <= 512 else -(-length // 512) * 512
 
 
-def _shape(length: int) -> int:
-    """The largest length of `_bucket` that is not above this one."""
+def piece_width(piece: int, rows: int) -> int:
+    """Tokens of each row in a piece: a length of `_bucket` not above its share."""
+    length = max(piece // rows, min(piece, _LEAST))
     return 1 << (length.bit_length() - 1) if length <= 512 else length // 512 * 512

@@ -1,5 +1,6 @@
 """mdn-generate as a user meets it."""
 
+import json
 import re
 import signal
 import subprocess
@@ -60,6 +61,22 @@ def test_states_save_the_prompt(checkpoint, tmp_path, capsys):
         capsys, checkpoint, *SCAN, "--max-new-tokens", 9, "--load-state", state, "--prompt", "!"
     )
     assert more.out.startswith("!")
+
+
+def test_log_probabilities_go_to_a_file(checkpoint, tmp_path, capsys):
+    path = tmp_path / "logprobs.jsonl"
+    options = [*SCAN, "--prompt", "dé", "--max-new-tokens", 9, "--temperature", 0]
+    # an "A" has what no other byte makes good
+    options += ["--min-p", 0.1, "--logit-bias", ord("A"), 100, "--vocab-limit", 256]
+    assert output(capsys, checkpoint, *options, "--logprobs", path, "--likeliest", 2).out == (
+        "dé" + 9 * "A" + "\n"
+    )
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["row"], line["token"]) for line in lines] == [(0, ord("A"))] * 9
+    for line in lines:
+        (_, first), (_, second) = line["likeliest"]
+        assert line["logprob"] <= first < 0
+        assert second <= first
 
 
 def test_stop_tokens_are_not_shown(checkpoint, capsys):

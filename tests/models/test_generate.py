@@ -207,6 +207,14 @@ def test_attention_to_everything_has_a_limit():
         ({"max_length": 0}, ["max_length", ">= 1", "0"]),
         ({"sampling": 0.7}, ["sampling", "a Sampling", "0.7"]),
         ({"state": 1}, ["state", "a GenerationState", "int"]),
+        ({"max_new_tokens": [1, 2]}, ["max_new_tokens", "1 of them (rows)", "got 2"]),
+        ({"max_new_tokens": [0]}, ["max_new_tokens", ">= 1", "0"]),
+        ({"max_new_tokens": [1.5]}, ["max_new_tokens", ">= 1", "float64"]),
+        ({"stop_tokens": [[1], [2]]}, ["stop_tokens", "1 lists of them (rows)", "2 lists"]),
+        ({"stop_tokens": [[99]]}, ["stop_tokens", "from 0 to 30", "99"]),
+        ({"stop_tokens": [[1], 2]}, ["stop_tokens", "a list"]),
+        ({"logprobs": -1}, ["logprobs", "from 0 to 31", "-1"]),
+        ({"logprobs": 32}, ["logprobs", "from 0 to 31", "32"]),
     ],
 )
 def test_bad_arguments(options, words):

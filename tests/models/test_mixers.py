@@ -9,13 +9,14 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM, Sampling, generate
 from mdn_jax.interop import model_from_official, official_state_dict, write_folder
 from mdn_jax.layers import Comba, KimiDeltaAttention, SoftmaxAttention
-from mdn_jax.models import AttentionConfig, Mixer, load_state, save_state
+from mdn_jax.models import AttentionConfig, Mixer, load_state, prefill, save_state
 from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
 
 ONE = dataclasses.replace(TINY, num_hidden_layers=1)
@@ -132,6 +133,13 @@ def test_generation(mixer, tmp_path):
         logits, _ = call(model, jnp.asarray([(row + tokens + [0])[:9]]))
         start = len(row) - 1
         assert jnp.argmax(logits[0, start : start + 5], axis=-1).tolist() == tokens
+    long = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2]]  # in pieces of 4 tokens of each row
+    read = prefill(model, [row[:8] for row in long], piece=4)
+    for row, tokens in enumerate(long):
+        logits, _ = call(model, jnp.asarray([(tokens + [0] * 4)[:9]]))
+        np.testing.assert_allclose(
+            read.logits[row], logits[0, min(8, len(tokens)) - 1], rtol=1e-4, atol=1e-4
+        )
     save_state(tmp_path / "state.npz", piece.state, model)
     state = load_state(tmp_path / "state.npz", model)
     goes_on = {"sampling": options["sampling"], "block": 4, "max_new_tokens": 4}

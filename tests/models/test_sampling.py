@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdn_jax import Sampling
+from mdn_jax.models.sampling import GREEDY, PLAIN, RANKED, needed, sampling_arrays
 from mdn_jax.models.sampling import draw as draw_arrays
 from mdn_jax.models.sampling import filtered_logits as filtered_arrays
-from mdn_jax.models.sampling import sampling_arrays
 
 VOCAB = 13
 RNG = np.random.default_rng(0)
@@ -41,6 +41,7 @@ def naive(logits, seen, sampling):
     x = [float(value) for value in logits]
     limit = sampling.vocab_limit or len(x)
     for i in range(len(x)):
+        x[i] += (sampling.logit_bias or {}).get(i, 0.0)
         if i >= limit:
             x[i] = -np.inf
         elif seen[i]:
@@ -59,6 +60,7 @@ def naive(logits, seen, sampling):
         if total / weights[ranked].sum() < sampling.top_p:
             kept.append(i)
         total += weights[i]
+    kept = [i for i in kept if weights[i] >= sampling.min_p * max(weights)]
     p = np.zeros(len(x))
     p[kept] = weights[kept]
     return p / p.sum()
@@ -72,6 +74,8 @@ def naive(logits, seen, sampling):
         temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
         top_k=st.sampled_from([None, 1, 4, 50]),
         top_p=st.sampled_from([1.0, 0.8, 0.3, 1e-6]),
+        min_p=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
+        logit_bias=st.sampled_from([None, {0: 4.0, 3: -100.0, 6: -1.5}]),
     )
 )
 def test_filters_against_numpy(sampling):
@@ -139,6 +143,60 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite():
         assert int(tokens[3]) in (1, 2)
 
 
+def test_rows_of_a_batch_are_the_rows_alone():
+    """Bit for bit, whatever the others need."""
+    samplings = [Sampling(temperature=0.0), Sampling(min_p=0.1), Sampling(top_k=3, top_p=0.7)]
+    both = sampling_arrays(samplings, 3, vocab_size=VOCAB, seed=5)
+    position = jnp.asarray([4, 9, 2])
+    for row, sampling in enumerate(samplings):
+        one = slice(row, row + 1)
+        alone = arrays(LOGITS[one], sampling, 5 + row)
+        np.testing.assert_array_equal(
+            jit_filtered(LOGITS, SEEN, both)[row], jit_filtered(LOGITS[one], SEEN[one], alone)[0]
+        )
+        for step in range(20):
+            together = jit_draw(LOGITS, SEEN, position + step, both)[row]
+            assert together == jit_draw(LOGITS[one], SEEN[one], position[one] + step, alone)[0]
+
+
+@pytest.mark.parametrize(
+    ("samplings", "expected"),
+    [
+        ([Sampling(temperature=0.0, top_k=3)] * 2, GREEDY),
+        ([Sampling(temperature=0.0), Sampling(min_p=0.1, vocab_limit=5, top_k=5)], PLAIN),
+        ([Sampling(temperature=0.0), Sampling(top_p=0.9)], RANKED),
+    ],
+)
+def test_the_vocabulary_is_in_order_only_where_a_row_needs_it(samplings, expected):
+    made = sampling_arrays(samplings, 2, vocab_size=VOCAB)
+    assert needed(made) == expected
+    assert needed(made, jnp.asarray([True, False])) == GREEDY
+    jaxpr = jax.make_jaxpr(draw_arrays)(LOGITS[:2], SEEN[:2], jnp.zeros((2,), jnp.int32), made)
+    (switch,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    branches = [str(branch) for branch in switch.params["branches"]]
+    assert ["sort[" in branch for branch in branches] == [False, False, True]
+    assert ["random_bits" in branch for branch in branches] == [False, True, True]
+    outside = [e for e in jaxpr.eqns if e is not switch]
+    assert not any("sort" in str(e) for e in outside)
+
+
+def test_a_bias_of_a_token_that_is_not_there():
+    with pytest.raises(ValueError, match="logit_bias: expected token ids from 0 to 12, got 13"):
+        sampling_arrays(Sampling(logit_bias={13: 1.0}), 1, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ([Sampling()] * 3, r"sampling: expected one or 2 of them \(rows\), got 3"),
+        ([Sampling(), None], "sampling: expected a Sampling, one a row, or None, got"),
+    ],
+)
+def test_samplings_that_are_not_one_a_row(sampling, message):
+    with pytest.raises(ValueError, match=message):
+        sampling_arrays(sampling, 2, vocab_size=VOCAB)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)])
 def test_draws_have_the_distribution(sampling):
     count = 20_000
@@ -183,6 +241,12 @@ def test_draws_have_the_distribution(sampling):
         ("temperature", "hot", "a number >= 0"),
         ("top_p", "all", "a number above 0 and at most 1"),
         ("repetition_penalty", [1.0], "a number > 0"),
+        ("min_p", -0.1, "a number from 0 to 1"),
+        ("min_p", 1.1, "a number from 0 to 1"),
+        ("logit_bias", [1], "token ids with numbers from -100 to 100, or None"),
+        ("logit_bias", {3: 101}, "token ids with numbers from -100 to 100, or None"),
+        ("logit_bias", {-1: 1.0}, "token ids with numbers from -100 to 100, or None"),
+        ("logit_bias", {2: None}, "token ids with numbers from -100 to 100, or None"),
     ],
 )
 def test_bad_sampling(field, value, expected):

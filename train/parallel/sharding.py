@@ -11,41 +11,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mdn_jax.errors import RunError
+from mdn_jax.layers.partition import of_parameter
 from mdn_jax.layers.sharding import CONTEXT, DATA, FSDP, ROWS, TENSOR
 from mdn_jax.models.causal_lm import STATE_MIXERS
+from mdn_jax.models.on_mesh import tensor_sizes
 from train.config import TrainConfig
 from train.config_sections import MeshConfig
-from train.stacking import LAYERS, is_stacked
+from train.stacking import is_stacked
 
 AXES = (DATA, FSDP, CONTEXT, TENSOR)
 """Of a mesh, from the outermost: what is sent most goes over the nearest devices."""
-
-_REPLICATED, _PER_HEAD = PartitionSpec(), PartitionSpec(TENSOR)
-_TO_HEADS, _FROM_HEADS = PartitionSpec(FSDP, TENSOR), PartitionSpec(TENSOR, FSDP)
-
-# Heads and MLP over `tensor`, the width of the residual stream over `fsdp`. The vocabulary, which
-# needs not be divisible by anything, is not cut: the width is, over both.
-PARTITION = {
-    "embeddings": PartitionSpec(None, (FSDP, TENSOR)),
-    "lm_head": PartitionSpec((FSDP, TENSOR), None),
-    "scale": _REPLICATED,
-    "ns_coeffs": _REPLICATED,  # of Muon's state
-    **dict.fromkeys(("a_proj", "b_proj", "m_proj", "e_proj", "w_proj"), _TO_HEADS),
-    **dict.fromkeys(("dt_proj", "lam_proj"), _TO_HEADS),
-    "angle_proj": PartitionSpec(FSDP, None),
-    **dict.fromkeys(("a_log", "dt_bias", "mu_bias", "mu_log", "log_factor", "d_log"), _PER_HEAD),
-    **dict.fromkeys(("b_bias", "decay", "d", "q_bias", "k_bias"), _PER_HEAD),
-    **dict.fromkeys((f"{name}_proj.kernel" for name in ("q", "k", "v", "g")), _TO_HEADS),
-    **dict.fromkeys((f"{name}_proj.bias" for name in ("q", "k", "v")), _PER_HEAD),
-    **dict.fromkeys((f"{x}_conv1d.kernel" for x in "qkv"), PartitionSpec(None, TENSOR)),
-    **dict.fromkeys((f"{x}_conv1d.bias" for x in "qkv"), _PER_HEAD),
-    **dict.fromkeys(("g_proj.0.kernel", "f_proj.0.kernel"), PartitionSpec(FSDP, None)),
-    **dict.fromkeys(("g_proj.1.kernel", "f_proj.1.kernel"), PartitionSpec(None, TENSOR)),
-    "g_proj.1.bias": _PER_HEAD,
-    "o_proj.kernel": _FROM_HEADS,
-    **dict.fromkeys(("gate_proj.kernel", "up_proj.kernel"), _TO_HEADS),
-    "down_proj.kernel": _FROM_HEADS,
-}
 
 
 def partition(path: tuple[Any, ...], x: Any) -> PartitionSpec:
@@ -55,17 +30,12 @@ def partition(path: tuple[Any, ...], x: Any) -> PartitionSpec:
     scalars are on every device. A stack is cut as each of its layers.
 
     Raises:
-      KeyError: a parameter that `PARTITION` does not name.
+      KeyError: a parameter that nothing says of how it is cut.
     """
     if x.ndim == 0:
-        return _REPLICATED
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    words = [word for word in name.split(".") if word != LAYERS]
-    for count in (3, 2, 1):
-        spec = PARTITION.get(".".join(words[-count:]))
-        if spec is not None:
-            return PartitionSpec(None, *spec) if is_stacked(path) else spec
-    raise KeyError(f"{name}: expected a parameter named in train.parallel.sharding's PARTITION")
+        return PartitionSpec()
+    spec = of_parameter(jax.tree_util.keystr(path, simple=True, separator="."))
+    return PartitionSpec(None, *spec) if is_stacked(path) else spec
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -109,16 +79,7 @@ def check_divisible(config: TrainConfig, mesh: Mesh, params: Any) -> None:
     """
     rows = config.batch_size // config.accumulation
     _check_divisor(mesh, ROWS, f"batch_size / accumulation = {rows}", rows)
-    model = config.model
-    tensor = {"mlp_width": model.mlp_width}
-    if set(model.mixers) != {"attention"}:
-        # groups of one are shared by all heads
-        many = model.num_heads > 1 or model.value_heads == 1
-        tensor |= {"num_heads": model.num_heads} if many else {"num_v_heads": model.value_heads}
-    if "attention" in model.mixers:
-        kv_heads = model.attention.num_kv_heads or model.attention.num_heads
-        tensor |= {"attn.num_kv_heads": kv_heads}  # the query heads are a multiple
-    for name, size in tensor.items():
+    for name, size in tensor_sizes(config.model).items():
         _check_divisor(mesh, (TENSOR,), f"model.{name} = {size}", size)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         for axes, size in zip(partition(path, x), x.shape, strict=False):
@@ -181,7 +142,7 @@ def on_mesh[**P, R](mesh: Mesh, function: Callable[P, R]) -> Callable[P, R]:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device."""
-    return NamedSharding(mesh, _REPLICATED)
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
