@@ -24,7 +24,7 @@ from benchmarks.decoding_inspect import report
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
-from mdn_jax.models.fused import fused_lacks, fused_structure, fused_weights
+from mdn_jax.models.fused import FusedWeights, fused_lacks, fused_structure, fused_weights
 from mdn_jax.models.structure import LayerSteps
 from pallas_kernels.decoding import Tiles
 
@@ -34,7 +34,7 @@ ALLOWED = 1.2
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig:
-    """Times the fused step and its kernels, and compares it with float32 and the layers."""
+    """Times the kernels' step and each of them, and compares with float32 and the layers."""
 
     model: str | None = None
     """Name of a configuration, as for `python -m train`; None: mdn_400m, on a CPU smoke."""
@@ -42,14 +42,14 @@ class DecodingConfig:
     """Of parameters and computation."""
     batch_sizes: tuple[int, ...] = (1, 8, 64)
     """Rows decoded at once."""
-    parts: tuple[Literal["inspect", "check", "layers", "fused", "kernels", "sweep"], ...] = (
+    parts: tuple[Literal["inspect", "check", "layers", "step", "kernels", "sweep"], ...] = (
         "check",
         "layers",
-        "fused",
+        "step",
         "kernels",
     )
     """What to do: compile without a GPU for registers and spills, and nothing else; compare; time
-    whole steps by either; time each kernel; with other tiles, too."""
+    whole steps by the layers; by the kernels; each kernel; each with other tiles, too."""
     check_tokens: int = 32
     """Tokens over which the paths are compared, each fed the same tokens."""
     loop: int = 64
@@ -107,7 +107,7 @@ class Job(NamedTuple):
 
 
 def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
-    """Fails where the fused step is further from float32 than it may be."""
+    """Fails where the kernels are further from float32 than they may be."""
     name = config.model or model_for_device()
     sizes = CONFIGS[name]().model
     if config.layers is not None:
@@ -121,15 +121,16 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
         raise SystemExit(f"model: the kernels expect {lacking}")
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {name}, {config.dtype}", flush=True)
+    weights = fused_weights(model)
     rows: list[Row] = []
     wrong: list[str] = []
     for batch in config.batch_sizes:
         if "check" in config.parts:
-            line, right = _check(config, model, batch)
+            line, right = _check(config, model, weights, batch)
             print(line, flush=True)
             if not right:
                 wrong.append(line)
-        rows += _timed(config, list(_jobs(config, model, batch)))
+        rows += _timed(config, list(_jobs(config, model, weights, batch)))
         print(table([row for row in rows if row.batch == batch], device), flush=True)
     if config.output:
         results = {
@@ -143,12 +144,13 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
         raise SystemExit("\n".join(wrong))
 
 
-def _check(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> tuple[str, bool]:
+def _check(
+    config: DecodingConfig, model: MDNForCausalLM, weights: FusedWeights, batch: int
+) -> tuple[str, bool]:
     """Log-probabilities of both paths and of float32, each fed float32's likeliest tokens."""
     exact = MDNForCausalLM(model.config, rngs=nnx.Rngs(0))
     nnx.update(exact, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model)))
     structure = fused_structure(model, interpret=config.interpret)
-    weights = fused_weights(model)
     memory = jax.jit(structure.steps(weights).enter)(model.init_cache(batch))
 
     def by_layers(model: MDNForCausalLM) -> tuple[Any, Any]:
@@ -189,9 +191,10 @@ def _check(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> tuple[s
     return line + ("" if right else f": WRONG, expected at most {ALLOWED} times the layers'"), right
 
 
-def _jobs(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> Iterator[Job]:
+def _jobs(
+    config: DecodingConfig, model: MDNForCausalLM, weights: FusedWeights, batch: int
+) -> Iterator[Job]:
     structure = fused_structure(model, interpret=config.interpret)
-    weights = fused_weights(model)
     graph, state = nnx.split(model)
     cache: Any = jax.eval_shape(lambda: model.init_cache(batch))
     moved = sum(x.nbytes for x in jax.tree.leaves((weights.layers, weights.head)))
@@ -219,16 +222,16 @@ def _jobs(config: DecodingConfig, model: MDNForCausalLM, batch: int) -> Iterator
     def row(name: str, moved: int, launches: int, tiles: str = "") -> Row:
         return Row(batch, name, tiles, 0.0, moved, launches)
 
-    if "fused" in config.parts:
+    if "step" in config.parts:
         run = again(structure.steps)
-        yield Job(row("step, fused", moved, 1), run, weights, entered, 1)
+        yield Job(row("step, kernels", moved, 1), run, weights, entered, 1)
     if "layers" in config.parts:
         run = again(lambda state: LayerSteps(nnx.merge(graph, state)))
         carry = lambda: (model.init_cache(batch), token())  # noqa: E731
         yield Job(row("step, layers", moved, 1), run, state, carry, 1)
     if not {"kernels", "sweep"} & {*config.parts}:
         return
-    for kernel in cases(weights, model, batch, structure.plan):
+    for kernel in cases(weights, batch, structure.plan):
         if config.kernels and not any(part in kernel.name for part in config.kernels):
             continue
         tiles: list[Tiles | None] = [None]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from mdn_jax import MDNForCausalLM
+from mdn_jax.models.fused import FusedWeights
 from pallas_kernels.decoding import LayerMemory, Plan, Stream, Tiles, kernels, product_tiles
 
 
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     product: tuple[int, int, int, int] | None
 
     def loop(self, plan: Plan, count: int) -> Callable[..., Any]:
-        """`count` turns, each over all layers."""
+        """`count` turns, each over all layers, so that no cache has a layer's weights."""
 
         def turns(weights: Any, *carry: Any) -> Any:
             run = jax.jit(partial(self.run, plan), static_argnums=2)  # traced once for all layers
@@ -48,112 +48,114 @@ class Case(NamedTuple):
         return jax.jit(turns, donate_argnums=tuple(range(1, 1 + len(self.carry()))))
 
 
-def cases(weights: Any, model: MDNForCausalLM, batch: int, plan: Plan) -> Iterator[Case]:
-    hidden, dtype = model.config.hidden_size, model.dtype
-    layers, first = list(weights.layers), weights.layers[0]
-    itemsize = jnp.dtype(dtype).itemsize
-    key = jax.random.key(0)
+def cases(weights: FusedWeights, batch: int, plan: Plan) -> Iterator[Case]:
+    """Every kernel of a step.
+
+    Args:
+      weights: of a model.
+      batch: rows.
+      plan: of the step.
+    """
+    layers = list(weights.layers)
 
     def stream() -> Stream:
-        h = jax.random.normal(key, (batch, hidden)).astype(dtype)
+        shape = (batch, weights.head.shape[1])
+        h = jax.random.normal(jax.random.key(0), shape).astype(weights.head.dtype)
         return Stream(h, jnp.sum(jnp.square(h.astype(jnp.float32)), axis=1, keepdims=True))
 
-    def sizes(matrix: Array, matrices: int = 1) -> tuple[int, int, int, int]:
-        return matrix.shape[0] // matrices, matrix.shape[1], itemsize, matrices
+    def product(
+        name: str,
+        matrices: list[Array],
+        kernel: Callable[[Plan, Array, Any], tuple[Any, ...]],
+        carry: Callable[[], tuple[Any, ...]],
+        joined: int = 1,
+    ) -> Case:
+        (outputs, width), itemsize = matrices[0].shape, matrices[0].dtype.itemsize
+        moved = sum(matrix.nbytes for matrix in matrices)
+        sizes = outputs // joined, width, itemsize, joined
 
-    def nudged(stream: Stream, by: Array) -> Stream:
-        """A stream that depends on a result, so that nothing is left out."""
-        return Stream(stream.h, stream.squares + 1e-30 * by.astype(jnp.float32))
+        def run(plan: Plan, matrix: Array, carry: Any, _: int) -> Any:
+            return kernel(plan, matrix, carry)
 
-    def bytes_of(*names: str) -> int:
-        return sum(getattr(x, name).nbytes for x in layers for name in names)
+        return Case(name, matrices, run, carry, moved, sizes)
 
-    def projections(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        (x,) = carry
-        out = kernels.projections(x, own.projections, plan)
-        return (nudged(x, out.gates[:, :1]),)
+    def projections(plan: Plan, matrix: Array, carry: Any) -> tuple[Any, ...]:
+        return (_after(carry[0], kernels.projections(carry[0], matrix, plan).gates),)
 
-    yield Case(
-        "mdn_decode_projections",
-        layers,
-        projections,
-        lambda: (stream(),),
-        bytes_of("projections"),
-        sizes(first.projections),
-    )
+    def up(plan: Plan, matrix: Array, carry: Any) -> tuple[Any, ...]:
+        return (_after(carry[0], kernels.up(carry[0], matrix, plan)),)
 
-    projected = kernels.projections(stream(), first.projections, plan)
-    states = [jnp.zeros((batch, plan.value_heads, plan.key_dim, plan.value_dim)) for _ in range(2)]
+    def head(plan: Plan, matrix: Array, carry: Any) -> tuple[Any, ...]:
+        return (_after(carry[0], kernels.logits(carry[0], matrix, plan)),)
 
-    def mixer(plan: Plan, own: Any, carry: Any, i: int) -> Any:
-        memories, projected, slot, active = carry
+    def output(plan: Plan, matrix: Array, carry: Any) -> tuple[Any, ...]:
+        h, mixed = carry
+        return kernels.output(h, mixed, matrix, plan).h, mixed
+
+    def down(plan: Plan, matrix: Array, carry: Any) -> tuple[Any, ...]:
+        h, activations = carry
+        return kernels.down(h, activations, matrix, plan).h, activations
+
+    def one() -> tuple[Stream]:
+        return (stream(),)
+
+    def mixed() -> tuple[Array, kernels.Mixed]:
+        # as many sums of squares as the kernel writes
+        shape = jax.eval_shape(partial(mixer.run, plan), layers[0], jax.eval_shape(mixer.carry), 0)
+        blocks = shape[1].squares.shape[-1]
+        gated = jnp.ones((batch, plan.values), weights.head.dtype)
+        squares = jnp.ones((batch, plan.value_heads, blocks), jnp.float32)
+        return stream().h, kernels.Mixed(gated, squares)
+
+    def between() -> tuple[Array, Array]:
+        return stream().h, jnp.ones((batch, layers[0].down.shape[1]), weights.head.dtype)
+
+    mixer = _mixer(weights, batch, plan)
+    matrices = [layer.projections for layer in layers]
+    yield product("mdn_decode_projections", matrices, projections, one)
+    yield mixer
+    yield product("mdn_decode_output", [layer.output for layer in layers], output, mixed)
+    if layers[0].up is not None:
+        yield product("mdn_decode_up", [layer.up for layer in layers], up, one, joined=2)
+        yield product("mdn_decode_down", [layer.down for layer in layers], down, between)
+    yield product("mdn_decode_head", [weights.head], head, one)
+
+
+def _after(stream: Stream, result: Array) -> Stream:
+    """A stream that depends on a result, so that nothing is left out."""
+    return Stream(stream.h, stream.squares + 1e-30 * result[:, :1].astype(jnp.float32))
+
+
+def _mixer(weights: FusedWeights, batch: int, plan: Plan) -> Case:
+    layers, dtype = list(weights.layers), weights.head.dtype
+    shape = (batch, plan.value_heads, plan.key_dim, plan.value_dim)
+
+    def run(plan: Plan, own: Any, carry: Any, i: int) -> Any:
+        memories, _, projected, slot, active = carry
         mixed, memory = kernels.mixer(projected, own, memories[i], slot, active, plan)
         memories = (*memories[:i], memory, *memories[i + 1 :])
-        gates = projected.gates + 1e-30 * mixed.gated[:, :1]
-        return memories, projected._replace(gates=gates), slot, active
+        gates = projected.gates + 1e-30 * mixed.gated[:, :1].astype(jnp.float32)
+        return memories, mixed, projected._replace(gates=gates), slot, active
 
-    def memories() -> tuple[Any, ...]:
+    def carry() -> tuple[Any, ...]:
         tail = (batch, plan.conv_size, plan.channels)
-        each = tuple(
-            LayerMemory(jnp.copy(states[0]), jnp.copy(states[1]), jnp.zeros(tail, dtype))
-            for _ in layers
+        memories = tuple(
+            LayerMemory(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(tail, dtype)) for _ in layers
         )
-        copies = jax.tree.map(jnp.copy, projected)
-        return each, copies, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32)
+        gates = layers[0].projections.shape[0] - plan.rounded
+        projected = kernels.Projected(
+            jnp.ones((batch, plan.rounded), dtype), jnp.zeros((batch, gates))
+        )
+        slot, active = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32)
+        out = jax.eval_shape(
+            lambda memory: kernels.mixer(projected, layers[0], memory, slot, active, plan)[0],
+            memories[0],
+        )
+        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+        return memories, first, projected, slot, active
 
-    moved = 2 * sum(x.nbytes for x in states) * len(layers)
-    yield Case("mdn_decode_mixer", layers, mixer, memories, moved, None)
-
-    memory = memories()[0][0]
-    ones = jnp.ones((batch,), jnp.int32)
-    mixed, _ = kernels.mixer(projected, first, memory, 0 * ones, ones, plan)
-
-    def output(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        h, mixed = carry
-        return kernels.output(h, mixed, own.output, plan).h, mixed
-
-    yield Case(
-        "mdn_decode_output",
-        layers,
-        output,
-        lambda: (stream().h, jax.tree.map(jnp.copy, mixed)),
-        bytes_of("output"),
-        sizes(first.output),
-    )
-
-    def up(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        (x,) = carry
-        return (nudged(x, kernels.up(x, own.up, plan)[:, :1]),)
-
-    yield Case("mdn_decode_up", layers, up, lambda: (stream(),), bytes_of("up"), sizes(first.up, 2))
-
-    activations = kernels.up(stream(), first.up, plan)
-
-    def down(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        h, activations = carry
-        return kernels.down(h, activations, own.down, plan).h, activations
-
-    yield Case(
-        "mdn_decode_down",
-        layers,
-        down,
-        lambda: (stream().h, jnp.copy(activations)),
-        bytes_of("down"),
-        sizes(first.down),
-    )
-
-    def head(plan: Plan, own: Any, carry: Any, _: int) -> Any:
-        (x,) = carry
-        return (nudged(x, kernels.logits(x, own, plan)[:, :1]),)
-
-    yield Case(
-        "mdn_decode_head",
-        [weights.head],
-        head,
-        lambda: (stream(),),
-        weights.head.nbytes,
-        sizes(weights.head),
-    )
+    moved = 2 * 2 * 4 * batch * plan.value_heads * plan.key_dim * plan.value_dim * len(layers)
+    return Case("mdn_decode_mixer", layers, run, carry, moved, None)
 
 
 def others(batch: int, outputs: int, width: int, itemsize: int, matrices: int) -> Iterator[Tiles]:

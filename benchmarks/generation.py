@@ -41,8 +41,8 @@ class GenerationConfig:
     """Of parameters and computation."""
     implementation: Implementation | None = None
     """Of the momentum delta rule; None: the best one."""
-    decoder: StepKind | None = None
-    """What takes single tokens: the model's layers, the fused kernels; None: the best."""
+    steps: StepKind = "layers"
+    """What takes single tokens: the model's layers, or few, wide kernels (`Decoder`)."""
     batch_sizes: tuple[int, ...] | None = None
     """Rows decoded at once; None: 1, 8 and 64, on a CPU 1."""
     positions: tuple[int, ...] | None = None
@@ -103,7 +103,7 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
         f"{config.dtype}; {config.tokens} tokens of each row in blocks of {config.block}, the "
         "first block not counted; memory: the most in use while decoding"
     )
-    decoder = Decoder(model, steps=config.decoder)
+    decoder = Decoder(model, steps=config.steps)
     first = _first_token(decoder)
     print(
         f"a prompt of {FIRST} tokens, its first token after {first * 1e3:.1f} ms (median, compiled)"

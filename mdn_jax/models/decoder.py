@@ -1,7 +1,6 @@
 """A model taken apart once for many calls of compiled programs."""
 
 import contextlib
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from mdn_jax.models.fused import fused_cache_lacks
 from mdn_jax.models.generation_state import GenerationState, check_state
 from mdn_jax.models.on_mesh import mesh_of
 from mdn_jax.models.sampling import SamplingArrays
-from mdn_jax.models.steps import StepKind, check_steps, fused_steps
+from mdn_jax.models.steps import StepKind, kernel_steps
 from mdn_jax.models.structure import Structure
 
 
@@ -31,12 +30,11 @@ class Decoder:
 
     Args:
       model: the model.
-      steps: what takes single tokens: "layers", the model's own; "fused", few, wide GPU kernels,
-        which keep the weights once more (docs/inference.md); None: these where they support the
-        model and its cache.
+      steps: what takes single tokens: "layers", the model's own; or "kernels", few, wide GPU
+        kernels, for which the decoder keeps the weights once more (docs/inference.md).
 
     Raises:
-      ValueError: "fused" for a model that the kernels do not support, with what they expect.
+      ValueError: "kernels" for a model that these do not support, with what they expect.
 
     Attributes:
       model: the model.
@@ -46,9 +44,9 @@ class Decoder:
       mesh: over which the parameters lie (`shard_model`); None: over none.
     """
 
-    def __init__(self, model: MDNForCausalLM, *, steps: StepKind | None = None) -> None:
-        check_steps(model, steps)
-        self.model, self._steps = model, steps
+    def __init__(self, model: MDNForCausalLM, *, steps: StepKind = "layers") -> None:
+        self._kernels = kernel_steps(model, steps)
+        self.model = model
         self.config = model.config
         graph, weights = nnx.split(model)
         self.arrays, tree = jax.tree.flatten(weights)
@@ -59,15 +57,13 @@ class Decoder:
         """Within it, the mesh over which the parameters lie is the ambient one."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    @cached_property
-    def _fused(self) -> tuple[Any, Any] | None:
-        return fused_steps(self.model, self._steps)
-
     def _steps_from(self, cache: ModelCache) -> tuple[Any, Any]:
         """Structure and arrays of what takes single tokens, on from a cache."""
-        if self._fused is None or fused_cache_lacks(cache):
+        if self._kernels is None:
             return self.structure, self.arrays
-        return self._fused
+        if lacking := fused_cache_lacks(cache):
+            raise ValueError(f'state: steps "kernels" expects {lacking}; use "layers"')
+        return self._kernels
 
     def block(
         self,

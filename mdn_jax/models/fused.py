@@ -5,7 +5,6 @@ own: as many bytes again as the layers have, and the output projection unless it
 Caches are the model's own before and after; in between convolutions keep theirs as a ring.
 """
 
-import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -226,27 +225,10 @@ def fused_structure(model: MDNForCausalLM, *, interpret: bool = False) -> FusedS
     return FusedStructure(plan, jnp.dtype(model.dtype).name)
 
 
-_JOINED: weakref.WeakKeyDictionary[MDNForCausalLM, Any] = weakref.WeakKeyDictionary()
-
-
 def fused_weights(model: MDNForCausalLM) -> FusedWeights:
-    """The joined weights of a model; kept as long as it has the same parameters.
-
-    Args:
-      model: one that lacks nothing.
-    """
-    graph, state = nnx.split(model)
-    parameters = jax.tree.leaves(state)
-    kept, weights = _JOINED.get(model, ((), None))
-    same = len(kept) == len(parameters) and all(
-        ref() is x for ref, x in zip(kept, parameters, strict=True)
-    )
-    if not same:
-        _JOINED.pop(model, None)  # first, so that both are not there at once
-        weights = _join(graph, state)._replace(embeddings=model.embeddings[...])
-        _JOINED[model] = (tuple(map(weakref.ref, parameters)), weights)
-    assert weights is not None
-    return weights
+    """The joined weights of a model that lacks nothing, as its parameters are now."""
+    weights: FusedWeights = _join(*nnx.split(model))
+    return weights._replace(embeddings=model.embeddings[...])
 
 
 def fused_weights_shape(model: MDNForCausalLM) -> FusedWeights:

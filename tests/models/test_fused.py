@@ -96,21 +96,16 @@ def test_blocks_of_tokens_are_those_of_the_layers(monkeypatch):
     limits, stop = np.asarray([7, 0, 4], np.int32), stop_array([[], [], []])
     made = [
         Decoder(model, steps=kind).block(state, limits, arrays, stop, size=8)
-        for kind in ("layers", None)
+        for kind in ("layers", "kernels")
     ]
     for layers, kernels in zip(*map(jax.tree.leaves, made), strict=True):
         np.testing.assert_allclose(kernels, layers, atol=2e-4)
+    halved = state._replace(cache=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.cache))
+    with pytest.raises(ValueError, match='state: steps "kernels" expects float32 states, got bf'):
+        Decoder(model, steps="kernels").block(halved, limits, arrays, stop, size=8)
     # a row that took none is as it was
     for before, after in zip(*map(jax.tree.leaves, (state, made[1].state)), strict=True):
         np.testing.assert_array_equal(after[1], before[1])
-
-
-def test_weights_are_joined_once_for_the_same_parameters():
-    model = drawn(CONFIG)
-    weights = fused_weights(model)
-    assert fused_weights(model) is weights
-    model.norm.scale[...] = 2 * model.norm.scale[...]
-    np.testing.assert_array_equal(fused_weights(model).head, 2 * weights.head)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +123,8 @@ def test_weights_are_joined_once_for_the_same_parameters():
 )
 def test_a_model_that_the_kernels_do_not_take_is_named(options, expected):
     model = MDNForCausalLM(dataclasses.replace(CONFIG, **options), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=f'steps: "fused" expects .*{expected}'):
-        Decoder(model, steps="fused")
-    assert Decoder(model)._steps_from(model.init_cache(1))[0] is not None
+    with pytest.raises(ValueError, match=f'steps: "kernels" expects .*{expected}'):
+        Decoder(model, steps="kernels")
 
 
 def test_implementations_dtypes_and_states_that_the_kernels_do_not_take(monkeypatch):
@@ -146,5 +140,5 @@ def test_implementations_dtypes_and_states_that_the_kernels_do_not_take(monkeypa
     assert fused_cache_lacks(halved) == "float32 states, got bfloat16"
     monkeypatch.setattr(module.api, "_capability", lambda: (9, 0))
     assert fused_lacks(model) == "a CUDA GPU, got none"  # the parameters lie on the CPU
-    with pytest.raises(ValueError, match='steps: expected "layers", "fused" or None, got 3'):
+    with pytest.raises(ValueError, match='steps: expected "layers" or "kernels", got 3'):
         Decoder(model, steps=3)
