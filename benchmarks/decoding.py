@@ -130,8 +130,10 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
             print(line, flush=True)
             if not right:
                 wrong.append(line)
-        rows += _timed(config, list(_jobs(config, model, weights, batch)))
-        print(table([row for row in rows if row.batch == batch], device), flush=True)
+        found = _timed(config, list(_jobs(config, model, weights, batch)))
+        if found:
+            print(table(found, device), flush=True)
+        rows += found
     if config.output:
         results = {
             "device": device,
