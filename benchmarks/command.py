@@ -8,6 +8,7 @@ from benchmarks.context import context
 from benchmarks.convolution import convolution
 from benchmarks.corpus.command import corpus
 from benchmarks.decode import decode
+from benchmarks.decoding import decoding
 from benchmarks.drift import drift
 from benchmarks.generation import generation
 from benchmarks.guard import guard
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "convolution": convolution,
     "corpus": corpus,
     "decode": decode,
+    "decoding": decoding,
     "drift": drift,
     "generation": generation,
     "guard": guard,

@@ -24,6 +24,7 @@ from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
 from mdn_jax.models import Decoder, GenerationState, generate, prefill, stream, with_states
 from mdn_jax.models.prefill import piece_width
+from mdn_jax.models.steps import StepKind
 from mdn_jax.ops.api import Implementation
 from mdn_jax.ops.state import StateDtype
 
@@ -41,6 +42,8 @@ class GenerationConfig:
     """Of parameters and computation."""
     implementation: Implementation | None = None
     """Of the momentum delta rule; None: the best one."""
+    steps: StepKind = "layers"
+    """What takes single tokens: the model's layers, or few, wide kernels (`Decoder`)."""
     state_dtype: StateDtype = "float32"
     """Of the states of momentum delta rules while decoding."""
     replay: int | None = None
@@ -105,7 +108,7 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
         f"{config.dtype}; {config.tokens} tokens of each row in blocks of {config.block}, the "
         "first block not counted; memory: the most in use while decoding"
     )
-    decoder = Decoder(model)
+    decoder = Decoder(model, steps=config.steps)
     first = _first_token(decoder)
     print(
         f"a prompt of {FIRST} tokens, its first token after {first * 1e3:.1f} ms (median, compiled)"

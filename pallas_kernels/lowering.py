@@ -62,6 +62,12 @@ def masked_store(place: Any, values: jax.Array, mask: jax.Array) -> None:
     triton_memory().store(place, values, mask=mask)
 
 
+def loads_so_far_are_issued(interpret: bool) -> None:
+    """A barrier of the program: the compiler moves no load from before it to behind it."""
+    if not interpret:
+        triton_memory().debug_barrier()
+
+
 def kernel_call(
     body: Callable[..., None],
     *operands: Any,

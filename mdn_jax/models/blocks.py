@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
+from mdn_jax.models.fused import FusedStructure
 from mdn_jax.models.generation_state import GenerationState
 from mdn_jax.models.kept_states import remembered
 from mdn_jax.models.sampling import SamplingArrays, draw, needed
@@ -68,8 +69,8 @@ class _Carry(NamedTuple):
 
 
 def _block(
-    structure: Structure,
-    arrays: list[Array],
+    structure: Structure | FusedStructure,
+    arrays: Any,
     state: GenerationState,
     limits: Int[Array, " B"],
     sampling: SamplingArrays,
@@ -78,7 +79,7 @@ def _block(
     size: int,
     logprobs: int | None,
 ) -> Block:
-    model = structure.model(arrays)
+    steps: Any = structure.steps(arrays)  # what they keep in place of a cache is their own
     batch = limits.shape[0]
     rows = jnp.arange(batch)
     need = needed(sampling, limits > 0)
@@ -91,15 +92,11 @@ def _block(
         before = block.state
         drawn = draw(before.logits, before.seen, before.position, sampling, need)
         token = jnp.maximum(drawn, 0)
-        logits, cache = model(
-            token[:, None],
-            cache=before.cache,
-            # a single row leaves the loop when it ends, and needs no mask
-            lengths=own.astype(jnp.int32) if batch > 1 else None,
-        )
+        # a single row leaves the loop when it ends, and needs no mask
+        logits, memory = steps.step(before.cache, token, own if batch > 1 else None)
         after = GenerationState(
-            cache=cache,
-            logits=jnp.where(own[:, None], logits[:, 0], before.logits),
+            cache=memory,
+            logits=jnp.where(own[:, None], logits, before.logits),
             seen=before.seen.at[rows, token].max(own),
             position=before.position + own,
             recent=before.recent,
@@ -122,7 +119,7 @@ def _block(
         tokens=ids[:, :, 0],
         counts=jnp.zeros((batch,), jnp.int32),
         ended=jnp.zeros((batch,), bool),
-        state=state,
+        state=state._replace(cache=steps.enter(state.cache)),
         logprobs=None
         if logprobs is None
         else Logprobs(numbers[:, :, 0], ids[:, :, 1:], numbers[:, :, 1:]),
@@ -131,7 +128,8 @@ def _block(
     def goes_on(carry: _Carry) -> Array:
         return (carry.step < size) & jnp.any(active(carry))
 
-    return lax.while_loop(goes_on, step, _Carry(start, jnp.zeros((), jnp.int32))).block
+    made = lax.while_loop(goes_on, step, _Carry(start, jnp.zeros((), jnp.int32))).block
+    return made._replace(state=made.state._replace(cache=steps.leave(made.state.cache)))
 
 
 decode_block = partial(jax.jit, static_argnums=0, static_argnames=("size", "logprobs"))(_block)

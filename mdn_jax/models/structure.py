@@ -1,14 +1,51 @@
 """What is static of a model in a compiled program."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from mdn_jax.layers.sharding import named_axes
-from mdn_jax.models.causal_lm import MDNForCausalLM
+from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
+
+
+class LayerSteps(NamedTuple):
+    """Steps of single tokens by the model's own layers; `fused.FusedSteps` has the same methods.
+
+    Attributes:
+      model: the model.
+    """
+
+    model: MDNForCausalLM
+
+    def enter(self, cache: ModelCache) -> ModelCache:
+        """What a loop keeps in place of a cache: the same."""
+        return cache
+
+    def step(
+        self, cache: ModelCache, tokens: Int[Array, " B"], active: Array | None = None
+    ) -> tuple[Float[Array, "B vocab"], ModelCache]:
+        """Logits after one more token of every row.
+
+        Args:
+          cache: before the tokens.
+          tokens: ids.
+          active: `[B]`, rows that take their token; others stay as they are, and their logits mean
+            nothing. None: all.
+
+        Returns:
+          The logits, float32 (float64 for float64), and the cache after the tokens.
+        """
+        lengths = None if active is None else active.astype(jnp.int32)
+        logits, cache = self.model(tokens[:, None], cache=cache, lengths=lengths)
+        return logits[:, 0], cache
+
+    def leave(self, cache: ModelCache) -> ModelCache:
+        """The cache of what a loop has kept: the same."""
+        return cache
 
 
 class Structure:
@@ -36,3 +73,7 @@ class Structure:
         graph, tree, _ = self._key
         model: MDNForCausalLM = nnx.merge(graph, jax.tree.unflatten(tree, arrays))
         return model
+
+    def steps(self, arrays: Sequence[Array]) -> LayerSteps:
+        """Steps of single tokens by the model of these arrays."""
+        return LayerSteps(self.model(arrays))

@@ -1,7 +1,8 @@
 """What the compiler said of each kernel, kept: of the same IR it says the same.
 
-`python -m tests.kernels.compiled` compiles every kernel of `CI` that the record lacks (minutes) and
-drops what no case has any more. A kernel without a record is compiled where it is asked for.
+`python -m tests.kernels.compiled` compiles every kernel of `CI` and `STEPS` that the record lacks
+(minutes) and drops what no case has any more. A kernel without a record is compiled where it is
+asked for.
 """
 
 import hashlib
@@ -10,9 +11,20 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.decoding_inspect import lowered_step
+from mdn_jax import MDNConfig
 from pallas_kernels import offline_compile
 from pallas_kernels.offline_compile import CI, Kernel, KernelReport
 
+STEPS = [
+    (MDNConfig(**sizes), dtype, batch)
+    for sizes in (
+        {"hidden_size": 1024, "head_dim": 128},  # the 400M shape
+        {"hidden_size": 2048, "head_dim": 256},  # the 1.3B shape
+    )
+    for dtype, batch in (("bfloat16", 1), ("bfloat16", 8), ("bfloat16", 64), ("float32", 2))
+]
+"""Configurations, dtypes and rows of whole steps of decoding."""
 RECORD = Path(__file__).parent / "compiled.json"
 
 
@@ -43,6 +55,10 @@ def main() -> None:
         _digest(kernel, case.capability): report(kernel, case.capability)._asdict()
         for case in CI
         for kernel in different(offline_compile.lower(*case))
+    } | {
+        _digest(kernel, (9, 0)): report(kernel, (9, 0))._asdict()
+        for case in STEPS
+        for kernel in lowered_step(*case)
     }
     lines = (f"{json.dumps(digest)}: {json.dumps(kept[digest])}" for digest in sorted(kept))
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
