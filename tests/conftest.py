@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 import random
@@ -21,6 +22,11 @@ from hypothesis import settings
 
 from mdn_jax.compiled import processor
 from tests.compile_cache import CompiledPrograms
+
+with contextlib.suppress(ImportError, AttributeError):  # another JAX: it only takes longer
+    from tests.pallas_interpreter import make_smaller
+
+    make_smaller()
 
 compiled = CompiledPrograms(Path(__file__).parents[1] / ".compiled" / processor())
 compiled.use()

@@ -177,9 +177,10 @@ from train.parallel.sharding import make_mesh, partition
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 tokens = jnp.arange(24).reshape(2, 12) % 31
 ids = (jnp.arange(12) > 4).astype(jnp.int32)[None].repeat(2, axis=0)
-mamba = {"mixer": "mamba2", "num_heads": 1, "num_v_heads": 4, "intermediate_size": 0}
+mamba = {"mixer": "mamba2", "num_heads": 1, "num_v_heads": 4}
 both = {"num_hidden_layers": 2, "other_mixer": "mamba3", "other_layers": (1,)}
 for config in (THREE, dataclasses.replace(ONE, **mamba, **both)):
+    config = dataclasses.replace(config, intermediate_size=0)  # MLPs: tests/train/parallel
     graph, params = nnx.split(make(config))
 
     def loss(params, tokens):

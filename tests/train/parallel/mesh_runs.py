@@ -107,10 +107,19 @@ def collectives(text):
     return counts
 
 
-def half_and_half(config, devices=None):
-    """A trainer, its losses and whether it refuses; leaves a checkpoint after half of the steps."""
+def half_and_half(config, devices=None, state=None):
+    """A trainer, its losses and whether it refuses; leaves a checkpoint after half of the steps.
+
+    Args:
+      config: of the run.
+      devices: of its mesh; all if None.
+      state: to begin with, on the host; its own if None.
+    """
     trainer = Run(config, devices=devices)
-    state = trainer.initial_state()
+    if state is None:
+        state = trainer.initial_state()
+    else:
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, trainer.like))
     with jax.set_mesh(trainer.mesh):
         trainer.train_step = trainer.step.lower(state, batch(trainer, 0)).compile()
     state, first = take_steps(trainer, state, range(HALF))
@@ -132,10 +141,14 @@ def second_half(trainer, saved):
 def on_meshes(corpus: Path, output: Path) -> dict:
     report = {"losses": {}, "moved": {}, "refused": {}, "collectives": {}}
     trainers = {}
+    begin = Run(on_mesh(ONE, corpus, output), devices=jax.devices()[:1]).initial_state()
+    begin = jax.tree.map(np.array, begin)
     for mesh, count in MESHES.items():
         config = on_mesh(mesh, corpus, output / mesh)
+        # those that cut parameters make their own
+        state = begin if config.mesh.fsdp == config.mesh.tensor == 1 else None
         devices = jax.devices()[:count]
-        trainers[mesh], losses, report["refused"][mesh] = half_and_half(config, devices)
+        trainers[mesh], losses, report["refused"][mesh] = half_and_half(config, devices, state)
         report["losses"][mesh] = losses
         report["collectives"][mesh] = collectives(trainers[mesh].train_step.as_text())
     for old, new in MOVES:
