@@ -220,8 +220,8 @@ def run_stages(
 
     gradients = scores.keys._asdict() | d_gates._asdict() | {"v": dequantize(d_v, x.v.dtype)}
     gradients = {name: y for name, y in gradients.items() if y is not None}
-    gradients["initial_state"] = MDNState(*d_initial)
-    return chain, ((o, MDNState(*final)), gradients)
+    gradients["initial_state"] = MDNState(d_initial.s, d_initial.m)
+    return chain, ((o, MDNState(final.s, final.m)), gradients)
 
 
 def several(

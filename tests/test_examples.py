@@ -59,6 +59,7 @@ CODE = {
     code: f"{page.stem}-{i}"
     for page in PAGES
     for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
+    if "from openai" not in code  # of a server: tests/serving
 }
 
 

@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+_LIBRARY = str(Path(__file__).parents[1])
 _warned = False
 
 
@@ -29,7 +31,7 @@ def warn_without_backend(lacking: str | None) -> None:
         f'implementation: "pallas_triton" expects {lacking}; calls with None run on '
         '"xla", which is slower (docs/backends.md: the ways on)',
         MissingBackendWarning,
-        stacklevel=5,  # who called the rule, through `under_explicit_meshes`
+        skip_file_prefixes=(_LIBRARY,),  # who called the rule
     )
 
 

@@ -1,5 +1,6 @@
 """Kernels in Triton's language on NumPy arrays: a stand-in for `jax_triton.triton_call`."""
 
+import threading
 from functools import cache
 from unittest import mock
 
@@ -45,6 +46,7 @@ class HostArray:
 
 
 interpreted = cache(InterpretedFunction)
+ONE_AT_A_TIME = threading.Lock()  # it replaces Triton's functions and puts back what it found
 
 
 def call_interpreted(function, *arguments, **keywords):
@@ -63,7 +65,7 @@ def interpreted_triton_call(
             results[result] = operands[operand]
         references = [HostArray(x) for x in (*operands, *results)]
         # functions that the kernel calls were compiled ones when they were imported
-        with mock.patch.object(JITFunction, "__call__", call_interpreted):
+        with ONE_AT_A_TIME, mock.patch.object(JITFunction, "__call__", call_interpreted):
             interpreted(kernel.fn)[grid](*references, **constants)
         return results
 
