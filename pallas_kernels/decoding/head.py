@@ -26,11 +26,11 @@ def logits(stream: Stream, weights: Leaf, plan: Plan) -> Leaf:
     product = Product(batch, vocab, hidden, plan.tiles_of(NAME, shipped), plan.interpret)
 
     def body(stream: Any, weights: Any, out: Any) -> None:
-        prepare = normalized(stream, product, plan.eps)
+        inputs_of = normalized(stream, product, plan.eps)
         multiply(
             product,
             [Matrix(weights, 0)],
-            prepare,
+            inputs_of,
             lambda block: block.store(out, block.values[0]),
         )
 

@@ -25,10 +25,10 @@ from pallas_kernels.decoding.products import (
     Inputs,
     Matrix,
     Product,
-    add_to_stream,
     multiply,
     normalized,
     of_rows,
+    onto_stream,
 )
 from pallas_kernels.decoding.tiles import product_tiles
 from pallas_kernels.decoding.types import Leaf, Plan, Stream, like
@@ -65,18 +65,7 @@ def down(h: Leaf, activations: Leaf, weights: Leaf, plan: Plan) -> Stream:
     shipped = product_tiles(batch, hidden, width, weights.dtype.itemsize)
     product = Product(batch, hidden, width, plan.tiles_of(DOWN, shipped), plan.interpret)
 
-    def body(h: Any, activations: Any, weights: Any, out: Any) -> None:
-        def prepare(rows: jax.Array) -> Inputs:
-            return Inputs(of_rows(activations, rows, batch))
+    def inputs_of(activations: Any, rows: jax.Array) -> Inputs:
+        return Inputs(of_rows(activations, rows, batch))
 
-        multiply(product, [Matrix(weights, 0)], prepare, lambda block: add_to_stream(out, h, block))
-
-    stream: Stream = product.call(
-        body,
-        h,
-        activations,
-        weights,
-        name=DOWN,
-        out_shape=Stream(like(h.shape, h.dtype), like((batch, product.blocks))),
-    )
-    return stream
+    return onto_stream(product, DOWN, h, activations, weights, inputs_of)

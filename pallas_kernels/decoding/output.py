@@ -25,16 +25,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoding.mixer import Mixed
-from pallas_kernels.decoding.products import (
-    Inputs,
-    Matrix,
-    Product,
-    add_to_stream,
-    multiply,
-    of_rows,
-)
+from pallas_kernels.decoding.products import Inputs, Product, of_rows, onto_stream
 from pallas_kernels.decoding.tiles import product_tiles
-from pallas_kernels.decoding.types import Leaf, Plan, Stream, like
+from pallas_kernels.decoding.types import Leaf, Plan, Stream
 from pallas_kernels.lowering import masked_load
 
 NAME = "mdn_decode_output"
@@ -47,27 +40,16 @@ def output(h: Leaf, mixed: Mixed, weights: Leaf, plan: Plan) -> Stream:
     tiles = plan.tiles_of(NAME, shipped).within(plan.value_dim, width)
     product = Product(batch, hidden, width, tiles, plan.interpret)
 
-    def body(h: Any, mixed: Any, weights: Any, out: Any) -> None:
-        def prepare(rows: jax.Array) -> Inputs:
-            heads, inverse = _roots(mixed.squares, rows, batch, plan)
+    def inputs_of(mixed: Any, rows: jax.Array) -> Inputs:
+        heads, inverse = _roots(mixed.squares, rows, batch, plan)
 
-            def factor(step: Any) -> jax.Array:
-                own = heads == step * tiles.width // plan.value_dim
-                return jnp.sum(jnp.where(own, inverse, 0.0), axis=1)
+        def factor(step: Any) -> jax.Array:
+            own = heads == step * tiles.width // plan.value_dim
+            return jnp.sum(jnp.where(own, inverse, 0.0), axis=1)
 
-            return Inputs(of_rows(mixed.gated, rows, batch), factor)
+        return Inputs(of_rows(mixed.gated, rows, batch), factor)
 
-        multiply(product, [Matrix(weights, 0)], prepare, lambda block: add_to_stream(out, h, block))
-
-    stream: Stream = product.call(
-        body,
-        h,
-        mixed,
-        weights,
-        name=NAME,
-        out_shape=Stream(like(h.shape, h.dtype), like((batch, product.blocks))),
-    )
-    return stream
+    return onto_stream(product, NAME, h, mixed, weights, inputs_of)
 
 
 def _roots(squares: Any, rows: jax.Array, batch: int, plan: Plan) -> tuple[jax.Array, jax.Array]:

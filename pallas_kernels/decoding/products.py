@@ -8,6 +8,7 @@ their way. What stands before a product (a norm) and behind it (a residual) is t
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decoding.tiles import Tiles
+from pallas_kernels.decoding.types import Leaf, Stream, like
 from pallas_kernels.lowering import (
     dot,
     kernel_call,
@@ -40,7 +42,7 @@ class Inputs(NamedTuple):
     last: Callable[[], jax.Array] | None = None
 
 
-Prepare = Callable[[jax.Array], Inputs]
+InputsOf = Callable[[jax.Array], Inputs]
 """From rows of the batch `[rows, 1]` to their inputs; what it loads first, all steps share."""
 
 
@@ -135,7 +137,7 @@ class Product(NamedTuple):
 def multiply(
     product: Product,
     matrices: Sequence[Matrix],
-    prepare: Prepare,
+    inputs_of: InputsOf,
     finish: Callable[[Block], None],
 ) -> None:
     """A program: its block of products, given to `finish`, once or for each row of the batch."""
@@ -153,7 +155,7 @@ def multiply(
         finish(Block(number, rows, outputs[:, None], inside, values))
 
     run = _by_dot if tiles.dot else _summed
-    run(product, matrices, weights, first, prepare, done)
+    run(product, matrices, weights, first, inputs_of, done)
 
 
 def _columns(step: jax.Array | int, width: int, lines: int = 1) -> jax.Array:
@@ -165,11 +167,11 @@ def _by_dot(
     matrices: Sequence[Matrix],
     weights: Callable[..., jax.Array],
     first: jax.Array,
-    prepare: Prepare,
+    inputs_of: InputsOf,
     done: Callable[..., None],
 ) -> None:
     tiles = product.tiles
-    inputs = prepare(first + lax.broadcasted_iota(jnp.int32, (tiles.rows, 1), 0))
+    inputs = inputs_of(first + lax.broadcasted_iota(jnp.int32, (tiles.rows, 1), 0))
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x = inputs.load(i, _columns(i, tiles.width)).T
@@ -192,7 +194,7 @@ def _summed(
     matrices: Sequence[Matrix],
     weights: Callable[..., jax.Array],
     first: jax.Array,
-    prepare: Prepare,
+    inputs_of: InputsOf,
     done: Callable[..., None],
 ) -> None:
     tiles = product.tiles
@@ -207,7 +209,7 @@ def _summed(
         arriving = [[weights(matrix, step) for matrix in matrices] for step in steps]
         # all of them before anything that the inputs need
         loads_so_far_are_issued(product.interpret)
-        inputs = inputs or [prepare(rows) for rows in lines]
+        inputs = inputs or [inputs_of(rows) for rows in lines]
         for step, pieces in zip(steps, arriving, strict=True):
             columns = _columns(step, tiles.width, tiles.outputs)
             wide = [piece.astype(jnp.float32) for piece in pieces]
@@ -223,7 +225,7 @@ def _summed(
     if groups == 1:
         inputs, sums = add(0, None, ())
     else:
-        inputs = [prepare(rows) for rows in lines]
+        inputs = [inputs_of(rows) for rows in lines]
         zeros = jnp.zeros((tiles.outputs, tiles.width), jnp.float32)
         sums = (zeros,) * (tiles.rows * len(matrices))
         sums = lax.fori_loop(0, groups, lambda group, sums: add(group, inputs, sums)[1], sums)
@@ -242,7 +244,7 @@ def of_rows(reference: Any, rows: jax.Array, batch: int) -> Callable[[Any, jax.A
     return lambda _, columns: masked_load(reference.at[rows, columns], inside & (columns >= 0))
 
 
-def normalized(stream: Any, product: Product, eps: float) -> Prepare:
+def normalized(stream: Any, product: Product, eps: float) -> InputsOf:
     """Inputs of a product behind the norm of the residual stream.
 
     The scale of the norm is in the weights, and the root is a factor of the sums, so that the
@@ -254,7 +256,7 @@ def normalized(stream: Any, product: Product, eps: float) -> Prepare:
       eps: inside the root.
     """
 
-    def prepare(rows: jax.Array) -> Inputs:
+    def inputs_of(rows: jax.Array) -> Inputs:
         blocks = stream.squares.shape[1]
         lane = lax.broadcasted_iota(jnp.int32, (1, pl.next_power_of_2(blocks)), 1)
         inside = (rows < product.batch) & (lane < blocks)
@@ -265,10 +267,40 @@ def normalized(stream: Any, product: Product, eps: float) -> Prepare:
 
         return Inputs(of_rows(stream.h, rows, product.batch), last=last)
 
-    return prepare
+    return inputs_of
 
 
-def add_to_stream(stream: Any, before: Any, block: Block) -> None:
+def onto_stream(
+    product: Product,
+    name: str,
+    h: Leaf,
+    given: Any,
+    weights: Leaf,
+    inputs_of: Callable[[Any, jax.Array], Inputs],
+) -> Stream:
+    """The residual stream with a product added.
+
+    Args:
+      product: sizes and tiles.
+      name: of the kernel.
+      h: the stream before.
+      given: arrays that the inputs are made of.
+      weights: the matrix.
+      inputs_of: from references to `given` and rows of the batch to their inputs.
+    """
+
+    def body(h: Any, given: Any, weights: Any, out: Any) -> None:
+        def add(block: Block) -> None:
+            _add_to_stream(out, h, block)
+
+        multiply(product, [Matrix(weights, 0)], partial(inputs_of, given), add)
+
+    out = Stream(like(h.shape, h.dtype), like((product.batch, product.blocks)))
+    stream: Stream = product.call(body, h, given, weights, name=name, out_shape=out)
+    return stream
+
+
+def _add_to_stream(stream: Any, before: Any, block: Block) -> None:
     """Writes `h + y`, both rounded, and the sum of its squares over the block's columns."""
     dtype = stream.h.dtype
     y = block.values[0].astype(dtype).astype(jnp.float32)

@@ -55,8 +55,8 @@ def projections(stream: Stream, weights: Leaf, plan: Plan) -> Projected:
             place = out.gates.at[block.rows, block.outputs - rounded]
             masked_store(place, y, block.inside & gates)
 
-        prepare = normalized(stream, product, plan.eps)
-        multiply(product, [Matrix(weights, 0)], prepare, finish)
+        inputs_of = normalized(stream, product, plan.eps)
+        multiply(product, [Matrix(weights, 0)], inputs_of, finish)
 
     projected: Projected = product.call(
         body,
