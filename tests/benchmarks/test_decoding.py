@@ -1,9 +1,11 @@
 """What `python -m benchmarks decoding` does without a GPU."""
 
+import numpy as np
 import pytest
 
 from benchmarks.decoding import DecodingConfig, Row, decoding, table
 from benchmarks.decoding_cases import others
+from benchmarks.decoding_check import NOTHING, compared, described
 from pallas_kernels.decoding import product_tiles
 
 
@@ -31,3 +33,42 @@ def test_the_table_has_floors_of_a_known_device():
     row = Row(1, "mdn_decode_up", "shipped", 5e-6, 8_200_000, 21)
     assert "| 2.00 " in table([row], "NVIDIA H200").splitlines()[-1]
     assert "| 105 " in table([row], "cpu").splitlines()[-1]
+
+
+def checked(*tokens):
+    """What a check says of the logits `[B, vocab]` of kernels, layers and float32 at each token."""
+    found = NOTHING
+    for token in tokens:
+        found, taken = compared(found, *(np.asarray(x, np.float32) for x in token))
+    np.testing.assert_array_equal(taken, np.argmax(tokens[-1][-1], axis=-1))
+    return found
+
+
+def test_a_check_finds_other_tokens_and_larger_errors():
+    logits = np.asarray([[0.0, 1.0, 0.5], [3.0, 0.0, 0.5]])
+    near = logits + np.asarray([[0, 1e-3, 0], [0, 0, 1e-3]])
+    line, right = described(checked((near, near, logits), (logits,) * 3), 2, 2, is_exact=False)
+    assert right
+    assert "those of the layers 3." in line
+    assert "from each other at most 0.0e+00 (0.02 met)" in line
+    assert line.endswith("the likeliest token is the same in 4 of 4")
+    # further from float32 than the layers are, and further from them than asked for
+    far = logits + np.asarray([[0, -0.3, 0], [0, 0, 0]])
+    found = checked((far, near, logits))
+    line, right = described(found, 2, 1, is_exact=False)
+    assert not right
+    assert "(0.02 missed)" in line
+    assert line.endswith("WRONG, expected at most 1.2 times the layers'")
+    difference = np.log(np.exp(far).sum(1)) - np.log(np.exp(near).sum(1))
+    apart = np.abs(far - near - difference[:, None])
+    np.testing.assert_allclose(found.apart, apart.max(), rtol=1e-4)
+    np.testing.assert_allclose(found.taken, apart[[0, 1], [1, 0]].max(), rtol=1e-4)
+
+
+def test_in_float32_one_other_token_is_wrong():
+    layers = np.asarray([[0.0, 1.0, 1.0 - 1e-6]])
+    kernels = np.asarray([[0.0, 1.0 - 1e-6, 1.0]])
+    line, right = described(checked((kernels, layers, layers)), 1, 1, is_exact=True)
+    assert not right
+    assert "the same in 0 of 1, where it is not it leads by at most 1.0e-06" in line
+    assert line.endswith("WRONG, expected the same tokens in float32")
