@@ -1,4 +1,8 @@
-"""The kernels of a token's step by themselves, each on the weights of all layers."""
+"""The kernels of a token's step by themselves, each on the weights of all layers.
+
+Each is followed by a kernel of a few microseconds, on which the next one depends: a time here is of
+both, and a step takes less than the sum of its kernels.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -105,16 +109,17 @@ def cases(weights: FusedWeights, batch: int, plan: Plan) -> Iterator[Case]:
 
     def mixed() -> tuple[Array, kernels.Mixed]:
         # as many sums of squares as the kernel writes
-        shapes = jax.eval_shape(mixer.carry)[1]
-        return stream().h, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+        tiles = mixer_tiles(plan.key_dim, plan.value_dim, batch * plan.value_heads)
+        blocks = plan.value_dim // tiles.block_v
+        gated = jnp.ones((batch, plan.values), weights.head.dtype)
+        return stream().h, kernels.Mixed(gated, jnp.ones((batch, plan.value_heads, blocks)))
 
     def between() -> tuple[Array, Array]:
         return stream().h, jnp.ones((batch, layers[0].down.shape[1]), weights.head.dtype)
 
-    mixer = _mixer(weights, batch, plan)
     matrices = [layer.projections for layer in layers]
     yield product("mdn_decode_projections", matrices, projections, one)
-    yield mixer
+    yield _mixer(weights, batch, plan)
     yield product("mdn_decode_output", [layer.output for layer in layers], output, mixed)
     if layers[0].up is not None:
         yield product("mdn_decode_up", [layer.up for layer in layers], up, one, joined=2)
@@ -132,11 +137,11 @@ def _mixer(weights: FusedWeights, batch: int, plan: Plan) -> Case:
     shape = (batch, plan.value_heads, plan.key_dim, plan.value_dim)
 
     def run(plan: Plan, own: Any, carry: Any, i: int) -> Any:
-        memories, _, projected, slot, active = carry
+        memories, projected, slot, active = carry
         mixed, memory = kernels.mixer(projected, own, memories[i], slot, active, plan)
         memories = (*memories[:i], memory, *memories[i + 1 :])
         gates = projected.gates + 1e-30 * mixed.gated[:, :1].astype(jnp.float32)
-        return memories, mixed, projected._replace(gates=gates), slot, active
+        return memories, projected._replace(gates=gates), slot, active
 
     def carry() -> tuple[Any, ...]:
         tail = (batch, plan.conv_size, plan.channels)
@@ -148,12 +153,7 @@ def _mixer(weights: FusedWeights, batch: int, plan: Plan) -> Case:
             jnp.ones((batch, plan.rounded), dtype), jnp.zeros((batch, gates))
         )
         slot, active = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32)
-        out = jax.eval_shape(
-            lambda memory: kernels.mixer(projected, layers[0], memory, slot, active, plan)[0],
-            memories[0],
-        )
-        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
-        return memories, first, projected, slot, active
+        return memories, projected, slot, active
 
     moved = 2 * 2 * 4 * batch * plan.value_heads * plan.key_dim * plan.value_dim * len(layers)
     others = list(near_mixer(plan.key_dim, plan.value_dim, batch * plan.value_heads))
