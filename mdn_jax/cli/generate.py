@@ -72,9 +72,9 @@ class GenerateConfig(CheckpointConfig):
     block: int = 16
     """Tokens in one call of the compiled loop: the steps in which text appears."""
 
-    steps: StepKind = "layers"
+    steps: StepKind | None = None
     """What takes single tokens: the model's own layers, or few, wide GPU kernels for models and
-    devices that they support (docs/inference.md)."""
+    devices that they support (docs/inference.md); None: what is faster."""
 
     state_dtype: StateDtype | None = None
     """How states of momentum delta rules are kept while generating; None: as they are, in float32

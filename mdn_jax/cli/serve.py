@@ -62,9 +62,9 @@ class ServeConfig(CheckpointConfig):
     piece: int = 512
     """Tokens of a prompt in one call: running texts wait this long for a new one at most."""
 
-    steps: StepKind = "layers"
+    steps: StepKind | None = None
     """What takes single tokens: the model's own layers, or few, wide GPU kernels for models and
-    devices that they support (docs/inference.md)."""
+    devices that they support (docs/inference.md); None: what is faster."""
 
     prefix_mb: float = 1024.0
     """Megabytes for states of prompts that were read; 0: none are kept."""

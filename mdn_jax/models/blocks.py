@@ -1,7 +1,7 @@
 """The compiled loop of single tokens: a block of them for every row of a batch."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -132,10 +132,30 @@ def _block(
     return made._replace(state=made.state._replace(cache=steps.leave(made.state.cache)))
 
 
-decode_block = partial(jax.jit, static_argnums=0, static_argnames=("size", "logprobs"))(_block)
-decode_block_in_place = partial(
-    jax.jit, static_argnums=0, static_argnames=("size", "logprobs"), donate_argnames="state"
-)(_block)
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
+"""Options of XLA with which the loop is one CUDA graph: the host waits for no token."""
+
+
+@cache
+def decode_block(*, in_place: bool, graphs: bool) -> Any:
+    """The compiled loop: of structure, arrays, state, limits, sampling and stop tokens a `Block`.
+
+    Args:
+      in_place: the state's memory is used for the new one's.
+      graphs: on a GPU, as one CUDA graph.
+    """
+    return jax.jit(
+        _block,
+        static_argnums=0,
+        static_argnames=("size", "logprobs"),
+        donate_argnames="state" if in_place else None,
+        compiler_options=GRAPHS if graphs else None,
+    )
 
 
 def _logprobs(logits: Float[Array, "B vocab"], token: Int[Array, " B"], n: int) -> Logprobs:

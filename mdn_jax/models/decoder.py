@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.models.arguments import is_whole
-from mdn_jax.models.blocks import Block, decode_block, decode_block_in_place
-from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
+from mdn_jax.models.blocks import Block, decode_block
+from mdn_jax.models.causal_lm import MDNForCausalLM
 from mdn_jax.models.fields import require
-from mdn_jax.models.fused import fused_cache_lacks
 from mdn_jax.models.generation_state import GenerationState, check_state
 from mdn_jax.models.on_mesh import mesh_of
 from mdn_jax.models.sampling import SamplingArrays
-from mdn_jax.models.steps import StepKind, kernel_steps
+from mdn_jax.models.steps import KernelSteps, StepKind
 from mdn_jax.models.structure import Structure
 
 
@@ -30,8 +29,9 @@ class Decoder:
 
     Args:
       model: the model.
-      steps: what takes single tokens: "layers", the model's own; or "kernels", few, wide GPU
-        kernels, for which the decoder keeps the weights once more (docs/inference.md).
+      steps: what takes single tokens: "layers", the model's own; "kernels", few, wide GPU
+        kernels, for which the decoder keeps the weights once more (docs/inference.md); None: the
+        kernels where they can run and are faster.
 
     Raises:
       ValueError: "kernels" for a model that these do not support, with what they expect.
@@ -44,8 +44,8 @@ class Decoder:
       mesh: over which the parameters lie (`shard_model`); None: over none.
     """
 
-    def __init__(self, model: MDNForCausalLM, *, steps: StepKind = "layers") -> None:
-        self._kernels = kernel_steps(model, steps)
+    def __init__(self, model: MDNForCausalLM, *, steps: StepKind | None = None) -> None:
+        self._kernels = KernelSteps(model, steps)
         self.model = model
         self.config = model.config
         graph, weights = nnx.split(model)
@@ -56,14 +56,6 @@ class Decoder:
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, the mesh over which the parameters lie is the ambient one."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def _steps_from(self, cache: ModelCache) -> tuple[Any, Any]:
-        """Structure and arrays of what takes single tokens, on from a cache."""
-        if self._kernels is None:
-            return self.structure, self.arrays
-        if lacking := fused_cache_lacks(cache):
-            raise ValueError(f'state: steps "kernels" expects {lacking}; use "layers"')
-        return self._kernels
 
     def block(
         self,
@@ -106,8 +98,9 @@ class Decoder:
         vocab = self.model.config.vocab_size
         fits = logprobs is None or (is_whole(logprobs, 0) and logprobs <= vocab)
         require("logprobs", logprobs, f"an int from 0 to {vocab} or None", fits)
-        run = decode_block_in_place if donate else decode_block
-        structure, arrays = self._steps_from(state.cache)
+        kernels = self._kernels.for_cache(state.cache, state.position.shape[0])
+        structure, arrays = kernels or (self.structure, self.arrays)
+        run = decode_block(in_place=donate, graphs=kernels is not None)
         with self.on_mesh():
             return run(
                 structure, arrays, state, limits, sampling, stop, size=size, logprobs=logprobs

@@ -94,7 +94,7 @@ class Device:
         max_length: int,
         end_tokens: int,
         top: int,
-        steps: StepKind = "layers",
+        steps: StepKind | None = None,
     ) -> None:
         self.model, self.slots, self.piece, self.block = model, slots, piece, block
         self.top = min(top, model.config.vocab_size)

@@ -108,6 +108,21 @@ def test_blocks_of_tokens_are_those_of_the_layers(monkeypatch):
         np.testing.assert_array_equal(after[1], before[1])
 
 
+def test_the_default_is_what_is_faster(monkeypatch):
+    model = drawn(CONFIG)
+    assert not steps._faster(model)  # float32, on a CPU
+    cache = model.init_cache(2)
+    assert steps.KernelSteps(model, None).for_cache(cache, 2) is None
+    monkeypatch.setattr(steps, "_faster", lambda _: True)
+    default = steps.KernelSteps(model, None)
+    structure, weights = default.for_cache(cache, 2)
+    assert structure == fused_structure(model)
+    assert default.for_cache(cache, steps.MOST_ROWS)[1] is weights  # joined once
+    assert default.for_cache(cache, steps.MOST_ROWS + 1) is None
+    halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
+    assert default.for_cache(halved, 2) is None
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -140,5 +155,5 @@ def test_implementations_dtypes_and_states_that_the_kernels_do_not_take(monkeypa
     assert fused_cache_lacks(halved) == "float32 states, got bfloat16"
     monkeypatch.setattr(module.api, "_capability", lambda: (9, 0))
     assert fused_lacks(model) == "a CUDA GPU, got none"  # the parameters lie on the CPU
-    with pytest.raises(ValueError, match='steps: expected "layers" or "kernels", got 3'):
+    with pytest.raises(ValueError, match='steps: expected "layers", "kernels" or None, got 3'):
         Decoder(model, steps=3)

@@ -262,7 +262,7 @@ def test_the_loop_is_compiled_once():
     graph, weights = nnx.split(MODELS["mdn"])
     model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
     state = prefill(model, [PROMPTS[0]])
-    before = decode_block._cache_size()
+    before = decode_block(in_place=False, graphs=False)._cache_size()
     for _ in stream(model, state, max_new_tokens=20, block=6):
         pass
-    assert decode_block._cache_size() == before + 1
+    assert decode_block(in_place=False, graphs=False)._cache_size() == before + 1

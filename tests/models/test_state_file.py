@@ -57,10 +57,10 @@ def test_a_loaded_state_compiles_the_loop_once(tmp_path):
     model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
     save_state(tmp_path / "s", prefill(model, [[1, 2, 3]]), model)
     loaded = load_state(tmp_path / "s", model)
-    before = decode_block._cache_size()
+    before = decode_block(in_place=False, graphs=False)._cache_size()
     for _ in stream(model, loaded, max_new_tokens=9, block=3):
         pass
-    assert decode_block._cache_size() == before + 1
+    assert decode_block(in_place=False, graphs=False)._cache_size() == before + 1
 
 
 def test_bfloat16(tmp_path):
