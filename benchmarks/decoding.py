@@ -18,7 +18,7 @@ from jaxtyping import Array
 from tabulate import tabulate
 
 from benchmarks.costs import PEAKS
-from benchmarks.decoding_cases import cases, others
+from benchmarks.decoding_cases import cases
 from benchmarks.decoding_check import check
 from benchmarks.decoding_inspect import report
 from benchmarks.timing import model_for_device
@@ -27,6 +27,7 @@ from mdn_jax import MDNForCausalLM
 from mdn_jax.models.fused import FusedWeights, fused_lacks, fused_structure, fused_weights
 from mdn_jax.models.structure import layer_steps
 from pallas_kernels.decoding import Tiles
+from pallas_kernels.tiling import DecodeTiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +193,9 @@ def _jobs(
     for kernel in cases(weights, batch, structure.plan):
         if config.kernels and not any(part in kernel.name for part in config.kernels):
             continue
-        tiles: list[Tiles | None] = [None]
-        if "sweep" in config.parts and kernel.product is not None:
-            tiles += list(others(batch, *kernel.product))
+        tiles: list[Tiles | DecodeTiles | None] = [None]
+        if "sweep" in config.parts:
+            tiles += kernel.others
         for choice in tiles:
             plan = structure.plan
             if choice is not None:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from benchmarks.decoding import DecodingConfig, Row, decoding, table
-from benchmarks.decoding_cases import others
+from benchmarks.decoding_cases import near, near_mixer
 from benchmarks.decoding_check import NOTHING, compared, described
 from pallas_kernels.decoding import product_tiles
+from pallas_kernels.decoding.tiles import mixer_tiles
 
 
 def test_without_a_gpu_it_says_what_it_expects():
@@ -18,7 +19,7 @@ def test_other_tiles_are_others_and_divide_the_width():
     for batch in (1, 8, 64):
         for sizes in ((4632, 1024, 2, 1), (2816, 1024, 2, 2), (1024, 2816, 2, 1), (48, 48, 4, 1)):
             outputs, width, itemsize, matrices = sizes
-            tiles = list(others(batch, *sizes))
+            tiles = list(near(batch, *sizes))
             shipped = product_tiles(batch, outputs, width, itemsize, matrices=matrices)
             assert tiles
             assert shipped not in tiles
@@ -27,6 +28,14 @@ def test_other_tiles_are_others_and_divide_the_width():
                 # of the pipeline in shared memory
                 staged = (choice.rows + matrices * choice.outputs) * choice.width * itemsize
                 assert not choice.dot or staged * choice.stages <= 232_448
+
+
+def test_other_tiles_of_the_mixer_are_others_and_divide_v():
+    for heads in (6, 48, 384):
+        tiles = list(near_mixer(128, 256, heads))
+        assert tiles
+        assert mixer_tiles(128, 256, heads) not in tiles
+        assert all(256 % choice.block_v == 0 for choice in tiles)
 
 
 def test_the_table_has_floors_of_a_known_device():
