@@ -196,6 +196,7 @@ class Engine:
             passed("wait")
             self._land(flight)
         self._hand_out()
+        self._begin_reading()
         passed("tell")
         following = None if started is None else _Flight(started.result(), owners)
         passed("launch")

@@ -35,6 +35,7 @@ class Reader:
     def __init__(self, device: Device, prefixes: PrefixCache) -> None:
         self._device, self._prefixes = device, prefixes
         self._readings: list[Reading] = []
+        self._behind: dict[Job, Reading] = {}  # what prompts that share with it wait for
         self._keeps = prefixes.has_room(device.empty)
         self._last_call: Array | None = None
 
@@ -43,12 +44,17 @@ class Reader:
 
     def begin(self, job: Job, slot: int) -> bool:
         """Begins with a prompt, unless one that is being read will leave a state for it."""
+        if self._behind.get(job) in self._readings:
+            return False
         size, piece = len(job.prompt), self._device.piece
         state, count, branch = None, 0, 0
         if not job.score_prompt:
             count, state, branch = self._prefixes.find(job.prompt)
-            if self._keeps and self._shares(job.prompt, count):
+            before = self._shares(job.prompt, count) if self._keeps else None
+            if before is not None:
+                self._behind[job] = before
                 return False
+        self._behind.pop(job, None)
         job.cached = count
         whole = (size - 1) // piece * piece
         marks = sorted({mark for mark in (branch, whole, size) if count < mark})
@@ -56,12 +62,13 @@ class Reader:
         return True
 
     def drop(self, job: Job) -> None:
-        """Stops reading a prompt."""
+        """Stops reading a prompt, or waiting with it."""
+        self._behind.pop(job, None)
         self._readings = [reading for reading in self._readings if reading.job is not job]
 
     def clear(self) -> None:
         """Stops reading all of them."""
-        self._readings = []
+        self._readings, self._behind = [], {}
 
     def slots(self) -> set[int]:
         """Of the prompts that are being read."""
@@ -92,10 +99,12 @@ class Reader:
         self._readings = [reading for reading in self._readings if reading not in done]
         return used, done
 
-    def _shares(self, prompt: Sequence[int], count: int) -> bool:
-        """Whether what is being read has more in common with a prompt than is kept of it."""
-        others = (reading.job.prompt for reading in self._readings)
-        return any(common_length(prompt, other) - count >= SHARED for other in others)
+    def _shares(self, prompt: Sequence[int], count: int) -> Reading | None:
+        """What is being read and has more in common with a prompt than is kept of it."""
+        for reading in self._readings:
+            if common_length(prompt, reading.job.prompt) - count >= SHARED:
+                return reading
+        return None
 
     def _alike(self, size: int) -> list[Reading]:
         """Those whose next piece has this size, padded: a piece is always in the same program."""

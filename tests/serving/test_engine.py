@@ -125,9 +125,9 @@ def test_a_prompt_waits_for_what_another_one_leaves(model):
     engine.submit([text.job for text in texts])
     assert {text.end().end for text in texts} == {"length"}
     engine.close()
-    # the second leaves a state where they part; its end is read with those of the third and fourth
+    # the second leaves a state where they part, with which the third and fourth go on together
     assert [text.job.cached for text in texts] == [0, 32, 50, 50, 0]
-    assert calls == [[32], [20], [2], [18], [2, 2, 2]]
+    assert calls == [[32], [20], [2], [18], [2], [2, 2]]
 
 
 def test_a_device_that_fails_is_told_to_all(engine, caplog):
