@@ -78,14 +78,14 @@ class Device:
       model: the model.
       slots: rows that are decoded at once.
       piece: most tokens of prompts in one call.
+      together: prompts in one call at most; None: on a CPU 1, for padding costs time there, else as
+        many as a piece has room for.
       block: most tokens of a row in one call of the compiled loop.
       max_length: room for a row's tokens in softmax attention without a window, of models that
         have it.
       end_tokens: of the tokenizer, beside those of a request.
       top: likeliest tokens that are told where log-probabilities are asked for.
       steps: what takes single tokens, see `Decoder`.
-      together: prompts in one call at most; None: on a CPU 1, for padding costs time there, else as
-        many as a piece has room for.
 
     Raises:
       ValueError: steps by kernels for a model that these do not support.
@@ -101,12 +101,12 @@ class Device:
         *,
         slots: int,
         piece: int,
+        together: int | None = None,
         block: int,
         max_length: int,
         end_tokens: int,
         top: int,
         steps: StepKind = "layers",
-        together: int | None = None,
     ) -> None:
         self.model, self.slots, self.piece, self.block = model, slots, piece, block
         self.top = min(top, model.config.vocab_size)
