@@ -25,7 +25,7 @@ from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
 from mdn_jax.models.fused import FusedWeights, fused_lacks, fused_structure, fused_weights
-from mdn_jax.models.structure import LayerSteps
+from mdn_jax.models.structure import layer_steps
 from pallas_kernels.decoding import Tiles
 from pallas_kernels.tiling import DecodeTiles
 
@@ -185,7 +185,7 @@ def _jobs(
         run = again(structure.steps)
         yield Job(row("step, kernels", moved, 1), run, weights, entered, 1)
     if "layers" in config.parts:
-        run = again(lambda state: LayerSteps(nnx.merge(graph, state)))
+        run = again(lambda state: layer_steps(nnx.merge(graph, state)))
         carry = lambda: (model.init_cache(batch), token())  # noqa: E731
         yield Job(row("step, layers", moved, 1), run, state, carry, 1)
     if not {"kernels", "sweep"} & {*config.parts}:

@@ -61,6 +61,8 @@ class ServingConfig:
     """Texts of a stream, one after another."""
     block: int = 16
     """Tokens in one call of the compiled loop."""
+    together: int | None = None
+    """Short prompts in one call, as of mdn-serve."""
     seconds: float | None = None
     """Load of random arrivals, lengths and cancellations for this long, by the openai package, in
     place of the measurement."""
@@ -139,7 +141,9 @@ def measure(config: ServingConfig, model: MDNForCausalLM) -> dict[str, Any]:
     ]
     with _served(config, model) as (engine, port):
         _ask("streams", {"port": port, "lanes": [[_request(rng, config, 0)]]})  # imports are done
+        before = engine.metrics.engine_time()
         found = _ask("streams", {"port": port, "lanes": lanes})
+        after = engine.metrics.engine_time()
         picked = [lanes[lane][-1] for lane in range(min(_ALONE, config.streams))]
         (alone,) = _ask("streams", {"port": port, "lanes": [picked]})
         state_bytes = engine.device.state_bytes
@@ -153,6 +157,7 @@ def measure(config: ServingConfig, model: MDNForCausalLM) -> dict[str, Any]:
             "all_at_once": _quantiles(burst),
             "while_others_run": _quantiles(later) if later else None,
         },
+        "engine_seconds": {part: after[part] - before[part] for part in after},
         "state_bytes": state_bytes,
         "different": [i for i, x in enumerate(alone) if x["text"] != together[i]],
         "compared": len(picked),
@@ -209,6 +214,7 @@ def _served(config: ServingConfig, model: MDNForCausalLM) -> Iterator[tuple[Engi
         max_length=4096,
         end_tokens=0,
         top=20,
+        together=config.together,
     )
     engine = Engine(device, limits, PrefixCache(8 * device.state_bytes))
     service = Service(engine, Texts(ByteText()), name=_NAME, limits=limits)

@@ -60,7 +60,10 @@ class ServeConfig(CheckpointConfig):
     """Tokens in one call of the compiled loop: the steps in which text appears."""
 
     piece: int = 512
-    """Tokens of a prompt in one call: running texts wait this long for a new one at most."""
+    """Tokens of prompts in one call: running texts wait this long for new ones at most."""
+
+    together: int | None = None
+    """Short prompts in one call at most; None: on a CPU 1, on GPUs as many as have room in it."""
 
     steps: StepKind | None = None
     """What takes single tokens: the model's own layers, or few, wide GPU kernels for models and
@@ -86,8 +89,8 @@ class ServeConfig(CheckpointConfig):
     them: as lm-evaluation-harness leaves them out."""
 
     def __post_init__(self) -> None:
-        for name in ("block", "piece", "max_length", "data", "tensor"):
-            if getattr(self, name) < 1:
+        for name in ("block", "piece", "together", "max_length", "data", "tensor"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {getattr(self, name)!r}")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port: expected an int from 0 to 65535, got {self.port!r}")
@@ -149,6 +152,7 @@ def build(config: ServeConfig) -> tuple[Engine, Service]:
         end_tokens=len(text.end_tokens),
         top=MOST_LOGPROBS,
         steps=config.steps,
+        together=config.together,
     )
     prefixes = PrefixCache(int(config.prefix_mb * 1e6))
     engine = Engine(device, config.limits, prefixes, prefix_dir=config.prefix_dir)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mdn_jax.layers.projection import wide_projection
 from mdn_jax.layers.sharding import named_axes
 from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
+from mdn_jax.models.joined import joins, whole_output, with_joined_products
 
 
 class LayerSteps(NamedTuple):
@@ -17,9 +19,12 @@ class LayerSteps(NamedTuple):
 
     Attributes:
       model: the model.
+      output: its output projection in the dtype of the computation, with any columns behind; None:
+        the model's own.
     """
 
     model: MDNForCausalLM
+    output: Float[Array, "hidden columns"] | None = None
 
     def enter(self, cache: ModelCache) -> ModelCache:
         """What a loop keeps in place of a cache: the same."""
@@ -40,12 +45,21 @@ class LayerSteps(NamedTuple):
           The logits, float32 (float64 for float64), and the cache after the tokens.
         """
         lengths = None if active is None else active.astype(jnp.int32)
-        logits, cache = self.model(tokens[:, None], cache=cache, lengths=lengths)
-        return logits[:, 0], cache
+        h, cache = self.model.hidden(tokens[:, None], cache=cache, lengths=lengths)
+        if self.output is None:
+            return self.model.logits(h[:, 0]), cache
+        return wide_projection(h[:, 0], self.output)[:, : self.model.config.vocab_size], cache
 
     def leave(self, cache: ModelCache) -> ModelCache:
         """The cache of what a loop has kept: the same."""
         return cache
+
+
+def layer_steps(model: MDNForCausalLM) -> LayerSteps:
+    """Steps by a model; called before a loop, and outside it, for it joins matrices on a GPU."""
+    if not joins():
+        return LayerSteps(model)
+    return LayerSteps(with_joined_products(model), whole_output(model))
 
 
 class Structure:
@@ -76,4 +90,4 @@ class Structure:
 
     def steps(self, arrays: Sequence[Array]) -> LayerSteps:
         """Steps of single tokens by the model of these arrays."""
-        return LayerSteps(self.model(arrays))
+        return layer_steps(self.model(arrays))

@@ -4,18 +4,14 @@ Every program here has fixed shapes, so that what `warm` compiles is all that ru
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Concatenate, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 from numpy.typing import NDArray
 
-from mdn_jax.layers import sharding
 from mdn_jax.layers.attention import AttentionCache, SoftmaxAttention
 from mdn_jax.models import (
     Block,
@@ -24,42 +20,55 @@ from mdn_jax.models import (
     MDNForCausalLM,
     Sampling,
     SamplingArrays,
-    initial_state,
     sampling_arrays,
 )
 from mdn_jax.models.steps import StepKind
 from mdn_jax.models.structure import Structure
 from mdn_jax.serving.jobs import MOST_STOP_TOKENS
+from mdn_jax.serving.programs import (
+    Rows,
+    TokenScores,
+    at_most,
+    begin_rows,
+    initial_rows,
+    left_after,
+    place_row,
+    read_rows,
+    stop_row,
+    take_row,
+)
 
 
-class Rows(NamedTuple):
-    """What decoding has of every row; a pytree.
+class Part(NamedTuple):
+    """Some more tokens of a prompt.
 
     Attributes:
-      state: after the tokens so far.
-      left: tokens that each row may still get; 0: it is not active.
+      slot: whose text they are of.
+      tokens: ids.
+      fresh: whether the text begins with them; else they go on from the slot's state.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    fresh: bool
+
+
+class Start(NamedTuple):
+    """A text whose prompt is in its slot, and how it goes on.
+
+    Attributes:
+      slot: of the text.
+      left: most tokens to make.
       sampling: how they are drawn.
-      stop: tokens that end it; -1: none.
+      seed: of the draws.
+      stop_tokens: that end it.
     """
 
-    state: GenerationState
-    left: Int[Array, " B"] | NDArray[np.int32]
-    sampling: SamplingArrays
-    stop: Int[Array, "B S"] | NDArray[np.int32]
-
-
-class TokenScores(NamedTuple):
-    """Log-probabilities (nats) at every step of a piece; a pytree.
-
-    Attributes:
-      target: of the next token.
-      likeliest: the likeliest next tokens, the likeliest first.
-      of_likeliest: theirs.
-    """
-
-    target: Float[Array, " T"]
-    likeliest: Int[Array, "T n"]
-    of_likeliest: Float[Array, "T n"]
+    slot: int
+    left: int
+    sampling: Sampling
+    seed: int
+    stop_tokens: Sequence[int]
 
 
 class Device:
@@ -68,7 +77,9 @@ class Device:
     Args:
       model: the model.
       slots: rows that are decoded at once.
-      piece: most tokens of a prompt in one call.
+      piece: most tokens of prompts in one call.
+      together: prompts in one call at most; None: on a CPU 1, for padding costs time there, else as
+        many as a piece has room for.
       block: most tokens of a row in one call of the compiled loop.
       max_length: room for a row's tokens in softmax attention without a window, of models that
         have it.
@@ -90,6 +101,7 @@ class Device:
         *,
         slots: int,
         piece: int,
+        together: int | None = None,
         block: int,
         max_length: int,
         end_tokens: int,
@@ -105,36 +117,83 @@ class Device:
         self._max_length = max_length
         self._stops = MOST_STOP_TOKENS + end_tokens
         self._sizes = sorted({max(1, piece // 16), max(1, piece // 4), piece})
+        most = min(slots, together or (1 if jax.default_backend() == "cpu" else piece))
+        self._together = {size: min(most, piece // size) for size in self._sizes}
         self._decoder = Decoder(model, steps=steps)
-        self.empty = self._call(_initial, 1, max_length)
+        self.empty = self._call(initial_rows, 1, max_length)
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.empty.cache))
         self._rows = self._no_rows()
 
     def warm(self) -> None:
         """Compiles everything, and leaves no row active."""
-        for count in self._sizes:
-            state = self.read(self.empty, [0] * count)
-        self.score(self.empty, [0] * self.piece, [0] * self.piece)
-        self.put(0, state, left=1, sampling=Sampling(), seed=0, stop_tokens=())
-        for logprobs in (False, True):
-            jax.block_until_ready(self.decode(1, logprobs=logprobs).tokens)
+        for size in self._sizes:
+            self.read([Part(0, [0] * size, fresh=True)], size)
+        self.score(Part(0, [0] * self.piece, fresh=True), [0] * self.piece)
+        self.place(0, self.take(0))
+        for sampling in (Sampling(logit_bias={0: 1.0}), Sampling()):
+            self.begin([Start(0, 1, sampling, 0, ())])
+            self.decode(1, logprobs=True)
+        self.begin([Start(0, 1, Sampling(), 0, ())])
+        jax.block_until_ready(self.decode(1, logprobs=False).tokens)
         self.stop(0)
 
-    def read(self, state: GenerationState, tokens: Sequence[int]) -> GenerationState:
-        """The state of one row after at most `piece` more tokens."""
-        padded, lengths = self._padded(tokens)
-        after, _ = self._call(_read, state, padded, lengths, None, top=0)
-        return after
+    def padded(self, count: int) -> int:
+        """The size of the program that reads so many tokens, `piece` at most."""
+        return next(size for size in self._sizes if size >= count)
 
-    def score(
-        self, state: GenerationState, tokens: Sequence[int], following: Sequence[int]
-    ) -> tuple[GenerationState, TokenScores]:
+    def rows_of(self, size: int) -> int:
+        """How many prompts the program of this size reads at once."""
+        return self._together[size]
+
+    def read(self, parts: Sequence[Part], size: int) -> Array:
+        """Reads the next tokens of some texts, no more than `rows_of(size)`, into their slots.
+
+        Returns:
+          Their positions after that, which can be waited for.
+        """
+        position, _ = self._read(parts, size, None)
+        return position
+
+    def score(self, part: Part, following: Sequence[int]) -> tuple[Array, TokenScores]:
         """As `read`, with the log-probabilities of the token that follows each."""
-        padded, lengths = self._padded(tokens, self.piece)
-        targets, _ = self._padded(following, self.piece)
-        after, scores = self._call(_read, state, padded, lengths, targets, top=self.top)
+        targets = np.zeros((1, self.piece), np.int32)
+        targets[0, : len(following)] = following
+        position, scores = self._read([part], self.piece, targets)
         assert scores is not None
-        return after, scores
+        return position, scores
+
+    def _read(
+        self, parts: Sequence[Part], size: int, targets: NDArray[np.int32] | None
+    ) -> tuple[Array, TokenScores | None]:
+        rows = self._together[size] if targets is None else 1
+        slots = np.arange(self.slots, self.slots + rows, dtype=np.int32)  # of no text
+        tokens = np.zeros((rows, size), np.int32)
+        lengths, fresh = np.zeros((rows,), np.int32), np.ones((rows,), bool)
+        for row, part in enumerate(parts):
+            slots[row], lengths[row], fresh[row] = part.slot, len(part.tokens), part.fresh
+            tokens[row, : len(part.tokens)] = part.tokens
+        state, position, scores = self._call(
+            read_rows,
+            self._rows.state,
+            self.empty,
+            slots,
+            fresh,
+            tokens,
+            lengths,
+            targets,
+            top=0 if targets is None else self.top,
+        )
+        self._rows = self._rows._replace(state=state)
+        return position, scores
+
+    def take(self, slot: int) -> GenerationState:
+        """A copy of the state of one row."""
+        return self._on_rows(take_row, self._rows.state, np.int32(slot))
+
+    def place(self, slot: int, state: GenerationState) -> None:
+        """Puts the state of one row into a slot."""
+        after = self._on_rows(place_row, self._rows.state, state, np.int32(slot))
+        self._rows = self._rows._replace(state=after)
 
     def fit(self, state: GenerationState) -> GenerationState:
         """A state of one row with the room that rows have here."""
@@ -145,39 +204,45 @@ class Device:
             cache.append(entry)
         return state._replace(cache=tuple(cache))
 
-    def put(
-        self,
-        slot: int,
-        state: GenerationState,
-        *,
-        left: int,
-        sampling: Sampling,
-        seed: int,
-        stop_tokens: Sequence[int],
-    ) -> None:
-        """Puts a row of one text into a slot."""
-        stop = np.full((1, self._stops), -1, np.int32)
-        stop[0, : len(stop_tokens)] = stop_tokens
-        row = Rows(state, np.full((1,), left, np.int32), self._sampling(sampling, [seed]), stop)
-        self._rows = self._call(_put, self._rows, row, np.int32(slot))
+    def begin(self, starts: Sequence[Start]) -> None:
+        """Texts whose prompts are in their slots get their tokens from now on."""
+        rows = max(self._together.values())
+        for first in range(0, len(starts), rows):
+            some = starts[first : first + rows]
+            more = rows - len(some)
+            slots = [start.slot for start in some] + [self.slots + i for i in range(more)]
+            stop = np.full((rows, self._stops), -1, np.int32)
+            for row, start in zip(stop, some, strict=False):
+                row[: len(start.stop_tokens)] = start.stop_tokens
+            sampling = self._sampling(
+                [start.sampling for start in some] + [Sampling()] * more,
+                [start.seed for start in some] + [0] * more,
+                bias=any(start.sampling.logit_bias for start in some),
+            )
+            left = np.asarray([start.left for start in some] + [0] * more, np.int32)
+            old = self._rows.left, self._rows.sampling, self._rows.stop
+            new = self._on_rows(
+                begin_rows, old, (left, sampling, stop), np.asarray(slots, np.int32)
+            )
+            self._rows = Rows(self._rows.state, *new)
 
     def stop(self, slot: int) -> None:
         """Takes a row out: it gets no more tokens."""
-        self._rows = self._rows._replace(left=_without(self._rows.left, np.int32(slot)))
+        self._rows = self._rows._replace(left=stop_row(self._rows.left, np.int32(slot)))
 
     def decode(self, count: int, *, logprobs: bool) -> Block:
         """Up to `count` more tokens of every active row; the call does not wait for them."""
         rows = self._rows
         block = self._decoder.block(
             rows.state,
-            _at_most(rows.left, np.int32(count)),
+            at_most(rows.left, np.int32(count)),
             rows.sampling,
             rows.stop,
             size=self.block,
             logprobs=self.top if logprobs else None,
             donate=True,
         )
-        left = _after(rows.left, block.counts, block.ended)
+        left = left_after(rows.left, block.counts, block.ended)
         self._rows = rows._replace(state=block.state, left=left)
         return block
 
@@ -192,104 +257,27 @@ class Device:
         with decoder.on_mesh():
             return program(decoder.structure, decoder.arrays, *args, **kwargs)
 
+    def _on_rows[**P, R](
+        self, program: Callable[Concatenate[Structure, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """As `_call`, of a program that does not need the parameters."""
+        with self._decoder.on_mesh():
+            return program(self._decoder.structure, *args, **kwargs)
+
     def _no_rows(self) -> Rows:
-        sampling = self._sampling(Sampling(), [0] * self.slots)
+        sampling = self._sampling([Sampling()] * self.slots, [0] * self.slots, bias=True)
         stop = jnp.full((self.slots, self._stops), -1, jnp.int32)
-        state = self._call(_initial, self.slots, self._max_length)
+        state = self._call(initial_rows, self.slots, self._max_length)
         return Rows(state, jnp.zeros((self.slots,), jnp.int32), sampling, stop)
 
-    def _sampling(self, sampling: Sampling, seeds: list[int]) -> SamplingArrays:
+    def _sampling(
+        self, sampling: list[Sampling], seeds: list[int], *, bias: bool
+    ) -> SamplingArrays:
         return sampling_arrays(
             sampling,
             len(seeds),
             vocab_size=self.model.config.vocab_size,
             seed=seeds,
             dtype=self.empty.logits.dtype,
-            bias=True,
+            bias=bias,
         )
-
-    def _padded(
-        self, tokens: Sequence[int], size: int | None = None
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The tokens in one of few lengths, and how many they are."""
-        size = size or next(size for size in self._sizes if size >= len(tokens))
-        padded = np.zeros((1, size), np.int32)
-        padded[0, : len(tokens)] = tokens
-        return padded, np.full((1,), len(tokens), np.int32)
-
-
-@partial(jax.jit, static_argnums=(0, 2, 3))
-def _initial(
-    structure: Structure, arrays: list[Array], rows: int, max_length: int
-) -> GenerationState:
-    model = structure.model(arrays)
-    state = initial_state(model, rows)._replace(cache=model.init_cache(rows, max_length))
-    return _over_rows(state, rows)
-
-
-def _over_rows[T](rows: T, count: int) -> T:
-    """The same, cut over the axes of the ambient mesh for the rows of a batch."""
-    cut = PartitionSpec(sharding.cut(sharding.named_axes().rows, count))
-    if cut == PartitionSpec(None):
-        return rows
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cut), rows)
-
-
-@partial(jax.jit, static_argnums=0, static_argnames="top")
-def _read(
-    structure: Structure,
-    arrays: list[Array],
-    state: GenerationState,
-    tokens: Int[Array, "1 T"],
-    lengths: Int[Array, "1"],
-    targets: Int[Array, "1 T"] | None,
-    *,
-    top: int,
-) -> tuple[GenerationState, TokenScores | None]:
-    model = structure.model(arrays)
-    h, cache = model.hidden(tokens, cache=state.cache, lengths=lengths)
-    own = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    scores = None
-    if targets is None:
-        logits = model.logits(lax.dynamic_index_in_dim(h, lengths[0] - 1, 1, keepdims=False))
-    else:
-        all_logits = model.logits(h[0])
-        logits = lax.dynamic_index_in_dim(all_logits, lengths[0] - 1, 0)
-        wide = jax.nn.log_softmax(all_logits, axis=-1)
-        values, ids = lax.top_k(wide, top)
-        target = jnp.take_along_axis(wide, targets[0][:, None], axis=-1)[:, 0]
-        scores = TokenScores(target, ids.astype(jnp.int32), values)
-    after = GenerationState(
-        cache=cache,
-        logits=logits,
-        seen=state.seen.at[jnp.zeros_like(tokens), tokens].max(own),
-        position=state.position + lengths,
-    )
-    return after, scores
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _put(
-    structure: Structure, arrays: list[Array], rows: Rows, row: Rows, slot: Int[Array, ""]
-) -> Rows:
-    def put(all_rows: Array, one: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(all_rows, one.astype(all_rows.dtype), slot, 0)
-
-    return _over_rows(jax.tree.map(put, rows, row), rows.stop.shape[0])
-
-
-@jax.jit
-def _without(left: Int[Array, " B"], slot: Int[Array, ""]) -> Int[Array, " B"]:
-    return left.at[slot].set(0)
-
-
-@jax.jit
-def _at_most(left: Int[Array, " B"], count: Int[Array, ""]) -> Int[Array, " B"]:
-    return jnp.minimum(left, count)
-
-
-@jax.jit
-def _after(
-    left: Int[Array, " B"], counts: Int[Array, " B"], ended: Bool[Array, " B"]
-) -> Int[Array, " B"]:
-    return jnp.where(ended, 0, left - counts)

@@ -6,19 +6,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-from mdn_jax.models import Block, GenerationState
-from mdn_jax.serving.device import Device
+from mdn_jax.models import Block
+from mdn_jax.serving.device import Device, Start
 from mdn_jax.serving.jobs import End, Event, Job
 from mdn_jax.serving.limits import Limits
 from mdn_jax.serving.metrics import Metrics
 from mdn_jax.serving.prefixes import PrefixCache
+from mdn_jax.serving.reading import Reader, Reading
 from mdn_jax.serving.scores import NOT_FINITE, block_scores, with_prompt
 
 log = logging.getLogger(__name__)
@@ -35,17 +35,6 @@ class QueueFullError(Exception):
 
 class NotReadyError(Exception):
     """The engine takes no texts: it has not begun, or is ending."""
-
-
-@dataclass
-class _Reading:
-    """A prompt that is read, piece by piece, for a slot that is kept for it."""
-
-    job: Job
-    slot: int
-    state: GenerationState
-    at: int
-    marks: list[int]  # where a state is kept, ascending, behind `at`; the last is the end
 
 
 class _Flight(NamedTuple):
@@ -97,8 +86,7 @@ class Engine:
         self._closing = False
         # of the engine's thread
         self._slots: list[Job | None] = [None] * device.slots
-        self._reading: _Reading | None = None
-        self._last_piece: GenerationState | None = None
+        self._reader = Reader(device, prefixes)
         self._events: list[tuple[Job, Event]] = []
 
     def start(self) -> None:
@@ -180,7 +168,7 @@ class Engine:
     def _wait(self, flight: _Flight | None) -> bool:
         """Waits until there is something to do; False: it is to end."""
         with self._changed:
-            busy = flight is not None or self._reading is not None or self.active > 0
+            busy = flight is not None or self.active > 0
             while not (busy or self._waiting or self._closing):
                 self._changed.wait()
             return not self._closing
@@ -191,21 +179,31 @@ class Engine:
         A loop whose end the device decides may hold up who starts it until it ends. So it is
         started in a thread of its own.
         """
+        passed = self.metrics.turn()
         self._expire()
-        owners = [(slot, job) for slot, job in enumerate(self._slots) if job is not None]
+        read = self._reader.slots()
+        taken = [(slot, job) for slot, job in enumerate(self._slots) if job is not None]
+        owners = [(slot, job) for slot, job in taken if slot not in read]
         started = None
         if owners:
             quick = bool(self._waiting) and None in self._slots
             scored = any(job.logprobs is not None for _, job in owners)
-            count = _QUICK if quick or self._reading is not None else self.device.block
+            count = _QUICK if quick or read else self.device.block
             started = self._launcher.submit(self.device.decode, count, logprobs=scored)
+        passed("begin")
         if flight is not None:
+            jax.block_until_ready(flight.block.counts)
+            passed("wait")
             self._land(flight)
         self._hand_out()
+        self._begin_reading()
+        passed("tell")
         following = None if started is None else _Flight(started.result(), owners)
-        self._read()
+        passed("launch")
+        self._read(passed)
         self._hand_out()
         self._measure()
+        passed("admit")
         return following
 
     def _expire(self) -> None:
@@ -218,81 +216,46 @@ class Engine:
         for job in gone:
             if job in self._slots:
                 self.device.stop(self._slots.index(job))
-            if self._reading is not None and self._reading.job is job:
-                self._reading = None
+            self._reader.drop(job)
             self._finish(job, Event(end="cancelled" if job.cancelled else "timeout"))
 
-    def _read(self) -> None:
+    def _read(self, passed: Callable[[str], None]) -> None:
         """Reads prompts of about one piece altogether."""
         left = self.device.piece
         while left > 0:
-            reading = self._reading or self._next()
-            if reading is None:
+            self._begin_reading()
+            used, done = self._reader.read()
+            passed("read")
+            if not used:
                 return
-            self._reading = reading
-            while reading.marks and left > 0:
-                left -= max(1, self._read_piece(reading))
-            if not reading.marks:
-                self._reading = None
-                self._admit(reading)
+            left -= used
+            self._admit(done)
+            passed("admit")
 
-    def _next(self) -> _Reading | None:
-        """The next prompt, if there is a slot for it."""
-        if None not in self._slots:
-            return None
+    def _begin_reading(self) -> None:
+        """Gives free slots to prompts that wait, in their order."""
         with self._changed:
-            if not self._waiting:
-                return None
-            job = self._waiting.popleft()
+            waiting = list(self._waiting)
+        for job in waiting:
+            if None not in self._slots:
+                return
             slot = self._slots.index(None)
-            self._slots[slot] = job
-        state, count, branch = self.device.empty, 0, 0
-        if not job.score_prompt:
-            found = self._prefixes.find(job.prompt)
-            if found.state is not None:
-                state, count = found.state, found.length
-            branch = found.branch
-        job.cached = count
-        size = len(job.prompt)
-        whole = (size - 1) // self.device.piece * self.device.piece
-        marks = sorted({mark for mark in (branch, whole, size) if count < mark})
-        return _Reading(job, slot, state, count, marks)
+            if self._reader.begin(job, slot):
+                with self._changed:
+                    self._waiting.remove(job)
+                    self._slots[slot] = job
 
-    def _read_piece(self, reading: _Reading) -> int:
-        """Reads a piece, up to where a state is kept at most; how many tokens it was."""
-        device, job, at = self.device, reading.job, reading.at
-        end = min((at // device.piece + 1) * device.piece, reading.marks[0])
-        tokens = job.prompt[at:end]
-        if job.score_prompt:
-            following = [*job.prompt[at + 1 : end + 1], 0][: len(tokens)]
-            reading.state, scores = device.score(reading.state, tokens, following)
-            job.scored.append((len(tokens), scores))
-        else:
-            reading.state = device.read(reading.state, tokens)
-        if self._last_piece is not None:  # never more than two ahead of the device
-            jax.block_until_ready(self._last_piece.position)
-        self._last_piece = reading.state
-        reading.at = end
-        if end == reading.marks[0]:
-            reading.marks.pop(0)
-            self._prefixes.put(job.prompt[:end], reading.state)
-        return len(tokens)
-
-    def _admit(self, reading: _Reading) -> None:
-        """A prompt that was read becomes a row."""
-        self._last_piece = None
-        job = reading.job
-        if not job.max_tokens:
-            self._finish(job, with_prompt(job, Event(end="length")))
-            return
-        self.device.put(
-            reading.slot,
-            reading.state,
-            left=job.max_tokens,
-            sampling=job.sampling,
-            seed=job.seed,
-            stop_tokens=job.stop_tokens,
-        )
+    def _admit(self, done: Sequence[Reading]) -> None:
+        """Prompts that were read become rows."""
+        starts = []
+        for reading in done:
+            job = reading.job
+            if job.max_tokens:
+                how = job.sampling, job.seed, job.stop_tokens
+                starts.append(Start(reading.slot, job.max_tokens, *how))
+            else:
+                self._finish(job, with_prompt(job, Event(end="length")))
+        self.device.begin(starts)
 
     def _land(self, flight: _Flight) -> None:
         """What a block has made, to those who wait for it."""
@@ -354,7 +317,7 @@ class Engine:
             self.status = status
             jobs = [*self._waiting, *(job for job in self._slots if job is not None)]
             self._waiting.clear()
-        self._reading = None
+        self._reader.clear()
         for job in jobs:
             self._finish(job, Event(end=end, message=message))
         self._hand_out()

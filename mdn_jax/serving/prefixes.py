@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _INDEX = "prefixes.json"
 _FORMAT = "mdn-jax prefixes 1"
-_SHARED = 16
+SHARED = 16
 """Tokens that two prompts have in common, beyond what is kept, for a state to be kept there."""
 
 Tokens = NDArray[np.int32]
@@ -68,12 +68,16 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def has_room(self, state: GenerationState) -> bool:
+        """Whether a state of this size can be kept at all."""
+        return _size(state) <= self._most_bytes and self._most_entries > 0
+
     def find(self, prompt: Sequence[int]) -> Found:
         """The state of the longest beginning of a prompt that is there, and where it branches."""
         tokens = np.asarray(prompt, np.int32)
         best, branch = None, 0
         for key, entry in self._entries.items():
-            common = _common(tokens, entry.tokens)
+            common = common_length(tokens, entry.tokens)
             branch = max(branch, common)
             if common == len(entry.tokens) and (best is None or common > len(best[1].tokens)):
                 best = key, entry
@@ -81,13 +85,13 @@ class PrefixCache:
         if best is not None:
             self._entries.move_to_end(best[0])
             count, state = len(best[1].tokens), best[1].state
-        shares = branch - count >= _SHARED and branch < len(tokens)
+        shares = branch - count >= SHARED and branch < len(tokens)
         return Found(count, state, branch if shares else 0)
 
     def put(self, prompt: Sequence[int], state: GenerationState) -> None:
         """Keeps a state of one row after these tokens, if there is room for it at all."""
         tokens = np.asarray(prompt, np.int32)
-        size = sum(x.nbytes for x in jax.tree.leaves(state)) + tokens.nbytes
+        size = _size(state) + tokens.nbytes
         key = tokens.tobytes()
         if size > self._most_bytes:
             return
@@ -159,10 +163,14 @@ class PrefixCache:
                 log.warning("prefix_dir: a state was left out: %s", error)
 
 
-def _common(first: Tokens, second: Tokens) -> int:
+def _size(state: GenerationState) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def common_length(first: Sequence[int] | Tokens, second: Sequence[int] | Tokens) -> int:
     """How many tokens both begin with."""
     size = min(len(first), len(second))
-    differ = first[:size] != second[:size]
+    differ = np.asarray(first[:size], np.int32) != np.asarray(second[:size], np.int32)
     at = int(differ.argmax()) if size else 0
     return at if size and differ[at] else size
 

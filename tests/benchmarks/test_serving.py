@@ -15,6 +15,8 @@ def test_the_figures(capsys, tmp_path):
     assert (report["different"], report["compared"]) == ([], 3)
     assert report["server_tokens_per_second"] > 0 < report["of_bare"]
     assert report["with_arrivals_tokens_per_second"] > 0
+    assert report["engine_seconds"]["turns"] > 10
+    assert all(seconds > 0 for seconds in report["engine_seconds"].values())
     for when in ("all_at_once", "while_others_run"):
         assert 0 < report["first_token_ms"][when]["p50"] <= report["first_token_ms"][when]["p99"]
 

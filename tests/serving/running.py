@@ -62,12 +62,20 @@ def make_engine(
     *,
     piece: int = 32,
     block: int = 8,
+    together: int = 4,
     prefix_bytes: int = 1 << 20,
     **options: Any,
 ) -> Engine:
     """An engine that has not begun."""
     device = Device(
-        model, slots=limits.slots, piece=piece, block=block, max_length=64, end_tokens=0, top=5
+        model,
+        slots=limits.slots,
+        piece=piece,
+        block=block,
+        max_length=64,
+        end_tokens=0,
+        top=5,
+        together=together,
     )
     return Engine(device, limits, PrefixCache(prefix_bytes), **options)
 

@@ -52,7 +52,9 @@ def start(engine):
 def test_prompts_are_read_between_blocks(engine):
     calls = []
     read, decode = engine.device.read, engine.device.decode
-    engine.device.read = lambda state, tokens: calls.append(len(tokens)) or read(state, tokens)
+    engine.device.read = lambda parts, size: (
+        calls.extend(len(part.tokens) for part in parts) or read(parts, size)
+    )
     engine.device.decode = lambda count, **options: (
         calls.append(f"block {count}") or decode(count, **options)
     )
@@ -74,6 +76,58 @@ def test_prompts_are_read_between_blocks(engine):
     assert pieces == [32, "block 4", 32, "block 4", 32, "block 4", 32, "block 4", 22]
     assert "block 8" in calls[:begin]
     assert calls[-1] == "block 8"
+
+
+def watched(engine):
+    """The calls of the model that read prompts: the tokens of each part."""
+    calls, read = [], engine.device.read
+    engine.device.read = lambda parts, size: (
+        calls.append([len(part.tokens) for part in parts]) or read(parts, size)
+    )
+    return calls
+
+
+def tokens_of(texts):
+    return [[token for event in text.events for token in event.tokens] for text in texts]
+
+
+def test_prompts_are_read_together_and_each_as_if_alone(model):
+    prompts = [[5 * i + k for k in range(length)] for i, length in enumerate((7, 40, 6, 3, 8, 2))]
+    engine = make_engine(model, Limits(slots=8), prefix_bytes=0)
+    engine.device.warm = lambda: None
+    calls = watched(engine)
+    start(engine)
+    texts = [Text(prompt, 12, seed=i) for i, prompt in enumerate(prompts)]
+    engine.submit([text.job for text in texts])
+    assert {text.end().end for text in texts} == {"length"}
+    # of a size together, at most four; the long one in pieces by itself, its end with the others
+    assert calls == [[7, 6, 3, 8], [32], [8], [2]]
+    together = tokens_of(texts)
+    calls.clear()
+    alone = [Text(prompt, 12, seed=i) for i, prompt in enumerate(prompts)]
+    for text in alone:
+        engine.submit([text.job])
+        text.end()
+    engine.close()
+    assert calls == [[7], [32], [8], [6], [3], [8], [2]]
+    assert tokens_of(alone) == together
+    assert len(set(map(tuple, together))) == len(prompts)
+
+
+def test_a_prompt_waits_for_what_another_one_leaves(model):
+    engine = make_engine(model, Limits(slots=8))
+    engine.device.warm = lambda: None
+    calls = watched(engine)
+    start(engine)
+    shared = list(range(50))
+    prompts = [[*shared, 60 + i, 70 + i] for i in range(4)] + [[90, 91]]
+    texts = [Text(prompt, 4) for prompt in prompts]
+    engine.submit([text.job for text in texts])
+    assert {text.end().end for text in texts} == {"length"}
+    engine.close()
+    # the second leaves a state where they part, with which the third and fourth go on together
+    assert [text.job.cached for text in texts] == [0, 32, 50, 50, 0]
+    assert calls == [[32], [20], [2], [18], [2], [2, 2]]
 
 
 def test_a_device_that_fails_is_told_to_all(engine, caplog):
