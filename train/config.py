@@ -13,6 +13,7 @@ from mdn_jax.models.config import MDNConfig
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 from train.config_sections import (
+    Autotune,
     DataConfig,
     DistributedConfig,
     GuardConfig,
@@ -94,6 +95,10 @@ class TrainConfig:
     """Activations of each block that are computed again in the backward pass instead of kept: none;
     the states of the rule ("states"); all but outputs of projections and of the rule ("dots"); all
     but those of the rule ("kernel"); all ("block"). Later ones need less memory and more time."""
+
+    autotune: Autotune = option("all", resume="may change")
+    """What the first step times on a GPU before it takes an algorithm for a matrix product: kernels
+    of Triton and of cuBLAS ("all"), those of cuBLAS ("cublas"), nothing ("off")."""
 
     seed: int = option(42, resume="fixed")
     """Seed of the initial parameters, the data order and the sample."""

@@ -1,6 +1,6 @@
 """One optimizer step as a pure function of the state and the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -155,6 +155,7 @@ def make_train_step(
     state_sharding: Any = None,
     batch_sharding: Any = None,
     metrics_sharding: Any = None,
+    compiler_options: Mapping[str, bool | int] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds the compiled step.
 
@@ -178,6 +179,7 @@ def make_train_step(
       state_sharding: where the state lies before and after; None: as it comes.
       batch_sharding: where every array of a batch lies.
       metrics_sharding: where the metrics go.
+      compiler_options: XLA's, by name, for this program alone; None: as they are.
 
     Returns:
       Function `(state, batch) -> (state, metrics)`; the buffers of `state` are reused.
@@ -229,4 +231,5 @@ def make_train_step(
         in_shardings=(state_sharding, batch_sharding),
         out_shardings=(state_sharding, metrics_sharding),
         donate_argnums=0,
+        compiler_options=dict(compiler_options or {}),
     )
