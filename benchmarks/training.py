@@ -43,6 +43,8 @@ class TrainingConfig:
     """Tokens in a row; None: the configuration's."""
     remat: Remat | None = None
     """What is computed again in the backward pass; None: the configuration's."""
+    scan_layers: bool = False
+    """Scan over the layers."""
     autotune: Autotune | None = None
     """Which algorithms of products the step times first; None: the configuration's."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -187,6 +189,7 @@ class _Run:
             sequence_length=config.sequence_length or base.sequence_length,
             remat=config.remat or base.remat,
             autotune=config.autotune or base.autotune,
+            scan_layers=config.scan_layers,
             dtype=config.dtype or base.dtype,
             implementation=config.implementation,
         )

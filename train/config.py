@@ -96,6 +96,11 @@ class TrainConfig:
     the states of the rule ("states"); all but outputs of projections and of the rule ("dots"); all
     but those of the rule ("kernel"); all ("block"). Later ones need less memory and more time."""
 
+    scan_layers: bool = option(False, resume="may change")
+    """Compile one block for all layers that are alike, or as many as they have before they repeat:
+    the first step comes sooner, and each is longer by the copies of what blocks keep. With
+    `remat="block"` there is little to copy (docs/performance.md)."""
+
     autotune: Autotune = option("all", resume="may change")
     """What the first step times on a GPU before it takes an algorithm for a matrix product: kernels
     of Triton and of cuBLAS ("all"), those of cuBLAS ("cublas"), nothing ("off")."""

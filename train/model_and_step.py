@@ -24,6 +24,7 @@ from train.parallel.sharding import (
     make_mesh,
     replicated,
 )
+from train.scanning import scanned_loss
 from train.stacking import by_layer, equal_layers, stacked
 from train.step import TrainState, make_train_step, split_model
 
@@ -63,8 +64,8 @@ class ModelAndStep:
           devices: to run on; None: all of all processes.
 
         Raises:
-          RunError: a mesh that does not fit, a model that no device can hold, or patterns of
-            frozen parameters that match none or all.
+          RunError: a mesh that does not fit, a model that no device can hold, patterns of frozen
+            parameters that match none or all, or layers to scan over that do not repeat.
         """
         self.config = config
         self.schedule = make_schedule(config.optimizer, config.decay_steps)
@@ -94,9 +95,10 @@ class ModelAndStep:
         self.like = abstract_state(params, groups, self.optimizer, self.mesh)
         self.like_params = by_layer(self.like.params)
         self.step = make_train_step(
-            of_tokens,
+            scanned_loss(self.model, groups) if config.scan_layers else of_tokens,
             self.optimizer,
             self.schedule,
+            of_stacks=config.scan_layers,
             guard=config.guard,
             frozen=self.frozen,
             accumulation=config.accumulation,

@@ -20,7 +20,7 @@ from train.optimizer import Params, group_norms, is_projection
 from train.parallel.own_tokens import OwnTokens
 from train.stacking import unstacked
 
-# (parameters by layer, batch) -> loss summed over the batch's targets, nats
+# (parameters, batch) -> loss summed over the batch's targets, nats
 Loss = Callable[[Params, Batch], Float[Array, ""]]
 
 
@@ -147,6 +147,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    of_stacks: bool = False,
     guard: GuardConfig | None = None,
     frozen: Params | None = None,
     accumulation: int = 1,
@@ -167,6 +168,7 @@ def make_train_step(
       summed_loss: of the model, over a batch's targets.
       optimizer: update rule.
       schedule: its learning rate, for the metrics.
+      of_stacks: whether `summed_loss` takes the parameters stacked, not by layer.
       guard: which steps are refused beside those that are not finite; None: none.
       frozen: which parameters stay as they are (`frozen_mask`), stacked as the state is, for an
         optimizer that knows of them (`without_frozen`); None: none. The gradient's norm is that of
@@ -191,8 +193,10 @@ def make_train_step(
             low, count = whole
 
             def loss(low: Params, micro: Batch, one: bool = False) -> Float[Array, ""]:
-                layers = unstacked(held(low, frozen))
-                # a single gradient is added up layer by layer, beside the layers that are left
+                layers = held(low, frozen)
+                layers = layers if of_stacks else unstacked(layers)
+                # a single gradient is added up layer by layer, beside the layers that are left;
+                # stacks as a whole
                 layers = tokens.summed_gradient(layers) if one else layers
                 return summed_loss(layers, micro) / count
 
