@@ -101,9 +101,9 @@ class TrainConfig:
     the first step comes sooner, and each is longer by the copies of what blocks keep. With
     `remat="block"` there is little to copy (docs/performance.md)."""
 
-    autotune: Autotune = option("all", resume="may change")
+    autotune: Autotune = option("cublas", resume="may change")
     """What the first step times on a GPU before it takes an algorithm for a matrix product: kernels
-    of Triton and of cuBLAS ("all"), those of cuBLAS ("cublas"), nothing ("off")."""
+    of cuBLAS ("cublas"), these and kernels of Triton ("all"), nothing ("off")."""
 
     seed: int = option(42, resume="fixed")
     """Seed of the initial parameters, the data order and the sample."""
