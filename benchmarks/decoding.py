@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from flax import nnx
 from jax import lax
@@ -19,7 +18,8 @@ from jaxtyping import Array
 from tabulate import tabulate
 
 from benchmarks.costs import PEAKS
-from benchmarks.decoding_cases import cases, others
+from benchmarks.decoding_cases import cases
+from benchmarks.decoding_check import check
 from benchmarks.decoding_inspect import report
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
@@ -27,9 +27,7 @@ from mdn_jax import MDNForCausalLM
 from mdn_jax.models.fused import FusedWeights, fused_lacks, fused_structure, fused_weights
 from mdn_jax.models.structure import LayerSteps
 from pallas_kernels.decoding import Tiles
-
-ALLOWED = 1.2
-"""How much further from float32 the kernels may be than the model's own layers are."""
+from pallas_kernels.tiling import DecodeTiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,8 @@ class DecodingConfig:
     """What to do: compile without a GPU for registers and spills, and nothing else; compare; time
     whole steps by the layers; by the kernels; each kernel; each with other tiles, too."""
     check_tokens: int = 32
-    """Tokens over which the paths are compared, each fed the same tokens."""
+    """Tokens over which the paths are compared, each fed those that are likeliest in float32: with
+    `dtype` float32 both have to take the same."""
     loop: int = 64
     """Runs of a step, or of a kernel on each layer's weights, in one compiled loop."""
     runs: int = 10
@@ -123,11 +122,15 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
     print(f"{device}, jax {jax.__version__}, {name}, {config.dtype}", flush=True)
     weights = fused_weights(model)
     rows: list[Row] = []
+    checks: list[str] = []
     wrong: list[str] = []
     for batch in config.batch_sizes:
         if "check" in config.parts:
-            line, right = _check(config, model, weights, batch)
+            line, right = check(
+                model, weights, batch, config.check_tokens, interpret=config.interpret
+            )
             print(line, flush=True)
+            checks.append(line)
             if not right:
                 wrong.append(line)
         found = _timed(config, list(_jobs(config, model, weights, batch)))
@@ -139,58 +142,12 @@ def decoding(config: Annotated[DecodingConfig, tyro.conf.arg(name="")]) -> None:
             "device": device,
             "jax": jax.__version__,
             "config": dataclasses.asdict(config),
+            "checks": checks,
             "results": [row._asdict() for row in rows],
         }
         config.output.write_text(json.dumps(results, indent=1, default=str))
     if wrong:
         raise SystemExit("\n".join(wrong))
-
-
-def _check(
-    config: DecodingConfig, model: MDNForCausalLM, weights: FusedWeights, batch: int
-) -> tuple[str, bool]:
-    """Log-probabilities of both paths and of float32, each fed float32's likeliest tokens."""
-    exact = MDNForCausalLM(model.config, rngs=nnx.Rngs(0))
-    nnx.update(exact, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model)))
-    structure = fused_structure(model, interpret=config.interpret)
-    memory = jax.jit(structure.steps(weights).enter)(model.init_cache(batch))
-
-    def by_layers(model: MDNForCausalLM) -> tuple[Any, Any]:
-        graph, state = nnx.split(model)
-
-        def run(state: Any, cache: Any, tokens: Array) -> tuple[Array, Any]:
-            return LayerSteps(nnx.merge(graph, state)).step(cache, tokens)
-
-        return jax.jit(run), state
-
-    def by_kernels(weights: Any, memory: Any, tokens: Array) -> tuple[Array, Any]:
-        return structure.steps(weights).step(memory, tokens)
-
-    (own, state), (best, wide) = by_layers(model), by_layers(exact)
-    cache, exactly = model.init_cache(batch), exact.init_cache(batch)
-    random = np.random.default_rng(0)
-    tokens = jnp.asarray(random.integers(model.config.vocab_size, size=batch), jnp.int32)
-    fused = jax.jit(by_kernels)
-    squares, worst, same = np.zeros(2), np.zeros(2), 0
-    for _ in range(config.check_tokens):
-        with jax.default_matmul_precision("highest"):
-            true, exactly = best(wide, exactly, tokens)
-        got, memory = fused(weights, memory, tokens)
-        layers, cache = own(state, cache, tokens)
-        same += int(jnp.sum(jnp.argmax(got, axis=-1) == jnp.argmax(layers, axis=-1)))
-        errors = [jax.nn.log_softmax(x) - jax.nn.log_softmax(true) for x in (got, layers)]
-        squares += [float(jnp.mean(x * x)) for x in errors]
-        worst = np.maximum(worst, [float(jnp.max(jnp.abs(x))) for x in errors])
-        tokens = jnp.argmax(true, axis=-1).astype(jnp.int32)
-    kernels, own_error = np.sqrt(squares / config.check_tokens)
-    right = bool(kernels <= ALLOWED * own_error + 1e-5)
-    line = (
-        f"batch {batch}, {config.check_tokens} tokens: log-probabilities are {kernels:.1e} (root "
-        f"mean square; at most {worst[0]:.1e}) from float32, those of the layers {own_error:.1e} "
-        f"({worst[1]:.1e}); the likeliest token is the same in {same:,} of "
-        f"{batch * config.check_tokens:,}"
-    )
-    return line + ("" if right else f": WRONG, expected at most {ALLOWED} times the layers'"), right
 
 
 def _jobs(
@@ -236,9 +193,9 @@ def _jobs(
     for kernel in cases(weights, batch, structure.plan):
         if config.kernels and not any(part in kernel.name for part in config.kernels):
             continue
-        tiles: list[Tiles | None] = [None]
-        if "sweep" in config.parts and kernel.product is not None:
-            tiles += list(others(batch, *kernel.product))
+        tiles: list[Tiles | DecodeTiles | None] = [None]
+        if "sweep" in config.parts:
+            tiles += kernel.others
         for choice in tiles:
             plan = structure.plan
             if choice is not None:

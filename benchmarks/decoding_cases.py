@@ -1,4 +1,8 @@
-"""The kernels of a token's step by themselves, each on the weights of all layers."""
+"""The kernels of a token's step by themselves, each on the weights of all layers.
+
+Each is followed by a kernel of a few microseconds, on which the next one depends: a time here is of
+both, and a step takes less than the sum of its kernels.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +15,8 @@ from jaxtyping import Array
 
 from mdn_jax.models.fused import FusedWeights
 from pallas_kernels.decoding import LayerMemory, Plan, Stream, Tiles, kernels, product_tiles
+from pallas_kernels.decoding.tiles import mixer_tiles
+from pallas_kernels.tiling import DecodeTiles
 
 
 class Case(NamedTuple):
@@ -22,7 +28,8 @@ class Case(NamedTuple):
       run: of a plan, a layer's weights, a carry and the layer, to the next carry.
       carry: makes the first carry.
       moved: bytes, over all layers.
-      product: outputs, width, bytes of a weight, matrices; None: no product.
+      others: tiles near those that ship.
+      indexed: whether the carry has something of every layer.
     """
 
     name: str
@@ -30,7 +37,8 @@ class Case(NamedTuple):
     run: Callable[[Plan, Any, Any, int], Any]
     carry: Callable[[], tuple[Any, ...]]
     moved: int
-    product: tuple[int, int, int, int] | None
+    others: list[Tiles] | list[DecodeTiles]
+    indexed: bool = False
 
     def loop(self, plan: Plan, count: int) -> Callable[..., Any]:
         """`count` turns, each over all layers, so that no cache has a layer's weights."""
@@ -40,7 +48,7 @@ class Case(NamedTuple):
 
             def body(_: Any, carry: Any) -> Any:
                 for i, own in enumerate(weights):
-                    carry = run(own, carry, i if self.product is None else 0)
+                    carry = run(own, carry, i if self.indexed else 0)
                 return carry
 
             return lax.fori_loop(0, count, body, carry)
@@ -72,12 +80,12 @@ def cases(weights: FusedWeights, batch: int, plan: Plan) -> Iterator[Case]:
     ) -> Case:
         (outputs, width), itemsize = matrices[0].shape, matrices[0].dtype.itemsize
         moved = sum(matrix.nbytes for matrix in matrices)
-        sizes = outputs // joined, width, itemsize, joined
+        others = list(near(batch, outputs // joined, width, itemsize, joined))
 
         def run(plan: Plan, matrix: Array, carry: Any, _: int) -> Any:
             return kernel(plan, matrix, carry)
 
-        return Case(name, matrices, run, carry, moved, sizes)
+        return Case(name, matrices, run, carry, moved, others)
 
     def projections(plan: Plan, matrix: Array, carry: Any) -> tuple[Any, ...]:
         return (_after(carry[0], kernels.projections(carry[0], matrix, plan).gates),)
@@ -101,16 +109,17 @@ def cases(weights: FusedWeights, batch: int, plan: Plan) -> Iterator[Case]:
 
     def mixed() -> tuple[Array, kernels.Mixed]:
         # as many sums of squares as the kernel writes
-        shapes = jax.eval_shape(mixer.carry)[1]
-        return stream().h, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+        tiles = mixer_tiles(plan.key_dim, plan.value_dim, batch * plan.value_heads)
+        blocks = plan.value_dim // tiles.block_v
+        gated = jnp.ones((batch, plan.values), weights.head.dtype)
+        return stream().h, kernels.Mixed(gated, jnp.ones((batch, plan.value_heads, blocks)))
 
     def between() -> tuple[Array, Array]:
         return stream().h, jnp.ones((batch, layers[0].down.shape[1]), weights.head.dtype)
 
-    mixer = _mixer(weights, batch, plan)
     matrices = [layer.projections for layer in layers]
     yield product("mdn_decode_projections", matrices, projections, one)
-    yield mixer
+    yield _mixer(weights, batch, plan)
     yield product("mdn_decode_output", [layer.output for layer in layers], output, mixed)
     if layers[0].up is not None:
         yield product("mdn_decode_up", [layer.up for layer in layers], up, one, joined=2)
@@ -128,11 +137,11 @@ def _mixer(weights: FusedWeights, batch: int, plan: Plan) -> Case:
     shape = (batch, plan.value_heads, plan.key_dim, plan.value_dim)
 
     def run(plan: Plan, own: Any, carry: Any, i: int) -> Any:
-        memories, _, projected, slot, active = carry
+        memories, projected, slot, active = carry
         mixed, memory = kernels.mixer(projected, own, memories[i], slot, active, plan)
         memories = (*memories[:i], memory, *memories[i + 1 :])
         gates = projected.gates + 1e-30 * mixed.gated[:, :1].astype(jnp.float32)
-        return memories, mixed, projected._replace(gates=gates), slot, active
+        return memories, projected._replace(gates=gates), slot, active
 
     def carry() -> tuple[Any, ...]:
         tail = (batch, plan.conv_size, plan.channels)
@@ -144,19 +153,27 @@ def _mixer(weights: FusedWeights, batch: int, plan: Plan) -> Case:
             jnp.ones((batch, plan.rounded), dtype), jnp.zeros((batch, gates))
         )
         slot, active = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32)
-        out = jax.eval_shape(
-            lambda memory: kernels.mixer(projected, layers[0], memory, slot, active, plan)[0],
-            memories[0],
-        )
-        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
-        return memories, first, projected, slot, active
+        return memories, projected, slot, active
 
     moved = 2 * 2 * 4 * batch * plan.value_heads * plan.key_dim * plan.value_dim * len(layers)
-    return Case("mdn_decode_mixer", layers, run, carry, moved, None)
+    others = list(near_mixer(plan.key_dim, plan.value_dim, batch * plan.value_heads))
+    return Case("mdn_decode_mixer", layers, run, carry, moved, others, indexed=True)
 
 
-def others(batch: int, outputs: int, width: int, itemsize: int, matrices: int) -> Iterator[Tiles]:
-    """Tiles near those that ship."""
+def near_mixer(key_dim: int, value_dim: int, heads: int) -> Iterator[DecodeTiles]:
+    """Tiles of the mixer near those that ship."""
+    shipped = mixer_tiles(key_dim, value_dim, heads)
+    for block in (8, 16, 32, 64):
+        for warps in (1, 2, 4, 8):
+            choice = DecodeTiles(block, warps)
+            # elements of a state to a warp
+            fits = 256 <= key_dim * block // warps <= 2048 and block <= value_dim
+            if fits and choice != shipped:
+                yield choice
+
+
+def near(batch: int, outputs: int, width: int, itemsize: int, matrices: int) -> Iterator[Tiles]:
+    """Tiles of a product near those that ship."""
     shipped = product_tiles(batch, outputs, width, itemsize, matrices=matrices)
     step = width & -width
     tiles = []

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import tyro
 from flax import nnx
 from tabulate import tabulate
 
+from benchmarks.launches import TokenLaunches, of_a_token
 from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax import MDNForCausalLM
@@ -42,8 +43,9 @@ class GenerationConfig:
     """Of parameters and computation."""
     implementation: Implementation | None = None
     """Of the momentum delta rule; None: the best one."""
-    steps: StepKind = "layers"
-    """What takes single tokens: the model's layers, or few, wide kernels (`Decoder`)."""
+    steps: tuple[StepKind, ...] = ("layers",)
+    """What takes single tokens: the model's layers, or few, wide kernels (`Decoder`); or both, one
+    after the other."""
     state_dtype: StateDtype = "float32"
     """Of the states of momentum delta rules while decoding."""
     replay: int | None = None
@@ -75,20 +77,24 @@ class Row(NamedTuple):
     """Decoding at one position.
 
     Attributes:
+      steps: what takes single tokens.
       batch_size: rows.
       position: tokens before.
       prefill: tokens a second of the prompts, over all rows; None without a second whole piece.
       step: seconds a token of every row, median over the blocks.
       memory: most bytes in use while decoding.
       state: bytes of the caches.
+      launches: kernels a token; None where there is nothing to count.
     """
 
+    steps: StepKind
     batch_size: int
     position: int
     prefill: float | None
     step: float
     memory: int
     state: int
+    launches: TokenLaunches | None
 
 
 def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> None:
@@ -108,19 +114,40 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
         f"{config.dtype}; {config.tokens} tokens of each row in blocks of {config.block}, the "
         "first block not counted; memory: the most in use while decoding"
     )
-    decoder = Decoder(model, steps=config.steps)
-    first = _first_token(decoder)
-    print(
-        f"a prompt of {FIRST} tokens, its first token after {first * 1e3:.1f} ms (median, compiled)"
-    )
-    rows = [
-        _run(config, decoder, batch_size, position)
-        for batch_size in config.batch_sizes or ((1,) if on_cpu else (1, 8, 64))
-        for position in config.positions or ((1_000,) if on_cpu else (1_000, 100_000))
-    ]
-    headers = ["batch", "position", "prefill tokens/s", "ms a token", "tokens/s", "MB", "MB states"]
+    first, rows = {}, []
+    for steps in config.steps:
+        decoder = Decoder(model, steps=steps)
+        first[steps] = _first_token(decoder)
+        print(
+            f"a prompt of {FIRST} tokens, its first token after {first[steps] * 1e3:.1f} ms by the "
+            f"{steps} (median, compiled)"
+        )
+        rows += [
+            _run(config, decoder, steps, batch_size, position)
+            for batch_size in config.batch_sizes or ((1,) if on_cpu else (1, 8, 64))
+            for position in config.positions or ((1_000,) if on_cpu else (1_000, 100_000))
+        ]
+    print(table(rows))
+    if any(row.launches is None for row in rows):
+        print("kernels: there is nothing to count, as no GPU launches any")
+    if config.output:
+        report = {
+            "device": device,
+            "jax": jax.__version__,
+            "config": asdict(config),
+            "first_token": first,
+            "results": [_record(row) for row in rows],
+        }
+        config.output.write_text(json.dumps(report, indent=1, default=str))
+
+
+def table(rows: list[Row]) -> str:
+    """One row a batch size and position, kernels and copies a token in the last two columns."""
+    headers = ["steps", "batch", "position", "prefill tokens/s", "ms a token", "tokens/s", "MB"]
+    headers += ["MB states", "kernels", "copies"]
     lines = [
         [
+            row.steps,
             row.batch_size,
             f"{row.position:,}",
             f"{row.prefill:,.0f}" if row.prefill else "-",
@@ -128,19 +155,17 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
             f"{row.batch_size / row.step:,.0f}",
             f"{row.memory / 1e6:,.1f}",
             f"{row.state / 1e6:,.1f}",
+            f"{row.launches.total:g}" if row.launches else "-",
+            f"{row.launches.copies:g}" if row.launches else "-",
         ]
         for row in rows
     ]
-    print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
-    if config.output:
-        report = {
-            "device": device,
-            "jax": jax.__version__,
-            "config": asdict(config),
-            "first_token": first,
-            "results": [row._asdict() for row in rows],
-        }
-        config.output.write_text(json.dumps(report, indent=1, default=str))
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _record(row: Row) -> dict[str, Any]:
+    launches = None if row.launches is None else row.launches._asdict()
+    return row._asdict() | {"launches": launches}
 
 
 def _first_token(decoder: Decoder, times: int = 10) -> float:
@@ -155,7 +180,9 @@ def _first_token(decoder: Decoder, times: int = 10) -> float:
     return statistics.median(seconds[1:])
 
 
-def _run(config: GenerationConfig, decoder: Decoder, batch_size: int, position: int) -> Row:
+def _run(
+    config: GenerationConfig, decoder: Decoder, steps: StepKind, batch_size: int, position: int
+) -> Row:
     state, prompt_speed = _read(config, decoder, batch_size, position)
     state = with_states(
         decoder.model, state, state_dtype=config.state_dtype, replay=config.replay or 0
@@ -174,8 +201,9 @@ def _run(config: GenerationConfig, decoder: Decoder, batch_size: int, position: 
                 times.append((now - began) / config.block)
             began = time.perf_counter()
     cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    launches = of_a_token(decoder, state, block=config.block)
     step = statistics.median(times[1:])
-    return Row(batch_size, position, prompt_speed, step, max(memory), cache)
+    return Row(steps, batch_size, position, prompt_speed, step, max(memory), cache, launches)
 
 
 def _read(

@@ -14,6 +14,7 @@ import tyro
 from mdn_jax.cli.common import CheckpointConfig, open_checkpoint, parse, run
 from mdn_jax.cli.interrupt import Interrupt
 from mdn_jax.errors import RunError
+from mdn_jax.models import Decoder as ModelDecoder
 from mdn_jax.models import (
     GenerationState,
     MDNForCausalLM,
@@ -23,9 +24,9 @@ from mdn_jax.models import (
     stream,
     with_states,
 )
-from mdn_jax.models.decoder import as_decoder
 from mdn_jax.models.fields import require
 from mdn_jax.models.state_file import load_state, save_state
+from mdn_jax.models.steps import StepKind
 from mdn_jax.new_file import check_place
 from mdn_jax.ops.state import StateDtype
 from mdn_jax.text.decoding import Decoder
@@ -70,6 +71,10 @@ class GenerateConfig(CheckpointConfig):
 
     block: int = 16
     """Tokens in one call of the compiled loop: the steps in which text appears."""
+
+    steps: StepKind = "layers"
+    """What takes single tokens: the model's own layers, or few, wide GPU kernels for models and
+    devices that they support (docs/inference.md)."""
 
     state_dtype: StateDtype | None = None
     """How states of momentum delta rules are kept while generating; None: as they are, in float32
@@ -142,11 +147,15 @@ def generate_text(config: GenerateConfig) -> int:
     texts = _prompts(config)
     if config.save_state is not None:
         check_place(config.save_state)
+    if config.steps == "kernels" and config.state_dtype not in (None, "float32"):
+        raise RunError(
+            f'steps: expected "layers" with state_dtype {config.state_dtype!r}, got "kernels"'
+        )
     require("likeliest", config.likeliest, "an int >= 0", config.likeliest >= 0)
     if config.logprobs is not None:
         check_place(config.logprobs)
     model, text = open_checkpoint(config)
-    decoder, state = as_decoder(model), None
+    decoder, state = ModelDecoder(model, steps=config.steps), None
     if config.load_state is not None:
         state = load_state(config.load_state.expanduser(), model)
     if state is not None and not texts:

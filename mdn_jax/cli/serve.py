@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 from mdn_jax.cli.common import CheckpointConfig, parse, run
 from mdn_jax.errors import RunError
 from mdn_jax.models import shard_model
+from mdn_jax.models.steps import StepKind
 from mdn_jax.saved.anywhere import find_model, load_found
 from mdn_jax.saved.tokens import load_text, tokenizer_beside
 from mdn_jax.serving.app import Service
@@ -60,6 +61,10 @@ class ServeConfig(CheckpointConfig):
 
     piece: int = 512
     """Tokens of a prompt in one call: running texts wait this long for a new one at most."""
+
+    steps: StepKind = "layers"
+    """What takes single tokens: the model's own layers, or few, wide GPU kernels for models and
+    devices that they support (docs/inference.md)."""
 
     prefix_mb: float = 1024.0
     """Megabytes for states of prompts that were read; 0: none are kept."""
@@ -143,6 +148,7 @@ def build(config: ServeConfig) -> tuple[Engine, Service]:
         max_length=config.max_length,
         end_tokens=len(text.end_tokens),
         top=MOST_LOGPROBS,
+        steps=config.steps,
     )
     prefixes = PrefixCache(int(config.prefix_mb * 1e6))
     engine = Engine(device, config.limits, prefixes, prefix_dir=config.prefix_dir)

@@ -216,14 +216,15 @@ def draw(
       need: what the rows that count need at most, the others get any token; None: all count.
     """
     drawable = jnp.isfinite(jnp.max(logits, axis=-1))
-    logits = _adjusted(logits, seen, sampling)
-    best = jnp.argmax(logits, axis=-1)
+    best = jnp.argmax(_adjusted(logits, seen, sampling), axis=-1)
 
     def one(logits: Array, seed: Array, position: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), logits)
 
     def drawn(filters: Any) -> Array:
-        tokens = jax.vmap(one)(filters(logits, sampling), sampling.seed, position)
+        # adjusted again: what only the likeliest token needs is then never written to memory
+        own = filters(_adjusted(logits, seen, sampling), sampling)
+        tokens = jax.vmap(one)(own, sampling.seed, position)
         return jnp.where(sampling.temperature == 0, best, tokens)
 
     branches = [lambda: best, lambda: drawn(_plain), lambda: drawn(_by_rank)]

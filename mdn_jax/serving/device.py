@@ -27,6 +27,7 @@ from mdn_jax.models import (
     initial_state,
     sampling_arrays,
 )
+from mdn_jax.models.steps import StepKind
 from mdn_jax.models.structure import Structure
 from mdn_jax.serving.jobs import MOST_STOP_TOKENS
 
@@ -73,6 +74,10 @@ class Device:
         have it.
       end_tokens: of the tokenizer, beside those of a request.
       top: likeliest tokens that are told where log-probabilities are asked for.
+      steps: what takes single tokens, see `Decoder`.
+
+    Raises:
+      ValueError: steps by kernels for a model that these do not support.
 
     Attributes:
       state_bytes: what one row's caches take.
@@ -89,6 +94,7 @@ class Device:
         max_length: int,
         end_tokens: int,
         top: int,
+        steps: StepKind = "layers",
     ) -> None:
         self.model, self.slots, self.piece, self.block = model, slots, piece, block
         self.top = min(top, model.config.vocab_size)
@@ -99,7 +105,7 @@ class Device:
         self._max_length = max_length
         self._stops = MOST_STOP_TOKENS + end_tokens
         self._sizes = sorted({max(1, piece // 16), max(1, piece // 4), piece})
-        self._decoder = Decoder(model)
+        self._decoder = Decoder(model, steps=steps)
         self.empty = self._call(_initial, 1, max_length)
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.empty.cache))
         self._rows = self._no_rows()

@@ -93,7 +93,8 @@ def mixer(
 ) -> tuple[Mixed, LayerMemory]:
     """The kernel on whole arrays; the memory's are overwritten."""
     batch = slot.shape[0]
-    tiles = mixer_tiles(plan.key_dim, plan.value_dim, batch * plan.value_heads)
+    shipped = mixer_tiles(plan.key_dim, plan.value_dim, batch * plan.value_heads)
+    tiles = plan.tiles_of(NAME, shipped)
     blocks = plan.value_dim // tiles.block_v
     inputs = _Inputs(
         projected,
@@ -134,25 +135,26 @@ def mixer(
 def _mixer(x: Any, memory: Any, out: Any, *, plan: Plan, blocks: int, block_v: int) -> None:
     rest, block = lax.div(pl.program_id(0), blocks), lax.rem(pl.program_id(0), blocks)
     row, head = lax.div(rest, plan.value_heads), lax.rem(rest, plan.value_heads)
-    active = x.active[row] != 0
     columns = pl.ds(head * plan.value_dim + block * block_v, block_v)
     values = pl.ds(block * block_v, block_v)
+    # nothing waits for anything here, nor for whether the row is active: all is on its way at once
     entering = memory.s[row, head, :, values], memory.m[row, head, :, values]
-    loads_so_far_are_issued(plan.interpret)  # before anything else: these take longest
+    loads_so_far_are_issued(plan.interpret)
+    active = x.active[row] != 0
+    step = _rule(x, memory.tail, out.memory.tail, *entering, (row, head, block), plan, block_v)
+    norm, gate = x.norm[values], None
+    if plan.gated:
+        gates = pl.ds(plan.channels + head * plan.value_dim + block * block_v, block_v)
+        gate = x.projected.y[row, gates]
+    loads_so_far_are_issued(plan.interpret)
 
     @pl.when(active)
     def _step() -> None:
-        norm = x.norm[values].astype(jnp.float32)
-        gate = None
-        if plan.gated:
-            gates = pl.ds(plan.channels + head * plan.value_dim + block * block_v, block_v)
-            gate = x.projected.y[row, gates].astype(jnp.float32)
-        place = row, head, block
-        s, m, o = _rule(x, memory.tail, out.memory.tail, *entering, place, plan, block_v)
+        s, m, o = step()
         o = _rounded(o, x.projected.y.dtype)
         out.mixed.squares[row, head, block] = jnp.sum(o * o)
-        o *= norm
-        gated = o if gate is None else o * _sigmoid(gate)
+        o *= norm.astype(jnp.float32)
+        gated = o if gate is None else o * _sigmoid(gate.astype(jnp.float32))
         out.mixed.gated[row, columns] = gated.astype(out.mixed.gated.dtype)
         out.memory.s[row, head, :, values], out.memory.m[row, head, :, values] = s, m
 
@@ -171,33 +173,34 @@ def _rule(
     place: tuple[jax.Array, jax.Array, jax.Array],
     plan: Plan,
     block_v: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """States and output of one step; writes the inputs that the program owns into the ring."""
+) -> Callable[[], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Loads what a step needs beside its states; makes the new ones and the output then."""
     row, head, block = place
     group, dtype = plan.value_heads // plan.heads, x.projected.y.dtype
     key_head = lax.div(head, group)
     owns_keys = (block == 0) & (lax.rem(head, group) == 0)
     convolved = partial(_convolved, x, tail, new_tail, row, plan.conv_size)
     key, value = key_head * plan.key_dim, head * plan.value_dim + block * block_v
-    # everything is on its way before the first of it is used
     make_gates = _gates(x.gates, x.projected.gates, row, head, plan)
     make_q = convolved(key, plan.key_dim, owns_keys)
     make_k = convolved(plan.keys + key, plan.key_dim, owns_keys)
     make_v = convolved(2 * plan.keys + value, block_v, None)
     correction = None if x.gates.correction is None else x.gates.correction[head]
-    loads_so_far_are_issued(plan.interpret)
 
-    q, k, v, gates = make_q(), make_k(), make_v(), make_gates()
-    if correction is not None:
-        q = _rounded(q - correction * k, dtype)
-    q, k = _unit(q), _unit(k)
-    # an erase key of its own comes rounded to the rule
-    p = gates.alpha * k if plan.erase_by_alpha else _rounded(k, dtype)
-    dead = (gates.alpha == 0) & (gates.mu == 0)
-    w = clean(jnp.sum(s * p[:, None], axis=0), dead) - v
-    m = times(gates.mu, m) + (gates.eta * k)[:, None] * w[None, :]
-    s = times(gates.alpha, s) - gates.beta * m
-    return s, m, plan.key_dim**-0.5 * jnp.sum(s * q[:, None], axis=0)
+    def step() -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v, gates = make_q(), make_k(), make_v(), make_gates()
+        if correction is not None:
+            q = _rounded(q - correction * k, dtype)
+        q, k = _unit(q), _unit(k)
+        # an erase key of its own comes rounded to the rule
+        p = gates.alpha * k if plan.erase_by_alpha else _rounded(k, dtype)
+        dead = (gates.alpha == 0) & (gates.mu == 0)
+        w = clean(jnp.sum(s * p[:, None], axis=0), dead) - v
+        after_m = times(gates.mu, m) + (gates.eta * k)[:, None] * w[None, :]
+        after_s = times(gates.alpha, s) - gates.beta * after_m
+        return after_s, after_m, plan.key_dim**-0.5 * jnp.sum(after_s * q[:, None], axis=0)
+
+    return step
 
 
 def _convolved(

@@ -1,7 +1,7 @@
 """Blocks of the products of a few rows with a matrix, and which shapes run.
 
-Chosen on paper for 132 multiprocessors: as many programs as those at least, each with tens of
-kilobytes on their way (docs/design.md).
+Chosen for 132 multiprocessors: as many programs as those at least, each with tens of kilobytes on
+their way (docs/design.md), and by `python -m benchmarks decoding --parts sweep` on an H200.
 """
 
 from typing import NamedTuple
@@ -107,9 +107,11 @@ def _by_dot(batch: int, outputs: int, width: int, matrices: int) -> Tiles:
     rows = 16 if batch <= 16 or outputs <= _FEW else 32
     blocks = [64, 32, 16] if matrices == 1 else [32, 16]
     programs = -(-batch // rows)
-    block = next((n for n in blocks if programs * outputs // n >= _PROGRAMS), 16)
+    # few rows are a pipeline that hardly fills: two programs hide that better than one
+    enough = _PROGRAMS * (2 if rows == 16 else 1)
+    block = next((n for n in blocks if programs * outputs // n >= enough), 16)
     step = _step(width, 128 if rows + matrices * block > 64 else 256)
-    stages = 6 if rows + matrices * block <= 32 else 4
+    stages = 6 if rows + matrices * block <= 32 and width // step > 6 else 4
     # 16 outputs a warp
     return Tiles(rows, block, step, 1, max(2, matrices * block // 16), stages, dot=True)
 

@@ -1,11 +1,12 @@
 """Arrays of one token's step as the kernels see them, and its static sizes and options."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decoding.tiles import Tiles
+from pallas_kernels.tiling import DecodeTiles
 
 Leaf = Any
 """An array; in specifications and kernel bodies, what stands for it there."""
@@ -108,7 +109,7 @@ class Plan(NamedTuple):
       least_decay: nats that its momentum loses at least.
       erase_by_alpha: whether the erase key is alpha times the key, or the key.
       interpret: run the kernels in the interpreter, on any device.
-      tiles: of products, in place of those that ship; by the kernel's name.
+      tiles: in place of those that ship; by the kernel's name.
     """
 
     heads: int
@@ -125,7 +126,7 @@ class Plan(NamedTuple):
     least_decay: float
     erase_by_alpha: bool
     interpret: bool = False
-    tiles: tuple[tuple[str, Tiles], ...] = ()
+    tiles: tuple[tuple[str, Tiles | DecodeTiles], ...] = ()
 
     @property
     def keys(self) -> int:
@@ -147,9 +148,9 @@ class Plan(NamedTuple):
         """Outputs of the joined projections that are rounded to the compute dtype."""
         return self.channels + self.values * self.gated
 
-    def tiles_of(self, name: str, shipped: Tiles) -> Tiles:
-        """The tiles of a product."""
-        return dict(self.tiles).get(name, shipped)
+    def tiles_of[T](self, name: str, shipped: T) -> T:
+        """The tiles of a kernel."""
+        return cast(T, dict(self.tiles).get(name, shipped))
 
 
 def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

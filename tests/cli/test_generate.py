@@ -1,10 +1,12 @@
 """mdn-generate as a user meets it."""
 
+import dataclasses
 import json
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mdn_jax import Sampling, generate
 from mdn_jax.cli.generate import main
-from mdn_jax.models import load_state
+from mdn_jax.models import load_state, steps
+from mdn_jax.models.fused import fused_lacks, fused_structure
 from mdn_jax.ops.state import kept_as
 from mdn_jax.saved.model import find_checkpoint, load_model, save_model
 from mdn_jax.text.tokenizer import decode, encode
+from tests.kernels.test_decoding import CONFIG, drawn
 from tests.tiny import break_model, chain_model
 from train.step import split_model
 
@@ -71,6 +75,24 @@ def test_states_of_16_bits_are_saved_so(checkpoint, tmp_path, capsys):
     model = load_model(find_checkpoint(checkpoint), implementation="scan")
     state = load_state(tmp_path / "state", model)
     assert kept_as(state.cache[0].state) == "bfloat16"
+
+
+def test_steps_by_kernels_give_the_same_text(tmp_path, capsys, monkeypatch):
+    config = dataclasses.replace(CONFIG, vocab_size=257)
+    save_model(tmp_path / "model", config, split_model(drawn(config))[1])
+    options = [tmp_path / "model", "--block", 8, "--prompt", "ab", "c", "--max-new-tokens", 12]
+    layers = output(capsys, *options, "--save-state", tmp_path / "layers").out
+    called = []
+    monkeypatch.setattr(steps, "fused_lacks", partial(fused_lacks, interpret=True))
+    monkeypatch.setattr(
+        steps,
+        "fused_structure",
+        lambda model: called.append(model) or fused_structure(model, interpret=True),
+    )
+    options += ["--steps", "kernels"]
+    assert output(capsys, *options, "--load-state", tmp_path / "layers").out.startswith("=== 0")
+    assert output(capsys, *options).out == layers
+    assert len(called) == 2
 
 
 def test_log_probabilities_go_to_a_file(checkpoint, tmp_path, capsys):
@@ -162,6 +184,11 @@ def test_prompt_files(checkpoint, tmp_path, capsys, monkeypatch):
         (["--load-state", "nothing"], ["No such file", "nothing"]),
         (["--stop-tokens", "300"], ["stop_tokens", "0 to 256", "300"]),
         (["--tokenizer", "nothing.json"], ["tokenizer", "nothing.json"]),
+        (["--steps", "kernels"], ['steps: "kernels" expects ', "got 'scan'", 'use "layers"']),
+        (
+            ["--steps", "kernels", "--state-dtype", "bfloat16"],
+            ['steps: expected "layers" with state_dtype \'bfloat16\', got "kernels"'],
+        ),
     ],
 )
 def test_an_error_is_one_clear_line(checkpoint, capsys, arguments, words):

@@ -142,6 +142,14 @@ def test_a_place_that_does_not_fit(tmp_path, capsys):
     assert said.count("\n") == 1
 
 
+def test_steps_that_a_model_does_not_have(checkpoint, capsys):
+    flags = ["--steps", "kernels", "--port", "0", "--implementation", "xla"]
+    assert main([str(checkpoint), *flags]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith('mdn-serve: error: steps: "kernels" expects ')
+    assert said[-1].endswith("""got 'xla'; use "layers\"""")
+
+
 def test_keys_and_templates(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MDN_API_KEY", "from outside")
     options = {"checkpoint": checkpoint, "implementation": "xla", "piece": 8}
