@@ -22,6 +22,7 @@ from benchmarks.timing import model_for_device
 from configs import CONFIGS
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
+from train.config_sections import Autotune
 
 WARM_UP = 3
 DOCUMENT = 1024  # mean length, tokens
@@ -42,6 +43,10 @@ class TrainingConfig:
     """Tokens in a row; None: the configuration's."""
     remat: Remat | None = None
     """What is computed again in the backward pass; None: the configuration's."""
+    scan_layers: bool = False
+    """Scan over the layers."""
+    autotune: Autotune | None = None
+    """Which algorithms of products the step times first; None: the configuration's."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the computation; None: the configuration's."""
     implementation: Implementation | None = None
@@ -183,6 +188,8 @@ class _Run:
             accumulation=config.accumulation,
             sequence_length=config.sequence_length or base.sequence_length,
             remat=config.remat or base.remat,
+            autotune=config.autotune or base.autotune,
+            scan_layers=config.scan_layers,
             dtype=config.dtype or base.dtype,
             implementation=config.implementation,
         )

@@ -13,6 +13,7 @@ from mdn_jax.models.config import MDNConfig
 from mdn_jax.models.remat import Remat
 from mdn_jax.ops.api import Implementation
 from train.config_sections import (
+    Autotune,
     DataConfig,
     DistributedConfig,
     GuardConfig,
@@ -94,6 +95,15 @@ class TrainConfig:
     """Activations of each block that are computed again in the backward pass instead of kept: none;
     the states of the rule ("states"); all but outputs of projections and of the rule ("dots"); all
     but those of the rule ("kernel"); all ("block"). Later ones need less memory and more time."""
+
+    scan_layers: bool = option(False, resume="may change")
+    """Compile one block for all layers that are alike, or as many as they have before they repeat:
+    the first step comes sooner, and each is longer by the copies of what blocks keep. With
+    `remat="block"` there is little to copy (docs/performance.md)."""
+
+    autotune: Autotune = option("cublas", resume="may change")
+    """What the first step times on a GPU before it takes an algorithm for a matrix product: kernels
+    of cuBLAS ("cublas"), these and kernels of Triton ("all"), nothing ("off")."""
 
     seed: int = option(42, resume="fixed")
     """Seed of the initial parameters, the data order and the sample."""

@@ -8,6 +8,9 @@ from typing import Literal
 
 from train.options import option
 
+Autotune = Literal["all", "cublas", "off"]
+"""Which algorithms of matrix products are timed, see `TrainConfig.autotune`."""
+
 
 def check(name: str, value: object, expected: str, holds: bool) -> None:
     """Raises ValueError, by the name of the field, unless it holds."""

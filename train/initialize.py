@@ -1,5 +1,7 @@
 """The state before the first step, made where it will lie."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -49,7 +51,29 @@ def initial_params(config: MDNConfig, *, seed: int, like: Params) -> Params:
       The parameters by layer.
     """
     shardings = jax.tree.map(lambda x: x.sharding, like)
+    if all(x.is_fully_replicated for x in jax.tree.leaves(shardings)):
+        with random_numbers_by_a_kernel():
+            return _initial_params(config, seed, shardings)
+    return _initial_params(config, seed, shardings)
 
+
+@contextlib.contextmanager
+def random_numbers_by_a_kernel() -> Iterator[None]:
+    """Programs lowered inside for a GPU draw their random numbers by JAX's own kernel.
+
+    The numbers are the same. Without it each draw is hundreds of operations, which take XLA longer
+    to fuse than everything else in these programs. The partitioner does not cut the kernel.
+    """
+    name = "jax_threefry_gpu_kernel_lowering"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _initial_params(config: MDNConfig, seed: int, shardings: Params) -> Params:
     def outside() -> Params:  # the blocks in between are traced for their draws, not computed
         params = _params(MDNForCausalLM(config, rngs=nnx.Rngs(seed)))
         return {name: x for name, x in params.items() if name != "layers"}

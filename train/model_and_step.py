@@ -1,6 +1,6 @@
 """The model and the step of a run on its devices: all that needs no documents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from mdn_jax.errors import RunError
 from mdn_jax.layers.sharding import CONTEXT, FSDP, TENSOR
 from mdn_jax.models.sizes import check_fits
 from train.config import TrainConfig
+from train.config_sections import Autotune
 from train.freezing import frozen_mask, without_frozen
 from train.initialize import abstract_state, initial_params, place_state
 from train.optimizer import Params, make_optimizer, make_schedule, with_average
@@ -23,11 +24,20 @@ from train.parallel.sharding import (
     make_mesh,
     replicated,
 )
+from train.scanning import scanned_loss
 from train.stacking import by_layer, equal_layers, stacked
 from train.step import TrainState, make_train_step, split_model
 
 # float32 parameters and the two moments of AdamW; an average of the parameters
 _STATE_BYTES, _AVERAGE_BYTES = 12, 4
+
+_CUBLAS: Mapping[str, bool | int] = {"xla_gpu_enable_triton_gemm": False}
+COMPILER_OPTIONS: Mapping[Autotune, Mapping[str, bool | int]] = {
+    "all": {},
+    "cublas": _CUBLAS,
+    "off": {**_CUBLAS, "xla_gpu_autotune_level": 0},
+}
+"""XLA's options for the step by `TrainConfig.autotune`; what is not there is as in `XLA_FLAGS`."""
 
 
 class ModelAndStep:
@@ -54,8 +64,8 @@ class ModelAndStep:
           devices: to run on; None: all of all processes.
 
         Raises:
-          RunError: a mesh that does not fit, a model that no device can hold, or patterns of
-            frozen parameters that match none or all.
+          RunError: a mesh that does not fit, a model that no device can hold, patterns of frozen
+            parameters that match none or all, or layers to scan over that do not repeat.
         """
         self.config = config
         self.schedule = make_schedule(config.optimizer, config.decay_steps)
@@ -85,9 +95,10 @@ class ModelAndStep:
         self.like = abstract_state(params, groups, self.optimizer, self.mesh)
         self.like_params = by_layer(self.like.params)
         self.step = make_train_step(
-            of_tokens,
+            scanned_loss(self.model, groups) if config.scan_layers else of_tokens,
             self.optimizer,
             self.schedule,
+            of_stacks=config.scan_layers,
             guard=config.guard,
             frozen=self.frozen,
             accumulation=config.accumulation,
@@ -96,6 +107,7 @@ class ModelAndStep:
             state_sharding=jax.tree.map(lambda x: x.sharding, self.like),
             batch_sharding=batch_sharding(self.mesh),
             metrics_sharding=replicated(self.mesh),
+            compiler_options=COMPILER_OPTIONS[config.autotune],
         )
 
     def initial_state(self) -> TrainState:

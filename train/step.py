@@ -1,6 +1,6 @@
 """One optimizer step as a pure function of the state and the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from train.optimizer import Params, group_norms, is_projection
 from train.parallel.own_tokens import OwnTokens
 from train.stacking import unstacked
 
-# (parameters by layer, batch) -> loss summed over the batch's targets, nats
+# (parameters, batch) -> loss summed over the batch's targets, nats
 Loss = Callable[[Params, Batch], Float[Array, ""]]
 
 
@@ -147,6 +147,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    of_stacks: bool = False,
     guard: GuardConfig | None = None,
     frozen: Params | None = None,
     accumulation: int = 1,
@@ -155,6 +156,7 @@ def make_train_step(
     state_sharding: Any = None,
     batch_sharding: Any = None,
     metrics_sharding: Any = None,
+    compiler_options: Mapping[str, bool | int] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds the compiled step.
 
@@ -166,6 +168,7 @@ def make_train_step(
       summed_loss: of the model, over a batch's targets.
       optimizer: update rule.
       schedule: its learning rate, for the metrics.
+      of_stacks: whether `summed_loss` takes the parameters stacked, not by layer.
       guard: which steps are refused beside those that are not finite; None: none.
       frozen: which parameters stay as they are (`frozen_mask`), stacked as the state is, for an
         optimizer that knows of them (`without_frozen`); None: none. The gradient's norm is that of
@@ -178,6 +181,7 @@ def make_train_step(
       state_sharding: where the state lies before and after; None: as it comes.
       batch_sharding: where every array of a batch lies.
       metrics_sharding: where the metrics go.
+      compiler_options: XLA's, by name, for this program alone; None: as they are.
 
     Returns:
       Function `(state, batch) -> (state, metrics)`; the buffers of `state` are reused.
@@ -189,8 +193,10 @@ def make_train_step(
             low, count = whole
 
             def loss(low: Params, micro: Batch, one: bool = False) -> Float[Array, ""]:
-                layers = unstacked(held(low, frozen))
-                # a single gradient is added up layer by layer, beside the layers that are left
+                layers = held(low, frozen)
+                layers = layers if of_stacks else unstacked(layers)
+                # a single gradient is added up layer by layer, beside the layers that are left;
+                # stacks as a whole
                 layers = tokens.summed_gradient(layers) if one else layers
                 return summed_loss(layers, micro) / count
 
@@ -229,4 +235,5 @@ def make_train_step(
         in_shardings=(state_sharding, batch_sharding),
         out_shardings=(state_sharding, metrics_sharding),
         donate_argnums=0,
+        compiler_options=dict(compiler_options or {}),
     )

@@ -1,5 +1,6 @@
 """The language model."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,10 @@ from mdn_jax.ops.state import StateDtype
 
 LayerCache = MDNCache | ReplayCache | StateCache | Mamba3Cache | AttentionCache
 ModelCache = tuple[LayerCache, ...]
+Blocks = Callable[
+    [Float[Array, "B T hidden"], Int[Array, "B T"] | None], Float[Array, "B T hidden"]
+]
+"""From the embeddings and the documents to what the last block gives."""
 
 STATE_MIXERS: dict[Mixer, type[StateMixer]] = {
     "mdn": MomentumDeltaNet,
@@ -138,12 +143,22 @@ class Block(nnx.Module):
         return h + shared_tokens(self.mlp(all_tokens(x))), cache
 
 
-def _apply(block: Block, *inputs: Any) -> Any:
+def apply_block(
+    block: Block,
+    h: Float[Array, "B T hidden"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: Any = None,
+    lengths: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T hidden"], LayerCache]:
+    """A block's result, by a program that is traced and lowered once for blocks of one kind."""
     graph, state = nnx.split(block)
-    return _jitted(graph, block.remat, named_axes(), state, *inputs)
+    result: tuple[Array, LayerCache] = _jitted(
+        graph, block.remat, named_axes(), state, h, segment_ids, cache, lengths
+    )
+    return result
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))  # blocks of one kind are traced and lowered once
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _jitted(graph: Any, remat: Remat, axes: Cuts, state: Any, *inputs: Any) -> Any:
     del axes  # of the ambient mesh: another trace
     run = with_remat(lambda state, *inputs: nnx.merge(graph, state)(*inputs), remat)
@@ -284,8 +299,19 @@ class MDNForCausalLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: ModelCache | None = None,
         lengths: Int[Array, " B"] | None = None,
+        *,
+        blocks: Blocks | None = None,
     ) -> tuple[Float[Array, "B T hidden"], ModelCache]:
         """Everything before the output projection, in the compute dtype; arguments as the call's.
+
+        Args:
+          tokens: as the call's, and so are the others.
+          segment_ids: may be None.
+          cache: may be None.
+          lengths: may be None.
+          blocks: what takes the embeddings, and the numbered documents, through all blocks in place
+            of the model's layers, such as a scan over them; without `cache`, `lengths` and a
+            mesh with Explicit axes. The cache returned is then empty.
 
         Raises:
           TypeError: a dtype or type that does not fit.
@@ -299,9 +325,12 @@ class MDNForCausalLM(nnx.Module):
         h, unknown = self.embed(tokens, lengths)
         h = embedded_tokens(h)
         caches = []
-        for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            h, after = _apply(layer, h, documents, before, lengths)
-            caches.append(after)
+        if blocks is not None:
+            h = blocks(h, documents)
+        else:
+            for layer, before in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+                h, after = apply_block(layer, h, documents, before, lengths)
+                caches.append(after)
         nans, last = marks(unknown, documents, h.dtype, axis)
         if caches:  # in the first layer it reaches all that follow
             caches[0] = marked_cache(caches[0], last)

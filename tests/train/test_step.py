@@ -9,9 +9,11 @@ from mdn_jax import MDNConfig, MDNForCausalLM
 from mdn_jax.models.loss import IGNORED, summed_loss
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import assert_identical, random_batch
+from train.config import TrainConfig
 from train.config_sections import OptimizerConfig
 from train.data import Batch
 from train.evaluation.held_out import make_evaluate
+from train.model_and_step import COMPILER_OPTIONS, ModelAndStep
 from train.optimizer import make_optimizer, make_schedule
 from train.step import init_state, make_train_step, rounded, split_model
 
@@ -67,6 +69,29 @@ def test_metrics():
     state, metrics = step(state, batch)
     assert metrics.learning_rate == pytest.approx(5e-3)
     assert int(metrics.skipped) == 0
+
+
+@pytest.mark.parametrize("autotune", ["cublas", "off"])
+def test_the_compiler_knows_the_options_of_a_step(autotune):
+    options = COMPILER_OPTIONS[autotune]
+    step = make_train_step(table_loss, OPTIMIZER, SCHEDULE, compiler_options=options)
+    _, metrics = step(table_state(), random_batch(5, 4, 6))
+    assert np.isfinite(metrics.loss)
+    unknown = {**options, "xla_no_such_option": True}
+    step = make_train_step(table_loss, OPTIMIZER, SCHEDULE, compiler_options=unknown)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        step(table_state(), random_batch(5, 4, 6))
+
+
+@pytest.mark.parametrize("autotune", ["all", "off"])
+def test_a_run_compiles_its_step_with_what_its_configuration_says(autotune, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "train.model_and_step.make_train_step",
+        lambda *_, compiler_options, **__: seen.append(compiler_options),
+    )
+    ModelAndStep(TrainConfig(model=MDNConfig(**TINY_MODEL), autotune=autotune, batch_size=8))
+    assert seen == [COMPILER_OPTIONS[autotune]]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -125,7 +125,14 @@ def test_more_steps_without_the_old_schedule_are_a_conflict():
 
 CHANGEABLE = {
     *("name", "output_dir", "resume", "resume_step", "profile", "steps", "implementation", "remat"),
-    *("fit_vocab_size", "init_from", "data.standard_library", "data.sources"),
+    *(
+        "autotune",
+        "scan_layers",
+        "fit_vocab_size",
+        "init_from",
+        "data.standard_library",
+        "data.sources",
+    ),
     "data.chat_template",
     *("guard.action", "guard.loss_deviations", "guard.grad_norm_factor"),
     *("guard.window", "guard.patience"),

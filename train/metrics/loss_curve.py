@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from mdn_jax.new_file import new_file
 from train.metrics.log import Record
 
@@ -22,6 +19,10 @@ def plot_losses(
       path: PNG file to write.
       unit: of all of them.
     """
+    # not read before the end of a run: a fifth of what its start imports
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
