@@ -74,7 +74,8 @@ def test_code_of_the_documents_runs(code):
 
 
 @pytest.mark.slow
-def test_the_own_loop_learns():
+def test_the_own_loop_learns(monkeypatch):
+    monkeypatch.setattr(own_training_loop, "ROWS", 16)
     first, last = own_training_loop.train(steps=60)
     assert first > 2.5
     assert last < 1.5
