@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdn_jax import momentum_delta_rule
 from mdn_jax.testing import random_inputs, relative_error
@@ -25,7 +26,7 @@ def steps(inputs: dict[str, Any], first: int, end: int) -> dict[str, Any]:
 
 def packed_and_separate(inputs: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Outputs of the documents in one row, and of each in a call of its own."""
-    segment_ids = jnp.repeat(jnp.arange(len(LENGTHS)), jnp.asarray(LENGTHS))[None]
+    segment_ids = jnp.asarray(np.repeat(np.arange(len(LENGTHS)), LENGTHS)[None])
     packed, _ = momentum_delta_rule(**inputs, segment_ids=segment_ids)
     ends = [sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))]
     separate = [

@@ -77,6 +77,8 @@ def train(mesh: jax.sharding.Mesh | None, steps: int) -> list[float]:
     optimizer = optax.adam(1e-2)
     params, step = make_step(mesh, optimizer)
     moments, losses = optimizer.init(params), []
+    if mesh is not None:  # where each step leaves them: its program is one
+        params, moments = jax.device_put((params, moments), NamedSharding(mesh, PartitionSpec()))
     for _ in range(steps):
         params, moments, loss = step(params, moments, *batch)
         losses.append(float(loss))

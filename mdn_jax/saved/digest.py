@@ -73,8 +73,8 @@ def digests(tree: Any, *, kind: str = NEW) -> Digests:
     """Digests of arrays: of their bits and of the order of these, however an array is cut.
 
     Args:
-      tree: of arrays, on any devices or (numpy) on the host. The host's are read once, by all
-        cores, and nothing is compiled for them.
+      tree: of arrays, on any devices or (numpy) on the host. Those of the host and of processors
+        are read once, by all cores, and nothing is compiled for them.
       kind: one that is known.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -83,13 +83,20 @@ def digests(tree: Any, *, kind: str = NEW) -> Digests:
         on_host = {
             i: threads.submit(_on_host, x, kind)
             for i, (_, x) in enumerate(leaves)
-            if isinstance(x, np.ndarray)
+            if _host_reads(x)
         }
         on_devices = {
             i: _on_devices(x, kind) for i, (_, x) in enumerate(leaves) if i not in on_host
         }
         sums = jax.device_get(on_devices) | {i: x.result() for i, x in on_host.items()}
     return Digests(kind, {name: int(sums[i]) for i, name in enumerate(names)})
+
+
+def _host_reads(x: Any) -> bool:
+    """Whether it lies in the host's memory, and all of it in this one's."""
+    if not isinstance(x, jax.Array):
+        return True
+    return x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
 
 
 @partial(jax.jit, static_argnums=1)  # for each array by itself: few shapes, few programs
@@ -105,7 +112,8 @@ def _on_devices(x: Array, kind: str) -> UInt32[Array, ""]:
     return _KINDS[kind](words, rows, columns)
 
 
-def _on_host(x: NDArray[Any], kind: str) -> int:
+def _on_host(x: NDArray[Any] | Array, kind: str) -> int:
+    x = np.asarray(x)
     if not x.size:
         return 0
     words = np.atleast_1d(np.ascontiguousarray(x)).view(_WORDS[x.dtype.itemsize])

@@ -35,6 +35,13 @@ CONFIG = MDNConfig(
 )
 
 
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A run, and its result; it is only read."""
+    config = tiny_config(corpus, tmp_path_factory.mktemp("trained") / "run", sample_tokens=0)
+    return config, train(config)
+
+
 def save_tokenizer(folder):
     """A tokenizer of three words, the last of which ends a text."""
     library = Tokenizer(WordLevel({"a": 0, "b": 1, "<|endoftext|>": 2}, unk_token="a"))
@@ -172,20 +179,19 @@ def test_damaged_tensors_are_one_clear_error(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_can_be_exported_and_a_conversion_trained(corpus, tmp_path):
-    config = tiny_config(corpus, tmp_path / "run", steps=3, sample_tokens=0)
-    trained = train(config)
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "pub")]) == 0
+def test_a_run_can_be_exported_and_a_conversion_trained(run, tmp_path):
+    config, trained = run
+    assert main(["export", str(config.directory), str(tmp_path / "pub")]) == 0
     assert main(["import", str(tmp_path / "pub"), str(tmp_path / "ours")]) == 0
     saved = find_checkpoint(tmp_path / "ours")
     assert saved.model.to_dict().items() >= config.model.to_dict().items()
     _, params = split_model(load_model(saved))
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(trained.state.params), strict=True):
         np.testing.assert_array_equal(x, y)
-    resumed = dataclasses.replace(config, output_dir=str(tmp_path / "ours"), resume=True, steps=2)
+    resumed = dataclasses.replace(config, output_dir=str(tmp_path / "ours"), resume=True)
     result = train(resumed)
-    assert int(result.state.step) == 2
-    assert find_checkpoint(tmp_path / "ours").step == 2
+    assert int(result.state.step) == config.steps
+    assert find_checkpoint(tmp_path / "ours").step == config.steps
     assert result.held_out_loss < trained.held_out_loss
     other = dataclasses.replace(
         resumed,
@@ -222,10 +228,9 @@ def test_a_model_keeps_its_parameters(checkpoint):
     np.testing.assert_array_equal(model.embeddings[...], expected.embeddings[...])
 
 
-def test_an_exported_folder_has_what_other_tools_look_for(corpus, tmp_path, capsys):
-    config = tiny_config(corpus, tmp_path / "run")
-    train(config)
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "bytes")]) == 0
+def test_an_exported_folder_has_what_other_tools_look_for(run, tmp_path, capsys):
+    config, _ = run
+    assert main(["export", str(config.directory), str(tmp_path / "bytes")]) == 0
     card = (tmp_path / "bytes" / "README.md").read_text()
     assert "library_name: mdn-jax" in card
     assert f"Trained for {config.steps} steps of {config.batch_size} rows" in card
@@ -236,7 +241,7 @@ def test_an_exported_folder_has_what_other_tools_look_for(corpus, tmp_path, caps
     assert json.loads((tmp_path / "bytes" / "generation_config.json").read_text()) == {}
     assert not (tmp_path / "bytes" / "tokenizer_config.json").exists()
     capsys.readouterr()
-    (text,) = {said_by(tmp_path / name, capsys) for name in ("run", "bytes")}
+    (text,) = {said_by(path, capsys) for path in (config.directory, tmp_path / "bytes")}
     assert len(text) > 4
 
 

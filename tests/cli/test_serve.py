@@ -16,7 +16,7 @@ import pytest
 from mdn_jax.cli.serve import ServeConfig, build, main
 from mdn_jax.errors import RunError
 
-SMALL = ["--implementation", "xla", "--slots", "2", "--piece", "32", "--port", "0"]
+SMALL = ["--implementation", "xla", "--slots", "2", "--piece", "4", "--port", "0"]
 RUN = "import sys; from mdn_jax.cli.commands import serve; sys.exit(serve())"
 
 

@@ -1,6 +1,7 @@
 """Published folders on the disk: exact both ways, and every way in which one can be wrong."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -34,12 +35,17 @@ TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
 CONFIGS = {"mdn": TINY, "hybrid": HYBRID, "tied": TIED}
 
 
+@functools.cache
+def drawn(config, seed):
+    return official_state_dict(MDNForCausalLM(config, rngs=nnx.Rngs(seed)))
+
+
 def published(config, dtype=np.float32, seed=0):
-    """Tensors by published name, as a published folder has them."""
-    tensors = official_state_dict(MDNForCausalLM(config, rngs=nnx.Rngs(seed)))
+    """Tensors by published name, as a published folder has them, to be changed."""
+    tensors = {name: x.astype(dtype) for name, x in drawn(config, seed).items()}
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    return {name: x.astype(dtype) for name, x in tensors.items()}
+    return tensors
 
 
 def make_folder(path, config, tensors, shards=1):

@@ -36,7 +36,7 @@ SMALL = {
 
 def made(model):
     """Tokens of more texts than there are slots, and how a slot's memory lies."""
-    engine = make_engine(model, Limits(slots=2), piece=8, block=4)
+    engine = make_engine(model, Limits(slots=2), piece=4, block=4)
     jobs, done = [], []
     for i in range(5):
         tokens, ended = [], threading.Event()

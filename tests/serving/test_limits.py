@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from mdn_jax import MDNConfig, MDNForCausalLM
+from mdn_jax.serving.device import Device
 from mdn_jax.serving.limits import Limits
 from tests.serving.running import NAME, server
 from tests.serving.test_completions import expected
@@ -233,7 +234,8 @@ def test_a_request_that_takes_too_long(model):
         assert ask(running, "GET", "/health")[0] == 503
 
 
-def test_a_model_that_attends_to_all_has_room_for_so_many_tokens():
+def test_a_model_that_attends_to_all_has_room_for_so_many_tokens(monkeypatch):
+    monkeypatch.setattr(Device, "warm", lambda self: None)  # half of it is not needed
     config = MDNConfig(
         **TINY_MODEL | {"num_hidden_layers": 2, "other_mixer": "attention", "other_layers": (1,)}
     )

@@ -19,6 +19,7 @@ from tests.site.readers import NOT_RUN, RUN, STEPS, find, made_of, read, smaller
 from tests.text.helpers import TEXTS, write_bpe
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import TINY_RUN
+from tests.train.sharing import shared_steps
 from train.config import TrainConfig
 from train.loop import train
 
@@ -55,10 +56,11 @@ def clone(tmp_path_factory):
     text = re.sub("(?m)^    ", "", toml[0])
     assert 'recipe = "smoke"' in text
     (directory / "my_run.toml").write_text(text.replace("hidden_size = 256", "hidden_size = 16"))
-    with pytest.MonkeyPatch.context() as patch:
-        at_smallest_size(patch, directory)
-        train(dataclasses.replace(tiny(), output_dir=str(directory / "runs" / "smoke")))
-    return directory
+    with shared_steps():  # of all pages: most of them train or resume the same run
+        with pytest.MonkeyPatch.context() as patch:
+            at_smallest_size(patch, directory)
+            train(dataclasses.replace(tiny(), output_dir=str(directory / "runs" / "smoke")))
+        yield directory
 
 
 def at_smallest_size(patch, directory):

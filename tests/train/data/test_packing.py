@@ -104,10 +104,13 @@ def test_packed_training_is_that_of_separate_documents(documents):
         byte_documents(documents), batch_size=1, sequence_length=tokens - 1, seed=0
     ).batch(0)
     assert len(np.unique(packed["segment_ids"])) == 4
-    loss, gradient = summed(params, packed)
-    width = max(map(len, documents))
-    apart = {key: np.zeros((4, width), np.int32) for key in ("tokens", "segment_ids")}
-    apart["targets"] = np.full((4, width), IGNORED, np.int32)
+    # of one shape, with three rows and with tokens that do not count: compiled once
+    filling = {"tokens": 0, "segment_ids": 0, "targets": IGNORED}
+    rows = {name: np.full((4, tokens - 1), x, np.int32) for name, x in filling.items()}
+    apart = {name: x.copy() for name, x in rows.items()}
+    for name, x in rows.items():
+        x[:1] = packed[name]
+    loss, gradient = summed(params, rows)
     for i, text in enumerate(documents):
         apart["tokens"][i, : len(text)] = encode(text)[:-1]
         apart["targets"][i, : len(text)] = encode(text)[1:]

@@ -27,6 +27,9 @@ NAMES = (
 )
 
 
+BATCH = random_batch(0, rows=3, length=64)  # one shape: a model is compiled once
+
+
 def build(**changes):
     config = MDNConfig(**TINY_MODEL | {"num_hidden_layers": 2, "num_heads": 2} | changes)
     return MDNForCausalLM(config, implementation="scan", rngs=nnx.Rngs(0))
@@ -38,10 +41,10 @@ def measured(model, batch):
 
 
 def test_a_new_model_is_stable_and_the_norms_are_those_of_its_caches():
-    model, batch = build(), random_batch(0, rows=3, length=31)
-    metrics = measured(model, batch)
+    model = build()
+    metrics = measured(model, BATCH)
     assert metrics.keys() == {f"layers.{i}.{name}" for i in (0, 1) for name in NAMES}
-    first_row = jnp.asarray(batch["tokens"][:1])  # as one document
+    first_row = jnp.asarray(BATCH["tokens"][:1])  # as one document
     _, cache = nnx.jit(lambda model, x: model(x))(model, first_row)
     for i in (0, 1):
         assert metrics[f"layers.{i}.unstable_heads"] == 0
@@ -60,27 +63,27 @@ def spoil(gates, head):
 
 
 def test_a_head_outside_of_the_region_is_counted_in_its_layer():
-    model, batch = build(use_p_times_alpha=False), random_batch(0, rows=1, length=64)
+    model = build(use_p_times_alpha=False)
     spoil(model.layers[1].mixer.gates, head=0)
-    metrics = measured(model, batch)
+    metrics = measured(model, BATCH)
     assert metrics["layers.0.unstable_heads"] == 0
     assert metrics["layers.1.unstable_heads"] == 0.5
     model = build(use_p_times_alpha=True)  # the same gates: alpha in the erase key saves them
     spoil(model.layers[1].mixer.gates, head=0)
-    assert measured(model, batch)["layers.1.unstable_heads"] == 0
+    assert measured(model, BATCH)["layers.1.unstable_heads"] == 0
     model = build(use_p_times_alpha=False, bound="stable")  # which keeps within the region itself
     spoil(model.layers[1].mixer.gates, head=0)
-    assert measured(model, batch)["layers.1.unstable_heads"] == 0
+    assert measured(model, BATCH)["layers.1.unstable_heads"] == 0
 
 
 def test_the_head_that_grows_fastest_is_named():
-    model, batch = build(use_p_times_alpha=False), random_batch(0, rows=1, length=64)
-    metrics = measured(model, batch)
+    model = build(use_p_times_alpha=False)
+    metrics = measured(model, BATCH)
     for i in (0, 1):
         assert 0 < metrics[f"layers.{i}.memory_growth"] < 4
     gates = model.layers[1].mixer.gates
     gates.b_proj[...] = gates.b_proj[...].at[0, 1].set(jnp.nan)
-    metrics = measured(model, batch)
+    metrics = measured(model, BATCH)
     assert metrics["layers.1.fastest_head"] == 1
     assert metrics["layers.1.memory_growth"] == np.inf
     assert metrics["layers.0.memory_growth"] < 4
@@ -96,12 +99,12 @@ def test_a_state_that_explodes_is_counted():
     gates.log_factor[...] = jnp.full_like(gates.log_factor[...], 5.0)
     gates.e_proj[...] = jnp.full_like(gates.e_proj[...], 4.0)
     gates.b_proj[...] = jnp.full_like(gates.b_proj[...], 4.0)
-    metrics = measured(model, random_batch(0, rows=1, length=64))
+    metrics = measured(model, BATCH)
     assert metrics["layers.0.unstable_heads"] == 1
     assert metrics["layers.0.growing_heads"] == 1
     assert metrics["layers.0.memory_growth"] > 4
     gates.e_proj[...] = jnp.zeros_like(gates.e_proj[...])
-    metrics = measured(model, random_batch(0, rows=1, length=64))
+    metrics = measured(model, BATCH)
     assert metrics["layers.0.unstable_heads"] == 0
     assert metrics["layers.0.growing_heads"] == 0
 
@@ -109,27 +112,27 @@ def test_a_state_that_explodes_is_counted():
 def test_nan_is_neither_stable_nor_bounded():
     model = build()
     model.layers[1].mixer.gates.a_log[...] = jnp.full(2, jnp.nan)
-    metrics = measured(model, random_batch(0, rows=1, length=16))
+    metrics = measured(model, BATCH)
     assert [metrics[f"layers.{i}.{name}"] for i in (0, 1) for name in NAMES[:2]][2:] == [1, 1]
     assert metrics["layers.0.unstable_heads"] == 0
 
 
 def test_layers_of_softmax_attention_have_no_gates():
     model = build(attn=AttentionConfig(layers=(0,), num_heads=2))
-    metrics = measured(model, random_batch(0, rows=1, length=16))
+    metrics = measured(model, BATCH)
     assert metrics.keys() == {f"layers.1.{name}" for name in NAMES}
 
 
 @pytest.mark.slow
 def test_a_run_logs_it_and_is_otherwise_the_same(corpus, tmp_path):
-    short = {"steps": 4, "eval_every": 4, "checkpoint_every": 4, "sample_tokens": 0}
+    short = {"eval_every": 6, "checkpoint_every": 6, "sample_tokens": 0}
     plain = train(tiny_config(corpus, tmp_path / "plain", **short))
     config = tiny_config(corpus, tmp_path / "guarded", stability_every=2, **short)
     guarded = train(config)
     assert_identical(guarded.state, plain.state)
     records = read_metrics(config.directory / "metrics.jsonl")
     lines = [r for r in records if "layers.0.growing_heads" in r]
-    assert [r["step"] for r in lines] == [2, 4]
+    assert [r["step"] for r in lines] == [2, 4, 6]
     for line in lines:
         assert line.keys() == {"step", *(f"layers.0.{name}" for name in NAMES)}
         assert line["layers.0.unstable_heads"] == 0

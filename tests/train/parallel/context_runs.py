@@ -22,7 +22,7 @@ from mdn_jax.ops import TRITON_CALL
 from pallas_kernels.target import target_gpu
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import tiny_config
-from tests.train.parallel.processes import compile_once
+from tests.train.sharing import shared_steps
 from train.cli.train import main as command
 from train.config import to_dict
 from train.config_sections import GuardConfig, MeshConfig, OptimizerConfig
@@ -75,8 +75,8 @@ def lowered_for_gpus(config) -> str:
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@shared_steps()
 def main(corpus: str, output: str) -> None:
-    compile_once(f"{output}/compiled")
     where = Path(output)
     config = configuration(Path(corpus), where / "one")
     train(dataclasses.replace(config, sample_tokens=0), devices=jax.devices()[:1])
@@ -86,6 +86,7 @@ def main(corpus: str, output: str) -> None:
     assert command(two) == 0
     assert (where / "two" / "sample.txt").exists()
     tuned = [str(file), *CONTEXT, "--output-dir", str(where / "tuned")]
+    tuned += ["--stability-every", "0", "--sample-tokens", "0"]  # as of `two`
     assert command([*tuned, "--init-from", str(where / "two")]) == 0
     report = {name: measured(where / name) for name in ("one", "two", "tuned")}
     text = lowered_for_gpus(config)

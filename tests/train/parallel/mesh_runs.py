@@ -2,7 +2,7 @@
 
 A program of its own, for the number of devices is fixed when JAX starts:
 
-    python -m tests.train.parallel.mesh_runs CORPUS OUTPUT              eight simulated devices
+    python -m tests.train.parallel.mesh_runs CORPUS OUTPUT              sixteen simulated devices
     python -m tests.train.parallel.mesh_runs CORPUS OUTPUT PORT INDEX   one of two processes
 
 Meshes are written data x fsdp x context x tensor.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    count = 8 if len(sys.argv) == 3 else 1
+    count = 16 if len(sys.argv) == 3 else 1
     os.environ["XLA_FLAGS"] = (
         f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={count}"
     )
@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.collectives import collectives as of_program
 from mdn_jax import MDNConfig
+from mdn_jax.saved.digest import NEW, _on_devices, digests
 from tests.tiny import TINY_MODEL
 from tests.train.helpers import random_batch, tiny_config
 from train.checkpointing.checkpoints import Checkpoints
@@ -37,12 +38,13 @@ from train.run import Run
 STEPS, HALF = 20, 10
 ONE = "1x1x1x1"
 MESHES = {
-    **{ONE: 1, "8x1x1x1": 8, "1x8x1x1": 8, "2x2x1x2": 8},
-    **{"1x1x2x1": 2, "2x1x4x1": 8, "1x2x2x2": 8},
+    **{ONE: 1, "8x1x1x1": 8, "1x8x1x1": 8},
+    **{"1x1x2x1": 2, "2x1x4x1": 8, "2x2x2x2": 16},
 }
+EVERY = "2x2x2x2"  # along every axis
 MOVES = (
-    *(("8x1x1x1", "2x2x1x2"), ("2x2x1x2", "1x8x1x1"), ("1x8x1x1", ONE), (ONE, "1x1x2x1")),
-    *(("1x1x2x1", "2x1x4x1"), ("2x1x4x1", "1x2x2x2"), ("1x2x2x2", ONE)),
+    *(("8x1x1x1", EVERY), (EVERY, "1x8x1x1"), ("1x8x1x1", ONE), (ONE, "1x1x2x1")),
+    *(("1x1x2x1", "2x1x4x1"), ("2x1x4x1", EVERY), (EVERY, ONE)),
     ("1x1x2x1", "1x1x2x1"),
 )
 # rows for eight devices in two micro-batches, two heads for the axis `tensor`
@@ -107,6 +109,14 @@ def collectives(text):
     return counts
 
 
+def same_digests(arrays):
+    """Whether arrays that are cut have, where they are computed, the digests of whole ones."""
+    cut = {x.shape: x for x in jax.tree.leaves(arrays) if not x.is_fully_replicated}
+    assert cut
+    whole = digests([np.asarray(x) for x in cut.values()]).arrays.values()
+    return [int(_on_devices(x, NEW)) for x in cut.values()] == [*whole]
+
+
 def half_and_half(config, devices=None, state=None):
     """A trainer, its losses and whether it refuses; leaves a checkpoint after half of the steps.
 
@@ -145,11 +155,12 @@ def on_meshes(corpus: Path, output: Path) -> dict:
     begin = jax.tree.map(np.array, begin)
     for mesh, count in MESHES.items():
         config = on_mesh(mesh, corpus, output / mesh)
-        # those that cut parameters make their own
-        state = begin if config.mesh.fsdp == config.mesh.tensor == 1 else None
+        state = None if mesh == EVERY else begin  # which makes its own
         devices = jax.devices()[:count]
         trainers[mesh], losses, report["refused"][mesh] = half_and_half(config, devices, state)
         report["losses"][mesh] = losses
+        if mesh == EVERY:
+            report["digests"] = same_digests(trainers[mesh].initial_state().params)
         report["collectives"][mesh] = collectives(trainers[mesh].train_step.as_text())
     for old, new in MOVES:
         losses = second_half(trainers[new], trainers[old].config)
