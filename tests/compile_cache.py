@@ -36,6 +36,7 @@ class CompiledPrograms:
     """The programs of one process and its children, in a folder of its own until they are kept.
 
     Several processes test at the same time, and jax may read what another one has half written.
+    So they exchange whole files, when no child of theirs writes.
 
     Args:
       kept: folder for the programs of all runs, on this kind of processor.
@@ -45,8 +46,7 @@ class CompiledPrograms:
         self._kept = kept
         self._folder = tempfile.TemporaryDirectory(prefix="compiled-")
         self._own = Path(self._folder.name)
-        for program in kept.glob(f"*{_SUFFIX}"):
-            (self._own / program.name).symlink_to(program)
+        self._take()
 
     def use(self) -> None:
         """Tells jax of the folder, here and in every child."""
@@ -58,18 +58,35 @@ class CompiledPrograms:
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)
 
-    def keep(self) -> None:
-        """Keeps what is new, each file whole or not at all; removes what has become old."""
+    def exchange(self) -> None:
+        """Keeps what is new, each file whole or not at all; takes what others have kept."""
         with contextlib.suppress(OSError):  # a tree that cannot be written, a full disk
             self._kept.mkdir(parents=True, exist_ok=True)
-            for program in self._own.glob(f"*{_SUFFIX}"):
+            for name in _programs(self._own) - _programs(self._kept):
+                program = self._own / name
                 # a child that was killed may leave an empty file
                 if not program.is_symlink() and program.stat().st_size:
-                    part = self._kept / f"{program.name}.{os.getpid()}"
+                    part = self._kept / f"{name}.{os.getpid()}"
                     shutil.copyfile(program, part)
-                    part.replace(self._kept / program.name)
+                    part.replace(self._kept / name)
+            self._take()
+
+    def _take(self) -> None:
+        for name in _programs(self._kept) - _programs(self._own):
+            (self._own / name).symlink_to(self._kept / name)
+
+    def keep(self) -> None:
+        """Keeps what is new and removes what has become old."""
+        self.exchange()
+        with contextlib.suppress(OSError):
             for file in self._kept.iterdir():
                 used = max(file.stat().st_atime, file.stat().st_mtime)
                 if time.time() - used > _DAYS * 86_400:
                     file.unlink(missing_ok=True)
         self._folder.cleanup()
+
+
+def _programs(folder: Path) -> set[str]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return {name for name in os.listdir(folder) if name.endswith(_SUFFIX)}
+    return set()

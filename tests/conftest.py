@@ -51,6 +51,7 @@ def _no_compiled_functions_left() -> Iterator[None]:
     """Each holds memory maps; a process may have 65,530 of them and dies with the next."""
     yield
     jax.clear_caches()
+    compiled.exchange()
 
 
 @pytest.fixture

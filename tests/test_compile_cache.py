@@ -31,7 +31,7 @@ def names(folder):
 def test_the_next_run_reads_what_this_one_compiled(tmp_path, told):
     first, beside = CompiledPrograms(tmp_path / "kept"), CompiledPrograms(tmp_path / "kept")
     (own_folder(first, told) / "a-cache").write_bytes(b"program")
-    assert names(own_folder(beside, told)) == []  # of two at once neither reads the other's
+    assert names(own_folder(beside, told)) == []  # nothing of another that may not be whole
     first.keep()
     beside.keep()
     following = own_folder(second := CompiledPrograms(tmp_path / "kept"), told)
@@ -40,6 +40,20 @@ def test_the_next_run_reads_what_this_one_compiled(tmp_path, told):
     second.keep()
     assert names(tmp_path / "kept") == ["a-cache"]
     assert not following.exists()
+
+
+def test_two_that_run_at_once_exchange_what_is_whole(tmp_path, told):
+    one, other = CompiledPrograms(tmp_path / "kept"), CompiledPrograms(tmp_path / "kept")
+    (own_folder(one, told) / "a-cache").write_bytes(b"of one")
+    (own_folder(other, told) / "b-cache").write_bytes(b"of the other")
+    (own_folder(other, told) / "c-cache").touch()  # not written yet
+    for programs in (one, other, one):
+        programs.exchange()
+    assert names(own_folder(one, told)) == ["a-cache", "b-cache"]
+    assert (own_folder(one, told) / "b-cache").read_bytes() == b"of the other"
+    assert (own_folder(other, told) / "a-cache").read_bytes() == b"of one"
+    one.keep()
+    other.keep()
 
 
 def test_what_was_cut_off_and_what_nobody_reads_goes(tmp_path, told):

@@ -30,7 +30,7 @@ def pieces(subject: Subject, dtype: str) -> Problems:
         ids = np.array(inputs["segment_ids"])
         ids[:, head:] -= ids[:, head : head + 1] - ids[:, head - 1 : head]
         inputs["segment_ids"] = jnp.asarray(ids)
-        d_o, d_state = random_cotangents(inputs)
+        d_o, d_state = jax.tree.map(np.asarray, random_cotangents(inputs))
         expected = subject.run(inputs, (d_o, d_state))
         first = steps(inputs, 0, head) | {"initial_state": inputs["initial_state"]}
         carried = subject.run(first, (d_o[:, :head], zeros_like_state(d_state)))
@@ -50,7 +50,7 @@ def documents_alone(subject: Subject, dtype: str) -> Problems:
     inputs = case.inputs()
     late = np.arange(whole)[None].repeat(case.rows, 0) >= head
     inputs["segment_ids"] = jnp.asarray(late, jnp.int32)
-    d_o, d_state = random_cotangents(inputs)
+    d_o, d_state = jax.tree.map(np.asarray, random_cotangents(inputs))
     expected = subject.run(inputs, (d_o, d_state))
     first = steps(inputs, 0, head) | {"initial_state": inputs["initial_state"]}
     second = steps(inputs, head, whole) | {
@@ -117,7 +117,8 @@ def idle_steps(subject: Subject, dtype: str) -> Problems:
 
 def steps(inputs: Inputs, start: int, stop: int) -> Inputs:
     """The call restricted to steps `[start, stop)`, without its entering state."""
-    return {name: x[:, start:stop] for name, x in inputs.items() if name != "initial_state"}
+    per_step = {name: x for name, x in inputs.items() if name != "initial_state"}
+    return {name: np.asarray(x)[:, start:stop] for name, x in per_step.items()}
 
 
 def poison_memory(mebibytes: int = 64) -> None:

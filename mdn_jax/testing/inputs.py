@@ -146,10 +146,15 @@ def random_inputs(
             )
             for row in range(batch)
         ]
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+        return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), *rows)
     rng = np.random.default_rng(seed)
     value_heads = value_heads or heads
     wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+
+    def narrowed(x: np.ndarray) -> Array:
+        """Rounded on the host: nothing is compiled."""
+        return jnp.asarray(x.astype(dtype))
+
     q, k = rng.normal(size=(2, batch, length, heads, key_dim))
     if keys == "parallel":
         k = rng.normal(size=(batch, 1, heads, key_dim)) + 0.03 * k
@@ -158,23 +163,23 @@ def random_inputs(
     elif keys != "random":
         raise ValueError(f"keys: expected random, parallel or zero, got {keys!r}")
     inputs: dict[str, Array | MDNState] = {
-        "q": jnp.asarray(q, dtype),
-        "k": jnp.asarray(k, dtype),
-        "v": jnp.asarray(rng.normal(size=(batch, length, value_heads, value_dim)), dtype),
+        "q": narrowed(q),
+        "k": narrowed(k),
+        "v": narrowed(rng.normal(size=(batch, length, value_heads, value_dim))),
     }
     gates = GATE_REGIMES[regime](rng, (batch, length, value_heads))
-    inputs |= {name: jnp.asarray(gate, wide) for name, gate in gates.items()}
+    inputs |= {name: jnp.asarray(np.asarray(gate, wide)) for name, gate in gates.items()}
     if explicit_p:
         p = rng.normal(size=(batch, length, heads, key_dim))
         p /= np.linalg.norm(p, axis=-1, keepdims=True)
-        inputs["p"] = jnp.asarray(0.9 * p, dtype)
+        inputs["p"] = narrowed(0.9 * p)
     if initial_state:
         s, m = rng.normal(size=(2, batch, value_heads, key_dim, value_dim)) * 0.3
-        inputs["initial_state"] = MDNState(jnp.asarray(s, wide), jnp.asarray(m, wide))
+        inputs["initial_state"] = MDNState(*(jnp.asarray(x.astype(wide)) for x in (s, m)))
     if documents > 1:
         cuts = np.sort(rng.integers(0, length, (batch, documents - 1)), axis=1)
         ids = (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1)
-        inputs["segment_ids"] = jnp.asarray(ids, jnp.int32)
+        inputs["segment_ids"] = jnp.asarray(ids.astype(np.int32))
     return inputs
 
 
@@ -188,7 +193,7 @@ def random_cotangents(
     wide = np.float64 if v.dtype == np.float64 else np.float32
 
     def normal(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+        return jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype))
 
     final = MDNState(normal(state, wide), normal(state, wide))
     return normal(v.shape, v.dtype), final

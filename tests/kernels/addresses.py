@@ -1,6 +1,9 @@
 """The integer arithmetic before a kernel's addresses, carried out as its Triton IR says."""
 
+import importlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,7 @@ def offsets(kernel: Kernel) -> Iterator[np.ndarray]:
     Raises:
       OverflowError: an integer on the way does not fit into its type.
     """
+    _answer_for_python_classes()
     with ir.Context() as context:
         dialect.register_dialect(context)
         module = ir.Module.parse(kernel.source)
@@ -46,6 +50,15 @@ def offsets(kernel: Kernel) -> Iterator[np.ndarray]:
             evaluation = _Evaluation(kernel, last)
             for add in _find(module.operation, "tt.addptr"):
                 yield evaluation.value(add.operands[1])
+
+
+def _answer_for_python_classes() -> None:
+    """MLIR looks for a module of the dialect at each operation, through files; there is none."""
+    name = "jaxlib.mlir.dialects.tt"
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        sys.modules[name] = ModuleType(name)
 
 
 def _find(operation: Any, name: str) -> Iterator[Any]:
@@ -58,7 +71,10 @@ def _find(operation: Any, name: str) -> Iterator[Any]:
 
 
 class _Evaluation:
-    """Values of a kernel's integers, exact in 64 bits, checked against their own types."""
+    """Values of a kernel's integers, exact in 64 bits, checked against their own types.
+
+    What Triton repeats along an axis is here once: numpy does the rest where two meet.
+    """
 
     def __init__(self, kernel: Kernel, last: bool) -> None:
         self._kernel, self._last = kernel, last
@@ -88,11 +104,11 @@ class _Evaluation:
             start, end = (ir.IntegerAttr(op.attributes[name]).value for name in ("start", "end"))
             return np.arange(start, end)
         operands = [self.value(operand) for operand in op.operands]
-        if op.name in ("arith.extui", "arith.extsi"):
+        if op.name in ("arith.extui", "arith.extsi", "tt.splat", "tt.broadcast"):
             return operands[0]
-        if op.name in ("tt.splat", "tt.broadcast"):
-            return np.broadcast_to(operands[0], ir.RankedTensorType(x.type).shape)
         if op.name == "tt.expand_dims":
+            if not operands[0].ndim:  # one number everywhere
+                return operands[0]
             return np.expand_dims(operands[0], ir.IntegerAttr(op.attributes["axis"]).value)
         if op.name == "arith.select":
             return np.where(*operands)
@@ -126,5 +142,6 @@ class _Evaluation:
 
     def _constant(self, attribute: Any) -> Any:
         if isinstance(attribute, ir.DenseElementsAttr):
-            return np.array(attribute)
+            values = np.array(attribute)
+            return values.flat[0] if attribute.is_splat else values
         return int(ir.IntegerAttr(attribute).value)

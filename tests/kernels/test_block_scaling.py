@@ -136,10 +136,13 @@ def test_one_head_in_every_regime(explicit_p):
 @pytest.mark.parametrize("explicit_p", [False, True])
 def test_short_keys(dtype, limit, explicit_p):
     """Their inverse norms are up to 1000, which times v_new in its scale does not fit float16."""
-    inputs = inputs_of(seed=5, explicit_p=explicit_p, dtype=dtype, initial_state=False)
+    inputs = inputs_of(seed=5, explicit_p=explicit_p, dtype=dtype)
+    # zeros in place of no state: these programs are those of the test above
+    inputs["initial_state"] = times(inputs["initial_state"], 0.0)
     for name in ("q", "k", "p") if explicit_p else ("q", "k"):
         for size in (0.0, 1e-3):
             errors = gradient_errors(inputs | {name: times(inputs[name], size)})
+            errors = {x: error for x, error in errors.items() if "initial_state" not in x}
             assert max(errors.values()) <= limit, (name, size, errors)
 
 

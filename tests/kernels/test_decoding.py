@@ -29,14 +29,14 @@ CONFIG = MDNConfig(
 def drawn(config: MDNConfig, dtype: str = "float32") -> MDNForCausalLM:
     """A model in which every parameter matters."""
     model = MDNForCausalLM(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    state = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [
-        (x + 0.3 * jax.random.normal(key, x.shape)).astype(x.dtype)
-        for key, x in zip(keys, leaves, strict=True)
-    ]
-    nnx.update(model, jax.tree.unflatten(tree, leaves))
+    random = np.random.default_rng(1)
+
+    def moved(x: jax.Array) -> jax.Array:
+        """On the host, where no shape has programs of its own."""
+        y = np.asarray(x, np.float32) + 0.3 * random.standard_normal(x.shape, np.float32)
+        return jnp.asarray(y.astype(x.dtype))
+
+    nnx.update(model, jax.tree.map(moved, nnx.state(model, nnx.Param)))
     return model
 
 

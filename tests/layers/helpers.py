@@ -1,5 +1,6 @@
 """What the tests of layers, models and interop share."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,6 +26,8 @@ TINY = MDNConfig(
     intermediate_size=32,
     initializer_range=0.2,  # so that every path matters
 )
+# an MLP sees one token at a time: without, where the others are what it is about
+BARE = dataclasses.replace(TINY, intermediate_size=0)
 TINY_ATTENTION = AttentionConfig(layers=(1,), num_heads=4, num_kv_heads=2, window_size=5)
 
 

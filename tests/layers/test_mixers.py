@@ -17,7 +17,7 @@ from mdn_jax.testing import relative_error
 from tests.layers.helpers import TINY, assert_close, call, normal
 from tests.ops.gated.loops import loops, rotating_loop
 
-T = 9
+ROWS, T = 3, 9  # of calls; they are of 9, 6 and 1 steps, so that few programs are compiled
 MIXERS = get_args(Mixer)
 MAMBA = ("mamba2", "mamba3")
 every_mixer = pytest.mark.parametrize("name", MIXERS)
@@ -171,9 +171,9 @@ def check_published(name, layer, **options):
 
 @every_mixer
 def test_decoding_is_the_forward_pass(name):
-    layer, x = make(name), normal(1, 2, T, 32)
-    y, last = call(layer, x, None, layer.init_cache(2))
-    outputs, cache = call(layer, x[:, :6], None, layer.init_cache(2))
+    layer, x = make(name), normal(1, ROWS, T, 32)
+    y, last = call(layer, x, None, layer.init_cache(ROWS))
+    outputs, cache = call(layer, x[:, :6], None, layer.init_cache(ROWS))
     outputs = [outputs]
     for t in range(6, T):
         one, cache = call(layer, x[:, t : t + 1], None, cache)
@@ -183,11 +183,12 @@ def test_decoding_is_the_forward_pass(name):
 
 @every_mixer
 def test_packed_documents_are_separate_ones(name):
-    layer, x = make(name), normal(2, 1, T, 32)
-    cuts = [0, 3, 6, T]
-    y, cache = call(layer, x, jnp.repeat(jnp.arange(3), 3)[None], layer.init_cache(1))
+    layer, x = make(name), normal(2, ROWS, T, 32)
+    cuts = [0, 1, 7, 8, T]  # shorter and longer than the taps
+    ids = np.repeat(np.arange(4, dtype=np.int32), np.diff(cuts))
+    y, cache = call(layer, x, jnp.asarray([ids] * ROWS), layer.init_cache(ROWS))
     for start, stop in itertools.pairwise(cuts):
-        alone, last = call(layer, x[:, start:stop], None, layer.init_cache(1))
+        alone, last = call(layer, x[:, start:stop], None, layer.init_cache(ROWS))
         assert_close(y[:, start:stop], alone)
     if name != "attention":  # whose cache has empty entries for the documents before
         assert_close(cache, last)
@@ -195,16 +196,16 @@ def test_packed_documents_are_separate_ones(name):
 
 @every_mixer
 def test_padding_leaves_no_trace(name):
-    layer, x = make(name), normal(3, 3, T, 32)
+    layer, x = make(name), normal(3, ROWS, T, 32)
     lengths = jnp.asarray([0, 6, T])
     padded = jnp.where(jnp.arange(T)[:, None] < lengths[:, None, None], x, 50.0)
-    _, before = call(layer, normal(4, 3, 6, 32), None, layer.init_cache(3))
+    _, before = call(layer, normal(4, ROWS, 6, 32), None, layer.init_cache(ROWS))
     y, cache = padded_call(layer, padded, before, lengths)
-    row = jax.tree.map(lambda z: z[1:2], before)
-    alone, last = call(layer, x[1:2, :6], None, row)
-    assert_close(y[1:2, :6], alone)
+    alone, last = call(layer, x[:, :6], None, before)  # rows are independent
+    assert_close(y[1, :6], alone[1])
     if name != "attention":
-        assert_close(jax.tree.map(lambda z: z[1:2], cache), last)
+        own = jax.tree.map(lambda z: z[1], (cache, last))
+        assert_close(*own)
         first = jax.tree.map(lambda z: z[:1], (cache, before))
         assert_close(first[0], first[1], 0)
 

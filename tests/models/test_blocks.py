@@ -11,11 +11,9 @@ from flax import nnx
 
 from mdn_jax import MDNForCausalLM, Sampling, generate
 from mdn_jax.models import Decoder, prefill, sampling_arrays, stop_array, with_room
-from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
+from tests.layers.helpers import BARE, TINY_ATTENTION, assert_close, call
 
-CONFIG = dataclasses.replace(
-    TINY, num_hidden_layers=2, attn=dataclasses.replace(TINY_ATTENTION, window_size=None)
-)
+CONFIG = dataclasses.replace(BARE, attn=dataclasses.replace(TINY_ATTENTION, window_size=None))
 MODEL = MDNForCausalLM(CONFIG, implementation="scan", rngs=nnx.Rngs(0))
 VOCAB = CONFIG.vocab_size
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [3, 3, 3], [11, 12, 13, 14]]
@@ -103,7 +101,7 @@ def test_log_probabilities_are_those_of_the_whole_sequence(temperature):
 
 
 def test_requests_of_twenty_kinds_compile_nothing_new():
-    config = dataclasses.replace(TINY, vocab_size=43, num_hidden_layers=1)  # of no other test
+    config = dataclasses.replace(BARE, vocab_size=43, num_hidden_layers=1)  # of no other test
     model = MDNForCausalLM(config, implementation="scan", rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
 

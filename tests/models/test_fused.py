@@ -31,7 +31,7 @@ def test_tokens_one_by_one_are_those_of_the_model(dtype, batch, options):
     model = drawn(config, dtype)
     # of a bfloat16 model the same in float32: both paths round on their way to it
     exact = drawn(config)
-    nnx.update(exact, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(model)))
+    nnx.update(exact, jax.tree.map(lambda x: np.asarray(x, np.float32), nnx.state(model)))
     structure, weights = fused_structure(model, interpret=True), fused_weights(model)
     random = np.random.default_rng(0)
     by_kernels = jax.jit(lambda memory, *x: structure.steps(weights).step(memory, *x))
@@ -39,7 +39,8 @@ def test_tokens_one_by_one_are_those_of_the_model(dtype, batch, options):
     def layers(model):
         return jax.jit(lambda cache, x, n: model(x[:, None], cache=cache, lengths=n))
 
-    own, best = layers(model), layers(exact)
+    own = layers(model)
+    best = own if dtype == "float32" else layers(exact)
     cache, exactly = model.init_cache(batch), exact.init_cache(batch)
     memory = jax.jit(structure.steps(weights).enter)(cache)
     errors = []

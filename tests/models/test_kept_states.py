@@ -20,7 +20,7 @@ from mdn_jax.models import (
     with_states,
 )
 from mdn_jax.ops.state import kept_as
-from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close
+from tests.layers.helpers import BARE, TINY, TINY_ATTENTION, assert_close
 from tests.tiny import TINY_MODEL
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9]]
@@ -28,11 +28,11 @@ GREEDY = Sampling(temperature=0.0, repetition_penalty=1.1)
 
 
 def make(config, seed=0, **options):
-    return MDNForCausalLM(config, implementation="xla", rngs=nnx.Rngs(seed), **options)
+    return MDNForCausalLM(config, implementation="scan", rngs=nnx.Rngs(seed), **options)
 
 
 SMALL = make(MDNConfig(**TINY_MODEL | {"num_v_heads": 2}))
-HYBRID = make(dataclasses.replace(TINY, attn=dataclasses.replace(TINY_ATTENTION, window_size=4)))
+HYBRID = make(dataclasses.replace(BARE, attn=dataclasses.replace(TINY_ATTENTION, window_size=4)))
 call = nnx.jit(lambda model, tokens, cache: model(tokens, cache=cache))
 run = partial(generate, sampling=GREEDY, block=8)
 

@@ -1,7 +1,5 @@
 """The cross entropy against optax's on the logits of all tokens."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,27 +32,42 @@ def on_all_logits(h, kernel, targets):
     return jnp.where(counted, losses, 0.0)
 
 
+@jax.jit
+def wanted_of(h, kernel, targets):
+    """Losses, their sum and its gradients, from the logits of every token."""
+
+    def loss(h, kernel):
+        losses = on_all_logits(h, kernel, targets)
+        return jnp.sum(losses), losses
+
+    (value, losses), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(h, kernel)
+    return losses, value, gradients
+
+
 @pytest.mark.parametrize("parts", [None, 1, 3, 5])  # 3 does not divide the length
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_value_and_gradients_are_those_on_all_logits(dtype, bound, parts):
     h, kernel, targets = inputs(dtype)
-    losses = token_losses(h, kernel, targets, parts=parts)
-    np.testing.assert_allclose(losses, on_all_logits(h, kernel, targets), rtol=1e-5, atol=1e-6)
 
-    def scaled(loss, h, kernel):
-        return 3.0 * loss(h, kernel)
+    @jax.jit
+    def ours(h, kernel, targets):
+        def loss(h, kernel):
+            return 3.0 * summed_loss(h, kernel, targets, parts=parts)
 
-    loss = partial(summed_loss, targets=targets, parts=parts)
-    value, gradients = jax.value_and_grad(partial(scaled, loss), (0, 1))(h, kernel)
+        losses = token_losses(h, kernel, targets, parts=parts)
+        return losses, loss(h, kernel), jax.value_and_grad(loss, (0, 1))(h, kernel)
+
+    losses, alone, (value, gradients) = ours(h, kernel, targets)
     # bfloat16 operands, exactly the same values in float32: what rounding the result costs
     exact = (h.astype(jnp.float32), kernel.astype(dtype).astype(jnp.float32))
-    full = partial(scaled, lambda h, kernel: jnp.sum(on_all_logits(h, kernel, targets)))
-    expected, expected_gradients = jax.value_and_grad(full, (0, 1))(*exact)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    np.testing.assert_allclose(scaled(loss, h, kernel), expected, rtol=1e-6)
+    wanted_losses, expected, expected_gradients = wanted_of(*exact, targets)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(value, 3.0 * expected, rtol=1e-6)
+    np.testing.assert_allclose(alone, 3.0 * expected, rtol=1e-6)
     assert [g.dtype for g in gradients] == [h.dtype, kernel.dtype]
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
-        assert np.abs(actual.astype(jnp.float32) - wanted).max() <= bound * np.abs(wanted).max()
+        actual, wanted = np.asarray(actual, np.float32), 3.0 * np.asarray(wanted)
+        assert np.abs(actual - wanted).max() <= bound * np.abs(wanted).max()
 
 
 def test_the_kernel_gradient_adds_up_in_float32():
@@ -66,12 +79,11 @@ def test_the_kernel_gradient_adds_up_in_float32():
 def test_targets_at_the_end_of_a_vocabulary_of_any_size():
     h, _, _ = inputs("float32")
     for vocab in (1, 63, 64, 65, 130):
-        kernel = jax.random.normal(jax.random.key(vocab), (HIDDEN, vocab))
+        kernel = np.random.default_rng(vocab).normal(size=(HIDDEN, vocab)).astype(np.float32)
         targets = np.full((ROWS, LENGTH), vocab - 1)
-        expected = np.sum(on_all_logits(h, kernel, targets))
-        np.testing.assert_allclose(summed_loss(h, kernel, targets), expected, rtol=1e-5, atol=1e-6)
-        gradient = jax.grad(summed_loss, 1)(h, kernel, targets)
-        wanted = jax.grad(lambda *inputs: jnp.sum(on_all_logits(*inputs)), 1)(h, kernel, targets)
+        value, gradient = jax.jit(jax.value_and_grad(summed_loss, 1))(h, kernel, targets)
+        _, expected, (_, wanted) = wanted_of(h, kernel, targets)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 

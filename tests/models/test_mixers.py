@@ -17,7 +17,7 @@ from mdn_jax import MDNConfig, MDNForCausalLM, Sampling, generate
 from mdn_jax.interop import model_from_official, official_state_dict, write_folder
 from mdn_jax.layers import Comba, KimiDeltaAttention, SoftmaxAttention
 from mdn_jax.models import AttentionConfig, Mixer, load_state, prefill, save_state
-from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close, call
+from tests.layers.helpers import BARE, TINY, TINY_ATTENTION, assert_close, call
 
 ONE = dataclasses.replace(TINY, num_hidden_layers=1)
 THREE = dataclasses.replace(
@@ -54,7 +54,7 @@ def test_attention_as_the_mixer():
 
 @pytest.mark.parametrize("mixer", ["gdn2", "mamba3", "titans"])
 def test_an_unknown_token_marks_its_row_alone_in_any_state(mixer):
-    model = make(dataclasses.replace(ONE, mixer=mixer))
+    model = make(dataclasses.replace(BARE, num_hidden_layers=1, mixer=mixer))
     _, cache = call(model, jnp.asarray([[1, 99], [2, 3]]))
     for x in jax.tree.leaves(cache[0].state):
         assert jnp.isnan(x[0]).any()
@@ -125,7 +125,7 @@ def test_bad_fields(changes, words):
 @pytest.mark.parametrize("mixer", [m for m in get_args(Mixer) if m != "mdn"])
 def test_generation(mixer, tmp_path):
     """Rows of a batch as if alone, in pieces, through a file; greedy tokens of the whole text."""
-    model = make(dataclasses.replace(ONE, mixer=mixer))
+    model = make(dataclasses.replace(BARE, num_hidden_layers=1, mixer=mixer))
     options = {"sampling": Sampling(temperature=0.0), "block": 4, "max_new_tokens": 5}
     prompts = [[1, 2, 3, 4], [5, 6, 7]]
     piece = generate(model, prompts, **options)

@@ -13,13 +13,13 @@ from mdn_jax.layers.attention import AttentionCache
 from mdn_jax.models import Decoder, initial_state, prefill
 from mdn_jax.models.prefill import _prefill
 from mdn_jax.ops import target_gpu
-from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close
+from tests.layers.helpers import BARE, TINY_ATTENTION, assert_close
 
 FULL_ATTENTION = dataclasses.replace(TINY_ATTENTION, window_size=None)
 CONFIGS = {
-    "mdn": dataclasses.replace(TINY, num_hidden_layers=1),
-    "windowed": dataclasses.replace(TINY, attn=TINY_ATTENTION),
-    "full": dataclasses.replace(TINY, attn=FULL_ATTENTION),
+    "mdn": dataclasses.replace(BARE, num_hidden_layers=1),
+    "windowed": dataclasses.replace(BARE, attn=TINY_ATTENTION),  # its first layer is that of "mdn"
+    "full": dataclasses.replace(BARE, attn=FULL_ATTENTION),
 }
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(31, size=n).tolist() for n in (21, 5, 8)]
@@ -37,7 +37,7 @@ def newest(state, entries=32):
     return state._replace(cache=tuple(cache))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["windowed", "full"])
 def test_rows_that_end_in_different_pieces_are_the_rows_in_one(name):
     decoder = decoder_of(name)
     whole = prefill(decoder, PROMPTS)
@@ -71,10 +71,10 @@ def test_memory_is_that_of_a_piece_and_of_a_layer():
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     activations = 512 * 32 * 4  # [T, hidden], float32
-    short, long, deep = temporary(2, 256), temporary(2, 512), temporary(4, 512)
+    short, long, deep = temporary(1, 256), temporary(1, 512), temporary(2, 512)
     assert short < 0.7 * long  # so a piece bounds it
     # a gradient would keep 20 arrays of this size in each layer, of the MLP alone 16
-    assert deep - long < 2 * 1.5 * activations
+    assert deep - long < 1.5 * activations
 
 
 def test_gpu_kernels_write_nothing_that_only_a_gradient_reads():

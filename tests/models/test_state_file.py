@@ -17,9 +17,9 @@ from flax import nnx
 from mdn_jax import MDNForCausalLM, generate
 from mdn_jax.models import load_state, prefill, save_state, stream
 from mdn_jax.models.blocks import decode_block
-from tests.layers.helpers import TINY, TINY_ATTENTION, assert_close
+from tests.layers.helpers import BARE, TINY_ATTENTION, assert_close
 
-CONFIG = dataclasses.replace(TINY, attn=dataclasses.replace(TINY_ATTENTION, window_size=None))
+CONFIG = dataclasses.replace(BARE, attn=dataclasses.replace(TINY_ATTENTION, window_size=None))
 
 
 def make(config=CONFIG, seed=0, **options):
@@ -53,7 +53,7 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_happened(file):
 
 def test_a_loaded_state_compiles_the_loop_once(tmp_path):
     # parameters on a device by name, as those of a checkpoint are
-    graph, weights = nnx.split(make(dataclasses.replace(TINY, num_hidden_layers=1), seed=1))
+    graph, weights = nnx.split(make(dataclasses.replace(BARE, num_hidden_layers=1), seed=1))
     model = nnx.merge(graph, jax.device_put(weights, jax.devices()[0]))
     save_state(tmp_path / "s", prefill(model, [[1, 2, 3]]), model)
     loaded = load_state(tmp_path / "s", model)
@@ -64,7 +64,7 @@ def test_a_loaded_state_compiles_the_loop_once(tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    config = dataclasses.replace(TINY, num_hidden_layers=1)
+    config = dataclasses.replace(BARE, num_hidden_layers=1)
     model = make(config, dtype=jnp.bfloat16)
     state = prefill(model, [[1, 2, 3]])
     save_state(tmp_path / "s", state, model)
