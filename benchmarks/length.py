@@ -14,6 +14,7 @@ import tyro
 from jaxtyping import Array
 from tabulate import tabulate
 
+from benchmarks.length_figure import draw
 from benchmarks.reference import repeated_inputs_of
 from benchmarks.timing import Compiled, Timing, compile_for, how_timed, measure_compiled
 from mdn_jax import MDNState, momentum_delta_rule
@@ -55,6 +56,10 @@ class LengthConfig:
     """Programs that compile at once."""
     output: Path | None = None
     """Where to write the results as JSON."""
+    report: tuple[Path, ...] = ()
+    """Such files to draw `figure` of; nothing is timed."""
+    figure: Path = Path("length.png")
+    """Where to draw it."""
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
@@ -91,6 +96,10 @@ class Case(NamedTuple):
 
 def length(config: Annotated[LengthConfig, tyro.conf.arg(name="")]) -> None:
     """Times them; refuses to time a row whose beginning is not that of the shortest rows."""
+    if config.report:
+        draw(config.report, config.figure)
+        print(config.figure)
+        return
     inputs = {"rule": _rule_inputs(config), "attention": _attention_inputs(config)}
     cases = [
         Case(name, part, n)
@@ -116,9 +125,14 @@ def length(config: Annotated[LengthConfig, tyro.conf.arg(name="")]) -> None:
     timings, first = dict[Case, Timing](), dict[str, Array]()
     for case, program in zip(cases, programs, strict=True):
         arguments = _rows(config, case.length, inputs[case.name])
-        if case.part == "forward":
-            _check(config, case, program.call(*arguments), first)
-        timings[case] = measure_compiled(program, *arguments, runs=config.runs)
+        try:
+            if case.part == "forward":
+                _check(config, case, program.call(*arguments), first)
+            timings[case] = measure_compiled(program, *arguments, runs=config.runs)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{case.name}, {case.part}, rows of {case.length:,}: out of memory", flush=True)
     print(_table(config, timings))
     if config.output:
         record = {

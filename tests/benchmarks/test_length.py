@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -29,6 +30,20 @@ def test_the_same_tokens_in_rows_of_two_lengths(tmp_path, capsys):
     timed = {(x["name"], x["length"]) for x in results}
     assert timed == {("rule", 8), ("rule", 16), ("attention", 8)}
     assert all(x["median"] > 0 for x in results)
+    figure = tmp_path / "figure.png"
+    length(LengthConfig(report=(output, output), figure=figure))
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert str(figure) in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_the_memory_is_left_out(monkeypatch, capsys):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr("benchmarks.length.measure_compiled", full)
+    sizes = {"lengths": (8,), "tokens": 8, "attention_to": 0, "dtype": "float32"}
+    length(LengthConfig(implementation="scan", runs=2, threads=1, **sizes, **TINY))
+    assert "rule, both, rows of 8: out of memory" in capsys.readouterr().out
 
 
 def test_rows_that_do_not_begin_alike_are_not_timed():
