@@ -147,7 +147,7 @@ def generate_text(config: GenerateConfig) -> int:
     texts = _prompts(config)
     if config.save_state is not None:
         check_place(config.save_state)
-    if config.steps == "kernels" and config.state_dtype not in (None, "float32"):
+    if config.steps == "kernels" and config.state_dtype == "float16_scaled":
         raise RunError(
             f'steps: expected "layers" with state_dtype {config.state_dtype!r}, got "kernels"'
         )

@@ -19,7 +19,7 @@ from mdn_jax.layers.norm import RMSNorm
 from mdn_jax.layers.stable_gates import LEAST_DECAY
 from mdn_jax.models.causal_lm import Block, MDNForCausalLM, ModelCache
 from mdn_jax.ops import api
-from mdn_jax.ops.state import MDNState
+from mdn_jax.ops.state import CompactState, MDNState
 
 
 class FusedWeights(NamedTuple):
@@ -84,8 +84,7 @@ class FusedSteps(NamedTuple):
 
         def own(entry: Any) -> Any:
             tail = jnp.concatenate([entry.q_tail, entry.k_tail, entry.v_tail], axis=-1)
-            s, m = entry.state
-            return LayerMemory(s, m, tail.astype(self.dtype))
+            return LayerMemory(entry.state.s, entry.state.m, tail.astype(self.dtype))
 
         rows = cache[0].q_tail.shape[0]  # type: ignore[union-attr]
         return FusedMemory(tuple(map(own, cache)), jnp.zeros((rows,), jnp.int32))
@@ -128,7 +127,9 @@ class FusedSteps(NamedTuple):
 
         def own(layer: Any) -> MDNCache:
             tail = jnp.take_along_axis(layer.tail, places[:, :, None], axis=1)
-            return MDNCache(MDNState(layer.s, layer.m), *jnp.split(tail, (keys, 2 * keys), axis=-1))
+            wide = layer.s.dtype == jnp.float32
+            state = MDNState(layer.s, layer.m) if wide else CompactState(layer.s, layer.m, None)
+            return MDNCache(state, *jnp.split(tail, (keys, 2 * keys), axis=-1))
 
         return tuple(map(own, memory.layers))
 
@@ -187,8 +188,12 @@ def fused_lacks(model: MDNForCausalLM, *, interpret: bool = False) -> str | None
 def fused_cache_lacks(cache: ModelCache) -> str | None:
     """What the kernels expect of a cache that is not so; None if they can go on from it."""
     for i, entry in enumerate(cache):
-        if not isinstance(entry, MDNCache) or not isinstance(entry.state, MDNState):
+        if not isinstance(entry, MDNCache):
             return f"a cache of Momentum DeltaNet in layer {i}, got {type(entry).__name__}"
+        if isinstance(entry.state, CompactState):
+            if entry.state.state_dtype != "bfloat16":
+                return f"states in float32 or bfloat16, got {entry.state.state_dtype}"
+            continue
         dtypes = {x.dtype.name for x in entry.state}
         if dtypes != {"float32"}:
             return f"float32 states, got {', '.join(sorted(dtypes))}"

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mdn_jax.layers.momentum_deltanet import MDNCache
 from mdn_jax.models.causal_lm import MDNForCausalLM, ModelCache
 from mdn_jax.models.fused import fused_cache_lacks, fused_lacks, fused_structure, fused_weights
+from mdn_jax.ops.state import CompactState
 
 StepKind = Literal["layers", "kernels"]
 
@@ -52,11 +54,16 @@ class KernelSteps:
         lacking = fused_cache_lacks(cache)
         if self._steps == "kernels" and lacking:
             raise ValueError(f'state: steps "kernels" expects {lacking}; use "layers"')
-        if lacking or (self._steps is None and rows > MOST_ROWS):
+        if lacking or (self._steps is None and (rows > MOST_ROWS or _compact(cache))):
             return None
         if self._made is None:
             self._made = fused_structure(self._model), fused_weights(self._model)
         return self._made
+
+
+def _compact(cache: ModelCache) -> bool:
+    """Whether states are kept in 16 bits: not measured yet."""
+    return any(isinstance(x, MDNCache) and isinstance(x.state, CompactState) for x in cache)
 
 
 def _faster(model: MDNForCausalLM) -> bool:

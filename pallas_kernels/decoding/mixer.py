@@ -8,7 +8,7 @@ Computes for one token, with the convolutions over the ring of the last W inputs
 
     inputs   y [B, ...] and gates [B, ...] of the projections; taps [W, channels], bias; the gates'
              parameters [HV]; slot [B], where the ring begins; active [B]; the states [B, HV, K, V]
-             float32 and the ring [B, W, channels]
+             float32 or bfloat16 and the ring [B, W, channels]
     outputs  gated [B, HV V] in the compute dtype; sums of the squares of o, rounded to it,
              [B, HV, blocks] float32; states and ring, in their places
     grid     flat, blocks of V x HV x B: a block of V of one head of one row a program
@@ -150,13 +150,14 @@ def _mixer(x: Any, memory: Any, out: Any, *, plan: Plan, blocks: int, block_v: i
 
     @pl.when(active)
     def _step() -> None:
-        s, m, o = step()
+        after, o = step()
         o = _rounded(o, x.projected.y.dtype)
         out.mixed.squares[row, head, block] = jnp.sum(o * o)
         o *= norm.astype(jnp.float32)
         gated = o if gate is None else o * _sigmoid(gate.astype(jnp.float32))
         out.mixed.gated[row, columns] = gated.astype(out.mixed.gated.dtype)
-        out.memory.s[row, head, :, values], out.memory.m[row, head, :, values] = s, m
+        for new, kept in zip(after, (out.memory.s, out.memory.m), strict=True):
+            kept[row, head, :, values] = new.astype(kept.dtype)
 
     @pl.when(jnp.logical_not(active))
     def _idle() -> None:
@@ -173,7 +174,7 @@ def _rule(
     place: tuple[jax.Array, jax.Array, jax.Array],
     plan: Plan,
     block_v: int,
-) -> Callable[[], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> Callable[[], tuple[tuple[jax.Array, jax.Array], jax.Array]]:
     """Loads what a step needs beside its states; makes the new ones and the output then."""
     row, head, block = place
     group, dtype = plan.value_heads // plan.heads, x.projected.y.dtype
@@ -187,7 +188,8 @@ def _rule(
     make_v = convolved(2 * plan.keys + value, block_v, None)
     correction = None if x.gates.correction is None else x.gates.correction[head]
 
-    def step() -> tuple[jax.Array, jax.Array, jax.Array]:
+    def step() -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        before_s, before_m = s.astype(jnp.float32), m.astype(jnp.float32)
         q, k, v, gates = make_q(), make_k(), make_v(), make_gates()
         if correction is not None:
             q = _rounded(q - correction * k, dtype)
@@ -195,10 +197,11 @@ def _rule(
         # an erase key of its own comes rounded to the rule
         p = gates.alpha * k if plan.erase_by_alpha else _rounded(k, dtype)
         dead = (gates.alpha == 0) & (gates.mu == 0)
-        w = clean(jnp.sum(s * p[:, None], axis=0), dead) - v
-        after_m = times(gates.mu, m) + (gates.eta * k)[:, None] * w[None, :]
-        after_s = times(gates.alpha, s) - gates.beta * after_m
-        return after_s, after_m, plan.key_dim**-0.5 * jnp.sum(after_s * q[:, None], axis=0)
+        w = clean(jnp.sum(before_s * p[:, None], axis=0), dead) - v
+        after_m = times(gates.mu, before_m) + (gates.eta * k)[:, None] * w[None, :]
+        after_s = times(gates.alpha, before_s) - gates.beta * after_m
+        o = plan.key_dim**-0.5 * jnp.sum(after_s * q[:, None], axis=0)
+        return (after_s, after_m), o
 
     return step
 

@@ -67,7 +67,7 @@ class LayerMemory(NamedTuple):
     """What a layer keeps of the tokens before.
 
     Attributes:
-      s: memory `[B, HV, K, V]` float32.
+      s: memory `[B, HV, K, V]` float32, or bfloat16: computed with in float32 all the same.
       m: momentum, the same.
       tail: the last `W` inputs of the convolutions of q, k and v side by side,
         `[B, W, 2 H K + HV V]`, in the compute dtype: a ring, so that a token overwrites the one

@@ -186,8 +186,8 @@ def test_prompt_files(checkpoint, tmp_path, capsys, monkeypatch):
         (["--tokenizer", "nothing.json"], ["tokenizer", "nothing.json"]),
         (["--steps", "kernels"], ['steps: "kernels" expects ', "got 'scan'", 'use "layers"']),
         (
-            ["--steps", "kernels", "--state-dtype", "bfloat16"],
-            ['steps: expected "layers" with state_dtype \'bfloat16\', got "kernels"'],
+            ["--steps", "kernels", "--state-dtype", "float16_scaled"],
+            ['steps: expected "layers" with state_dtype \'float16_scaled\', got "kernels"'],
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mdn_jax import MDNForCausalLM, Sampling
-from mdn_jax.models import Decoder, prefill, sampling_arrays, steps, stop_array
+from mdn_jax.models import Decoder, prefill, sampling_arrays, steps, stop_array, with_states
 from mdn_jax.models import fused as module
 from mdn_jax.models.attention_config import AttentionConfig
 from mdn_jax.models.fused import fused_cache_lacks, fused_lacks, fused_structure, fused_weights
@@ -122,6 +122,37 @@ def test_the_default_is_what_is_faster(monkeypatch):
     assert default.for_cache(cache, steps.MOST_ROWS + 1) is None
     halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache)
     assert default.for_cache(halved, 2) is None
+
+
+def test_states_in_bfloat16_are_those_of_the_layers(monkeypatch):
+    model = drawn(CONFIG)
+    monkeypatch.setattr(steps, "fused_lacks", partial(fused_lacks, interpret=True))
+    monkeypatch.setattr(steps, "fused_structure", partial(fused_structure, interpret=True))
+    wide = prefill(model, [[1, 2, 3], [4]])
+    state = with_states(model, wide, state_dtype="bfloat16")
+    arrays = sampling_arrays(Sampling(temperature=0.0), 2, vocab_size=CONFIG.vocab_size)
+    limits, stop = np.asarray([8, 8], np.int32), stop_array([[], []])
+
+    def block(kind, state):
+        return Decoder(model, steps=kind).block(state, limits, arrays, stop, size=8)
+
+    layers, kernels = block("layers", state), block("kernels", state)
+    assert jax.tree.structure(kernels) == jax.tree.structure(layers)
+    exact = block("layers", wide).state.logits
+    rounded = jnp.abs(layers.state.logits - exact).max()
+    # one rounding of a state that falls the other way is a part of what all of them make
+    assert 0 < jnp.abs(kernels.state.logits - exact).max() < 2 * rounded
+    assert jnp.abs(kernels.state.logits - layers.state.logits).max() < 0.5 * rounded
+    np.testing.assert_array_equal(kernels.tokens, layers.tokens)
+    for one, other in zip(
+        *(jax.tree.leaves(x.state.cache) for x in (kernels, layers)), strict=True
+    ):
+        assert one.dtype == other.dtype
+    scaled = with_states(model, wide, state_dtype="float16_scaled")
+    with pytest.raises(ValueError, match="float32 or bfloat16, got float16_scaled"):
+        block("kernels", scaled)
+    monkeypatch.setattr(steps, "_faster", lambda _: True)
+    assert steps.KernelSteps(model, None).for_cache(state.cache, 2) is None
 
 
 @pytest.mark.parametrize(
