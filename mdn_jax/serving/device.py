@@ -126,16 +126,18 @@ class Device:
 
     def warm(self) -> None:
         """Compiles everything, and leaves no row active."""
-        for size in self._sizes:
-            self.read([Part(0, [0] * size, fresh=True)], size)
-        self.score(Part(0, [0] * self.piece, fresh=True), [0] * self.piece)
-        self.place(0, self.take(0))
-        for sampling in (Sampling(logit_bias={0: 1.0}), Sampling()):
-            self.begin([Start(0, 1, sampling, 0, ())])
-            self.decode(1, logprobs=True)
-        self.begin([Start(0, 1, Sampling(), 0, ())])
-        jax.block_until_ready(self.decode(1, logprobs=False).tokens)
-        self.stop(0)
+        # what a program gives can lie over a mesh in another way than what it first got
+        for _ in range(1 if self._decoder.mesh is None else 2):
+            for size in self._sizes:
+                self.read([Part(0, [0] * size, fresh=True)], size)
+            self.score(Part(0, [0] * self.piece, fresh=True), [0] * self.piece)
+            self.place(0, self.take(0))
+            for sampling in (Sampling(logit_bias={0: 1.0}), Sampling()):
+                self.begin([Start(0, 1, sampling, 0, ())])
+                self.decode(1, logprobs=True)
+            self.begin([Start(0, 1, Sampling(), 0, ())])
+            jax.block_until_ready(self.decode(1, logprobs=False).tokens)
+            self.stop(0)
 
     def padded(self, count: int) -> int:
         """The size of the program that reads so many tokens, `piece` at most."""

@@ -57,11 +57,16 @@ def initial_rows(
 
 
 def _over_rows[T](rows: T, count: int) -> T:
-    """The same, cut over the axes of the ambient mesh for the rows of a batch."""
-    cut = PartitionSpec(sharding.cut(sharding.named_axes().rows, count))
-    if cut == PartitionSpec(None):
+    """The same, cut over the ambient mesh's axes for the rows of a batch; heads as they are."""
+    cut = sharding.cut(sharding.named_axes().rows, count)
+    if cut is None:
         return rows
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cut), rows)
+
+    def constrained(x: Array) -> Array:
+        rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+        return lax.with_sharding_constraint(x, PartitionSpec(cut, *rest))
+
+    return jax.tree.map(constrained, rows)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
