@@ -84,7 +84,7 @@ class Row(NamedTuple):
       step: seconds a token of every row, median over the blocks.
       memory: most bytes in use while decoding.
       state: bytes of the caches.
-      launches: kernels a token; None where there is nothing to count.
+      launches: kernels a token; None where they cannot be counted.
     """
 
     steps: StepKind
@@ -129,7 +129,7 @@ def generation(config: Annotated[GenerationConfig, tyro.conf.arg(name="")]) -> N
         ]
     print(table(rows))
     if any(row.launches is None for row in rows):
-        print("kernels: there is nothing to count, as no GPU launches any")
+        print("kernels: -: no GPU launches any, or its trace has none that could be counted")
     if config.output:
         report = {
             "device": device,

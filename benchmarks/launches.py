@@ -89,7 +89,10 @@ def trace_of(run: Callable[[], object]) -> ProfileData:
 
 
 def of_a_token(decoder: Decoder, state: GenerationState, *, block: int) -> TokenLaunches | None:
-    """What each further token of all rows takes; None on a device that is no GPU.
+    """What each further token of all rows takes; None where that cannot be counted.
+
+    That is on a device that is no GPU, and where both traces have the same kernels: it was seen
+    once, of a loop that is a CUDA graph.
 
     Two runs of one compiled block, of few tokens and of twice as many: their difference has nothing
     of what a block does once.
@@ -118,7 +121,8 @@ def of_a_token(decoder: Decoder, state: GenerationState, *, block: int) -> Token
         jax.block_until_ready(block_of_tokens())  # compiled, and graphs are made
         return launches_of(trace_of(block_of_tokens))
 
-    return difference(run(most // 2), run(most), most - most // 2)
+    found = difference(run(most // 2), run(most), most - most // 2)
+    return found if found.kernels else None
 
 
 def difference(few: Launches, many: Launches, tokens: int) -> TokenLaunches:
