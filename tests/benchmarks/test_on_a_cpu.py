@@ -20,10 +20,10 @@ def test_the_step_of_a_small_model(monkeypatch):
 
 def test_generation_of_one_row(monkeypatch, capsys):
     asked = []
-    row = generation.Row(1, 1_000, None, 1.0, 1, 1)
+    row = generation.Row("layers", 1, 1_000, None, 1.0, 1, 1, None)
     monkeypatch.setattr(generation, "_run", lambda c, m, *what: asked.append(what) or row)
     generation.generation(generation.GenerationConfig())
-    assert asked == [(1, 1_000)]
+    assert asked == [("layers", 1, 1_000)]
     assert ", smoke: " in capsys.readouterr().out
 
 
