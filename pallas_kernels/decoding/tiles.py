@@ -86,10 +86,8 @@ def mixer_tiles(key_dim: int, value_dim: int, heads: int) -> DecodeTiles:
       heads: value heads of all rows, `B * HV`.
     """
     block_v = 32 if value_dim >= 32 and heads * value_dim // 32 >= 2 * _PROGRAMS else 16
-    programs = heads * value_dim // block_v
-    # elements of each state to a thread: 16 where the device is not full, 64 where all programs
-    # are there at once, and 32
-    share = 512 if programs < 2 * _PROGRAMS else 2048 if programs <= 4 * _PROGRAMS else 1024
+    # 32 elements of each state to a thread, or 16 where the device is not full
+    share = 1024 if heads * value_dim // block_v >= 2 * _PROGRAMS else 512
     return DecodeTiles(block_v, max(1, min(8, key_dim * block_v // share)))
 
 
